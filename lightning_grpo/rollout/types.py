@@ -1,0 +1,151 @@
+"""What passes between an engine and the algorithm: how to sample, and what was sampled.
+
+Shapes: B prompts, G generations, N = B·G completions (row i·G + g is sample g of prompt i), P prompt length, T
+completion length.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the engine draws a completion's tokens."""
+
+    temperature: float = 1.0
+    """Divides the logits before sampling; the trainer's log-probs are taken at the same temperature."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this probability mass. 1 keeps all."""
+    top_k: int = 0
+    """Keep this many most likely tokens. 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this likely relative to the most likely one. 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides (or multiplies, below zero) the logits of tokens already present. 1 is off."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion, besides the end-of-sequence token."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"sampling.temperature is {self.temperature}; set 0 (greedy, validation only) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p is {self.top_p}; set a share of the probability mass in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"sampling.top_k is {self.top_k}; set 0 to keep all tokens, or how many to keep")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"sampling.min_p is {self.min_p}; set a share in [0, 1]")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"sampling.repetition_penalty is {self.repetition_penalty}; set 1 (off) or above 0")
+
+    @property
+    def truncations(self) -> dict[str, float]:
+        """The options in force that make the sampled distribution another one than softmax(logits / temperature)."""
+        off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        return {name: value for name, neutral in off.items() if (value := getattr(self, name)) != neutral}
+
+
+@dataclass(kw_only=True)
+class Completion:
+    """One sampled completion, as an engine gives it.
+
+    ``token_ids`` hold the end-of-sequence token where one was sampled; ``logprobs`` has one value a token: that of the
+    distribution sampled from (after temperature and truncation); ``version`` is the policy version that sampled it.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    version: int = 0
+
+
+class Engine(Protocol):
+    """Samples completions from the policy's current weights. Everything is token ids: nothing is encoded twice."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, max_tokens: int, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Completion]]:
+        """Sample ``len(seeds[i])`` completions of ``prompts[i]``, one per seed, each of at most ``max_tokens``.
+
+        The same prompt, seed and weights give the same completion, whatever else is in the batch (as far as the
+        engine's arithmetic is batch-invariant).
+        """
+        ...
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take the policy's weights, under Hugging Face names, and forget everything computed with earlier ones."""
+        ...
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Score: for a sequence of n tokens the n − 1 values log p(token[i] | token[:i]), at temperature 1."""
+        ...
+
+    def sleep(self) -> None:
+        """Give device memory back until `wake` (a no-op where the engine can't)."""
+        ...
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        ...
+
+    def close(self) -> None:
+        """Free everything. Safe to call twice."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """N completions with all that the update needs, padded to rectangles.
+
+    ==================  =========  ==================================================================
+    prompt_ids          [N, P]     int64, left-padded
+    prompt_mask         [N, P]     bool, True on real tokens
+    completion_ids      [N, T]     int64, right-padded
+    completion_mask     [N, T]     bool, True on real tokens (the end-of-sequence token included)
+    rollout_logprobs    [N, T]     float32, the engine's own; 0 on padding
+    truncated           [N]        bool, True where the completion ended for its length
+    versions            [N]        int64, policy version that sampled it
+    ==================  =========  ==================================================================
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    rollout_logprobs: Tensor
+    truncated: Tensor
+    versions: Tensor
+
+    @classmethod
+    def collate(
+        cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Completion]], pad_id: int
+    ) -> "Rollout":
+        """Pad B prompts and their completions into one rollout of N rows."""
+        rows = [(prompt, c) for prompt, group in zip(prompts, completions, strict=True) for c in group]
+        P = max(len(prompt) for prompt, _ in rows)
+        T = max(1, max(len(c.token_ids) for _, c in rows))
+        N = len(rows)
+        out = cls(
+            prompt_ids=torch.full((N, P), pad_id),
+            prompt_mask=torch.zeros(N, P, dtype=torch.bool),
+            completion_ids=torch.full((N, T), pad_id),
+            completion_mask=torch.zeros(N, T, dtype=torch.bool),
+            rollout_logprobs=torch.zeros(N, T),
+            truncated=torch.tensor([c.finish_reason != "stop" for _, c in rows]),
+            versions=torch.tensor([c.version for _, c in rows]),
+        )
+        for n, (prompt, c) in enumerate(rows):
+            p, t = len(prompt), len(c.token_ids)
+            if len(c.logprobs) != t:
+                raise ValueError(f"the engine returned {len(c.logprobs)} log-probs for a completion of {t} tokens")
+            out.prompt_ids[n, P - p :] = torch.tensor(list(prompt))
+            out.prompt_mask[n, P - p :] = True
+            out.completion_ids[n, :t] = torch.tensor(c.token_ids, dtype=torch.long)
+            out.completion_mask[n, :t] = True
+            out.rollout_logprobs[n, :t] = torch.tensor(c.logprobs)
+        return out
