@@ -1,0 +1,81 @@
+"""Fixtures shared by all tests: a tiny random model with its tokenizer, saved as a Hugging Face checkpoint."""
+
+import os
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# Two threads a process collapse as soon as another process takes a core.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+SPECIAL = ["<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def char_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a printable character, six special tokens, a chat template; pad and end-of-sequence are distinct."""
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *string.printable])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens=SPECIAL[3:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, **overrides) -> LlamaForCausalLM:
+    """About 80,000 parameters. The wide initialisation gives a distribution in which a wrong weight shows."""
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**settings | overrides)).float()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return char_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
+    """A folder with config, weights (fp32, tied head) and tokenizer. Shared by the session: don't write to it."""
+    path: Path = tmp_path_factory.mktemp("tiny_model")
+    tiny_llama(tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def untied_model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The same with its own output head and biased attention projections."""
+    path: Path = tmp_path_factory.mktemp("untied_model")
+    tiny_llama(tokenizer, tie_word_embeddings=False, attention_bias=True).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
