@@ -4,7 +4,7 @@ Shapes: B prompts, G generations, N = B·G completions (row i·G + g is sample g
 completion length.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -64,14 +64,25 @@ class Completion:
     version: int = 0
 
 
+OnGroup = Callable[[int, list[Completion]], None]
+"""Called with a prompt's index and its completions as soon as the last of them has finished."""
+
+
 class Engine(Protocol):
     """Samples completions from the policy's current weights. Everything is token ids: nothing is encoded twice."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, max_tokens: int, seeds: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        seeds: Sequence[Sequence[int]],
+        on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
         """Sample ``len(seeds[i])`` completions of ``prompts[i]``, one per seed, each of at most ``max_tokens``.
 
+        ``on_group`` hears of each group as it finishes, in this thread, so that rewards can start early.
         The same prompt, seed and weights give the same completion, whatever else is in the batch (as far as the
         engine's arithmetic is batch-invariant).
         """

@@ -1,0 +1,34 @@
+"""Random numbers without a state: every sample has its own seed, every token its own uniform number.
+
+A rollout is then the same on any number of ranks and in any order, and there is no generator to checkpoint.
+"""
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(x: int) -> int:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64 bits in which each bit avalanches."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def rollout_seeds(seed: int, rollout_number: int, prompt_index: int, sample_index: int) -> int:
+    """The seed of one sample, in [0, 2**63).
+
+    Args:
+        seed: the run's seed.
+        rollout_number: how many rollouts came before this one.
+        prompt_index: the prompt's place in the whole rollout, over all data-parallel ranks.
+        sample_index: which of the prompt's generations.
+    """
+    state = 0
+    for part in (seed, rollout_number, prompt_index, sample_index):
+        state = _mix(state ^ (part & _MASK))
+    return state >> 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """The number in [0, 1) that draws token `position` of the sample with this seed (53 random bits)."""
+    return (_mix(_mix(seed & _MASK) ^ position) >> 11) / (1 << 53)

@@ -1,0 +1,175 @@
+"""An engine that always samples from the policy's current weights, and proves it before it samples."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_grpo.rollout.proof import (
+    Fingerprint,
+    Mismatch,
+    Tolerance,
+    WeightStream,
+    WeightSyncError,
+    canary_sequences,
+    check_canary,
+)
+from lightning_grpo.rollout.types import Completion, Engine, OnGroup, Sampling
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncReport:
+    """What one sync did and what proved it."""
+
+    version: int
+    seconds: float
+    """Streaming the weights, fingerprints included."""
+    proof_seconds: float
+    """Scoring the canary on both sides."""
+    bytes: int
+    tensors: int
+    moved: list[str]
+    """Names of the tensors that changed since the sync before; all of them at the first."""
+    canary: Mismatch
+
+
+class SyncedEngine:
+    """Wraps an engine for one policy and satisfies `Engine` itself.
+
+    Before it generates it asks for the policy's version. Where that moved, the weights are streamed into the engine,
+    and the log-probs of fixed token sequences must then agree on both sides, within what the dtypes' rounding explains
+    and four times what the first sync showed. Otherwise `WeightSyncError` is raised and nothing is sampled.
+
+    Args:
+        engine: what samples.
+        version: gives the policy's version, which rises whenever its weights change.
+        weights: gives a fresh stream of the policy's weights under Hugging Face names.
+        score: the policy's log-probs of whole sequences at temperature 1, [n − 1] each for n tokens.
+        vocab_size: of the policy; the canary's tokens are drawn from all of it.
+        dtypes: those that the two sides compute in.
+        canary_length: tokens of each of the four canary sequences.
+        tolerance: the mismatch that passes, in nats; None takes it from the dtypes and the first sync.
+        sleep: let the engine give its memory back after each `generate`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        version: Callable[[], int],
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        score: Callable[[Sequence[Sequence[int]]], list[Tensor]],
+        vocab_size: int,
+        dtypes: Sequence[torch.dtype] = (torch.float32,),
+        canary_length: int = 32,
+        tolerance: Tolerance | None = None,
+        sleep: bool = False,
+    ) -> None:
+        self.engine = engine
+        self.last_sync: SyncReport | None = None
+        self._version = version
+        self._weights = weights
+        self._score = score
+        self._sleep = sleep
+        self._dtypes = dtypes
+        self._canary = canary_sequences(vocab_size, length=canary_length)
+        self._tolerance = tolerance or Tolerance.of(dtypes)
+        self._tolerance_measured = tolerance is not None
+        self._fingerprints: dict[str, Fingerprint] | None = None
+        self._synced_version: int | None = None
+
+    @property
+    def version(self) -> int | None:
+        """The policy version that the engine holds; None before the first sync."""
+        return self._synced_version
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        seeds: Sequence[Sequence[int]],
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
+        self.sync()
+        groups = self.engine.generate(prompts, sampling, max_tokens=max_tokens, seeds=seeds, on_group=on_group)
+        if self._sleep:
+            self.engine.sleep()
+        return groups
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        self.sync()
+        return self.engine.logprobs(sequences)
+
+    def sync(self, *, force: bool = False) -> SyncReport | None:
+        """Give the engine the policy's weights if it doesn't hold them; None where it did.
+
+        Collective where the policy is sharded.
+        """
+        version = self._version()
+        if not force and version == self._synced_version and not getattr(self.engine, "weights_lost", False):
+            self.engine.wake()
+            return None
+        self._synced_version = None
+        start = time.perf_counter()
+        stream = WeightStream(self._weights())
+        try:
+            self.engine.wake()
+            self.engine.update_weights(stream, version)
+        except Exception as error:
+            if stream.current is None:
+                raise
+            raise WeightSyncError(f"the engine did not take {stream.current}: {error}") from error
+        moved = list(stream.fingerprints)
+        if self._fingerprints is not None:
+            moved = stream.compare(self._fingerprints)
+        seconds = time.perf_counter() - start
+        canary = self._prove(version, moved)
+        self.last_sync = SyncReport(
+            version=version,
+            seconds=seconds,
+            proof_seconds=time.perf_counter() - start - seconds,
+            bytes=stream.bytes,
+            tensors=len(stream.fingerprints),
+            moved=moved,
+            canary=canary,
+        )
+        self._fingerprints = stream.fingerprints
+        self._synced_version = version
+        return self.last_sync
+
+    def _prove(self, version: int, moved: Sequence[str]) -> Mismatch:
+        canary = check_canary(self.engine.logprobs(self._canary), self._score(self._canary))
+        if self._tolerance.exceeded_by(canary):
+            raise WeightSyncError(
+                f"after the sync to policy version {version} the engine's log-probs differ from the policy's by "
+                f"{canary.mean:.3g} nats on average and {canary.max:.3g} at most; {self._tolerance.mean:.3g} and "
+                f"{self._tolerance.max:.3g} would be rounding. {self._suspects(moved)}"
+            )
+        if not self._tolerance_measured:
+            self._tolerance = Tolerance.of(self._dtypes, canary)
+            self._tolerance_measured = True
+        return canary
+
+    def _suspects(self, moved: Sequence[str]) -> str:
+        shown = ", ".join(moved[:8]) + (f" and {len(moved) - 8} more" if len(moved) > 8 else "")
+        return f"Tensors that moved in this sync: {shown or 'none'}."
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Refused: the weights come from the policy alone."""
+        raise TypeError("a SyncedEngine takes its weights from its policy; call sync()")
+
+    def sleep(self) -> None:
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        self.engine.wake()
+
+    def close(self) -> None:
+        self.engine.close()

