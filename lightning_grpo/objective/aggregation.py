@@ -1,0 +1,40 @@
+"""From per-token losses to one number: who is divided by what.
+
+A trainer averages the losses of its micro-batches and ranks, so a definition that spans the optimizer step is computed
+with the step's totals per micro-batch: num_tokens = tokens in the step / (micro-batches · ranks), likewise
+num_sequences.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+Aggregation = Literal["sequence_mean", "sequence_sum", "global_tokens", "local_tokens", "constant"]
+
+
+def aggregate(
+    loss: Tensor,
+    mask: Tensor,
+    aggregation: Aggregation,
+    *,
+    num_tokens: Tensor | float,
+    num_sequences: Tensor | float,
+    max_completion_length: int | None,
+) -> Tensor:
+    """Reduce ``loss`` [N, T] (0 at masked positions) to a scalar.
+
+    - sequence_mean: mean over completions of their token means. Every completion counts alike, short or long.
+    - sequence_sum: mean over completions of their token sums. Long completions count more.
+    - global_tokens: sum / num_tokens of the whole step. Every token counts alike.
+    - local_tokens: sum / tokens of this micro-batch. Local by intent: depends on how the step is split.
+    - constant: sum / (num_sequences · max_completion_length). No length bias at all (Dr. GRPO).
+    """
+    if aggregation == "sequence_mean":
+        return (loss.sum(1) / mask.sum(1).clamp(min=1)).sum() / num_sequences
+    if aggregation == "sequence_sum":
+        return loss.sum() / num_sequences
+    if aggregation == "constant":
+        return loss.sum() / (num_sequences * max_completion_length)
+    if aggregation == "local_tokens":
+        num_tokens = mask.sum().clamp(min=1)
+    return loss.sum() / num_tokens

@@ -1,0 +1,40 @@
+"""β and the entropy coefficient as they stand in a run."""
+
+from dataclasses import replace
+
+from .config import ObjectiveConfig
+
+
+class Coefficients:
+    """β and the entropy coefficient as they stand. Step once per optimizer step, with that step's true means."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.base = config
+        self.beta = config.resolved.beta
+        self.entropy_coef = config.entropy_coef
+        self.bonus = config.adaptive_entropy is None
+
+    @property
+    def config(self) -> ObjectiveConfig:
+        """The objective with the coefficients in force: what `policy_loss` is given."""
+        return replace(
+            self.base,
+            beta=self.beta,
+            adaptive_beta=None,
+            entropy_coef=self.entropy_coef if self.bonus else 0.0,
+            adaptive_entropy=None,
+        )
+
+    def step(self, *, kl: float | None = None, entropy: float | None = None) -> None:
+        """Move what is adaptive; ``kl`` and ``entropy`` (over tokens of the step, all ranks) are needed only then."""
+        if (control := self.base.adaptive_beta) is not None:
+            self.beta = control.step(self.beta, kl)
+        if (control := self.base.adaptive_entropy) is not None:
+            self.entropy_coef = control.step(self.entropy_coef, entropy)
+            self.bonus = entropy <= control.target
+
+    def state_dict(self) -> dict[str, float | bool]:
+        return {"beta": self.beta, "entropy_coef": self.entropy_coef, "bonus": self.bonus}
+
+    def load_state_dict(self, state: dict[str, float | bool]) -> None:
+        self.beta, self.entropy_coef, self.bonus = state["beta"], state["entropy_coef"], state["bonus"]

@@ -1,0 +1,43 @@
+"""Distance from the reference policy: estimators of KL(π‖π_ref) from the sampled tokens' log-probs.
+
+http://joschu.net/blog/kl-approx.html; x = log π_ref − log π.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from .tensors import exp, fill
+
+KLEstimator = Literal["k1", "abs", "k2", "k3"]
+
+
+def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator = "k3") -> Tensor:
+    """Per token, [N, T]: k1 = −x, abs = |x|, k2 = x²/2, k3 = eˣ − x − 1.
+
+    All but abs and k2 are unbiased in value. In a loss, the gradient of k1 is zero in expectation and that of k2 is the
+    true one when on-policy; k3's is that of the forward KL (arXiv:2512.21852).
+    """
+    x = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -x
+    if estimator == "abs":
+        return x.abs()
+    if estimator == "k2":
+        return x.square() / 2
+    return exp(x) - x - 1
+
+
+def kl_penalty(
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, beta: float, estimator: KLEstimator = "k1"
+) -> Tensor:
+    """β · Σ_t KL_t, [N]: subtract it from the rewards where the KL belongs to the reward (RLHF, arXiv:2203.02155).
+
+    Args:
+        logprobs: [N, T], those of the policy that sampled.
+        ref_logprobs: [N, T].
+        mask: [N, T]; masked positions may hold anything.
+    """
+    mask = mask.bool()
+    kl = kl_divergence(fill(logprobs, mask), fill(ref_logprobs, mask), estimator)
+    return beta * kl.detach().sum(1)

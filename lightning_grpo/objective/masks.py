@@ -1,0 +1,30 @@
+"""Which tokens and completions take part in the policy term. Shapes: N completions, T tokens."""
+
+import torch
+from torch import Tensor
+
+from .tensors import sequence_mean
+
+
+def top_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
+    """[N, T] bool: the ``quantile`` of tokens with the highest entropy (arXiv:2506.01939, eq. 5; 0.2 there).
+
+    Local by intent: the threshold is that of the tokens given, here one micro-batch.
+    """
+    if not mask.any():
+        return mask
+    threshold = torch.quantile(entropy[mask].float(), 1 - quantile)
+    return (entropy >= threshold) & mask
+
+
+def off_policy_mask(
+    logprobs: Tensor, behavior_logprobs: Tensor, advantages: Tensor, mask: Tensor, threshold: float
+) -> Tensor:
+    """Bool, shaped as ``advantages`` ([N, 1] or [N, T]): keep A ≥ 0, or completions still near their sampler.
+
+    Near: the completion's mean of (log π_rollout − log π) is at most ``threshold`` (DeepSeek-V3.2, arXiv:2512.02556).
+    """
+    # a token that the engine could not score (NaN) is no evidence of drift
+    drift = (behavior_logprobs - logprobs.detach()).masked_fill(behavior_logprobs.isnan(), 0.0)
+    distance = sequence_mean(drift, mask)
+    return (advantages >= 0) | (distance <= threshold)

@@ -1,0 +1,101 @@
+"""The names users know, each a choice of parts with its published numbers. ``table.py`` prints this page."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .aggregation import Aggregation
+from .kl import KLEstimator
+from .surrogate import CISPO, DPPO, GMPO, SAPO, VESPO, Clipped, Reinforce, Surrogate
+
+RatioLevel = Literal["token", "sequence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """An objective's parts, and where they come from."""
+
+    surrogate: Surrogate = field(default_factory=Clipped)
+    importance_sampling_level: RatioLevel = "token"
+    aggregation: Aggregation
+    beta: float = 0.0
+    kl_estimator: KLEstimator = "k3"
+    paper: str
+    use: str
+    """When to use it, in a line."""
+
+
+PRESETS: dict[str, Preset] = {
+    "dr_grpo": Preset(
+        aggregation="constant",
+        paper="Dr. GRPO, arXiv:2503.20783",
+        use="The default. No bias towards short or long completions; steady step sizes.",
+    ),
+    "grpo": Preset(
+        aggregation="sequence_mean",
+        beta=0.04,
+        paper="DeepSeekMath, arXiv:2402.03300",
+        use="To reproduce the founding paper, with its reference policy.",
+    ),
+    "bnpo": Preset(
+        aggregation="local_tokens",
+        paper="TRL's token mean over the micro-batch",
+        use="To match runs that used it. Local by intent: depends on how a step is split into micro-batches.",
+    ),
+    "dapo": Preset(
+        surrogate=Clipped(epsilon=0.2, epsilon_high=0.28),
+        aggregation="global_tokens",
+        paper="DAPO, arXiv:2503.14476",
+        use="Long reasoning with many completions: every token counts alike, rare tokens may grow.",
+    ),
+    "gspo": Preset(
+        surrogate=Clipped(epsilon=3e-4, epsilon_high=4e-4),
+        importance_sampling_level="sequence",
+        aggregation="sequence_mean",
+        paper="GSPO, arXiv:2507.18071",
+        use="Mixture-of-experts policies and several updates per rollout; pointless at one.",
+    ),
+    "luspo": Preset(
+        surrogate=Clipped(epsilon=2e-3, epsilon_high=2.5e-3),
+        importance_sampling_level="sequence",
+        aggregation="sequence_sum",
+        paper="LUSPO, arXiv:2602.05261",
+        use="GSPO without its bias against long completions.",
+    ),
+    "cispo": Preset(
+        surrogate=CISPO(),
+        aggregation="global_tokens",
+        paper="MiniMax-M1, arXiv:2506.13585; cap of ScaleRL, arXiv:2510.13786",
+        use="Off-policy steps at scale: wild ratios are capped, no token loses its gradient.",
+    ),
+    "sapo": Preset(
+        surrogate=SAPO(),
+        aggregation="sequence_mean",
+        paper="SAPO, arXiv:2511.20347",
+        use="Where hard clipping wastes or destabilises: the gate fades smoothly.",
+    ),
+    "vespo": Preset(
+        surrogate=VESPO(),
+        aggregation="global_tokens",
+        paper="VESPO, arXiv:2602.10693",
+        use="Stale or asynchronous rollouts: whole sequences weighted by how far they have drifted.",
+    ),
+    "gmpo": Preset(
+        surrogate=GMPO(),
+        importance_sampling_level="sequence",
+        aggregation="sequence_mean",
+        paper="GMPO, arXiv:2507.20673",
+        use="Outlier tokens: the geometric mean hardly sees them.",
+    ),
+    "dppo": Preset(
+        surrogate=DPPO(),
+        aggregation="global_tokens",
+        paper="DPPO, arXiv:2602.04879",
+        use="Large vocabularies: trust region on probabilities, so that rare tokens may learn.",
+    ),
+    "reinforce": Preset(
+        surrogate=Reinforce(),
+        aggregation="global_tokens",
+        paper="Williams 1992; with group baselines, GPG, arXiv:2504.02546",
+        use="Strictly on-policy steps: nothing to clip, no old log-probs.",
+    ),
+}

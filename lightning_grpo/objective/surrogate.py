@@ -1,0 +1,235 @@
+"""Surrogates: per-token losses whose gradient is the policy gradient, each with its own guard against large steps.
+
+Shapes: N completions, T tokens. w = π/π_old is the ratio, [N, T] at token level and [N, 1] at sequence level; A are the
+advantages, [N, 1] or [N, T]; sg[·] stops the gradient. Everything is finite at masked positions (w = 1 there).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import log
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .tensors import LOG_LIMIT, exp, sequence_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a surrogate may use."""
+
+    logprobs: Tensor
+    """[N, T], with gradient."""
+    old_logprobs: Tensor
+    """[N, T], no gradient: those of the policy that the ratio starts from."""
+    behavior_logprobs: Tensor
+    """[N, T], no gradient: the engine's where there is one (NaN where it could not score), else old_logprobs."""
+    ratio: Tensor
+    """w: [N, T] (token level) or [N, 1] (sequence level), with gradient."""
+    advantages: Tensor
+    """A: [N, 1] or [N, T]."""
+    mask: Tensor
+    """[N, T] bool."""
+    rollout_weight: Tensor | None
+    """ρ: [N, T], [N, 1] or None, no gradient."""
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """[N, T], with gradient."""
+        return self.logprobs - self.old_logprobs
+
+
+class Surrogate(ABC):
+    """Per-token loss before masks, rollout correction, KL and aggregation.
+
+    To bring your own: subclass (a frozen keyword-only dataclass holds its numbers), implement ``__call__``, and name it
+    in YAML by class path under ``objective.surrogate``. The loss of a token whose A is 0 must have no gradient.
+    """
+
+    uses_ratio: ClassVar[bool] = True
+    """Whether the loss looks at old log-probs at all."""
+    token_wise: ClassVar[bool] = True
+    """Whether a token's loss depends on that token alone (given a token-level ratio)."""
+    applies_rollout_weight: ClassVar[bool] = False
+    """Whether the loss already contains ρ; otherwise it is multiplied in afterwards."""
+
+    @abstractmethod
+    def __call__(self, terms: Terms) -> Tensor:
+        """The loss, [N, T] or broadcastable to it."""
+
+    def clipped(self, terms: Terms) -> tuple[Tensor, Tensor] | None:
+        """Where the guard cut the gradient for a ratio too low and too high, bool [N, T] or [N, 1]; None: no guard."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipped(Surrogate):
+    """−min(min(w, δ)·A, clip(w, 1−ε, 1+ε_high)·A), of PPO (arXiv:1707.06347, eq. 7) and GRPO (arXiv:2402.03300, eq. 3).
+
+    With ``dual_clip`` = c the loss of a negative advantage is at most −c·A (arXiv:1912.09729, eq. 5).
+    """
+
+    epsilon: float = 0.2
+    """The ratio counts down to 1 − epsilon."""
+    epsilon_high: float | None = None
+    """The ratio counts up to 1 + epsilon_high. None: as epsilon."""
+    delta: float | None = None
+    """Upper bound of the unclipped branch's ratio (INTELLECT-2's two-sided clipping, arXiv:2505.07291). None: none."""
+    dual_clip: float | None = None
+    """c > 1 of the dual clip, usually 3. None: off."""
+
+    def __post_init__(self) -> None:
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip is {self.dual_clip}, which would clip unchanged tokens; set above 1, e.g. 3")
+        if self.delta is not None and self.delta <= 1:
+            raise ValueError(f"delta is {self.delta}, which would clip unchanged tokens; set it above 1 + epsilon_high")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        return 1 - self.epsilon, 1 + high
+
+    def __call__(self, terms: Terms) -> Tensor:
+        w, A = terms.ratio, terms.advantages
+        unclipped = w if self.delta is None else w.clamp(max=self.delta)
+        loss = -torch.min(unclipped * A, w.clamp(*self.bounds) * A)
+        if self.dual_clip is not None:
+            loss = torch.where(A < 0, torch.min(loss, -self.dual_clip * A), loss)
+        return loss
+
+    def clipped(self, terms: Terms) -> tuple[Tensor, Tensor]:
+        low, high = self.bounds
+        return (terms.ratio < low) & (terms.advantages < 0), (terms.ratio > high) & (terms.advantages > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinforce(Surrogate):
+    """−A·log π (Williams 1992): no ratio, no guard. Right for on-policy steps."""
+
+    uses_ratio: ClassVar[bool] = False
+
+    def __call__(self, terms: Terms) -> Tensor:
+        return -terms.advantages * terms.logprobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class CISPO(Surrogate):
+    """−sg[min(w, ε_high)]·A·log π (MiniMax-M1, arXiv:2506.13585, eq. 4): no token loses its gradient."""
+
+    epsilon_high: float = 5.0
+    """The largest weight itself, not an offset from 1 (5 in ScaleRL, arXiv:2510.13786)."""
+
+    def __call__(self, terms: Terms) -> Tensor:
+        return -terms.ratio.detach().clamp(max=self.epsilon_high) * terms.advantages * terms.logprobs
+
+    def clipped(self, terms: Terms) -> tuple[Tensor, Tensor]:
+        high = (terms.ratio > self.epsilon_high) & (terms.advantages > 0)
+        return torch.zeros_like(high), high
+
+
+def by_sign(A: Tensor, positive: Tensor, above: float, below: float) -> Tensor:
+    """``above`` where ``positive`` holds, else ``below``, in A's precision."""
+    return torch.where(positive, A.new_tensor(above), A.new_tensor(below))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAPO(Surrogate):
+    """−(4/τ)·σ(τ·(w − 1))·A, a soft gate in place of the clip (arXiv:2511.20347, eq. 5)."""
+
+    temperature_positive: float = 1.0
+    """τ where A > 0."""
+    temperature_negative: float = 1.05
+    """τ elsewhere; the larger, the faster an off-policy token's gradient decays."""
+
+    def __call__(self, terms: Terms) -> Tensor:
+        w, A = terms.ratio, terms.advantages
+        tau = by_sign(A, A > 0, self.temperature_positive, self.temperature_negative)
+        return -torch.sigmoid(tau * (w - 1)) * (4 / tau) * A
+
+
+@dataclass(frozen=True, kw_only=True)
+class VESPO(Surrogate):
+    """−sg[φ(w_s)]·A·log π with φ(w) = w^k · e^(λ·(1−w)) of the whole sequence's ratio w_s (arXiv:2602.10693).
+
+    log w_s = Σ (log π − log π_old) + Σ log ρ: the rollout weight is inside.
+    """
+
+    token_wise: ClassVar[bool] = False
+    applies_rollout_weight: ClassVar[bool] = True
+
+    k_positive: float = 2.0
+    """k where A ≥ 0."""
+    lambda_positive: float = 3.0
+    """λ where A ≥ 0."""
+    k_negative: float = 3.0
+    """k where A < 0."""
+    lambda_negative: float = 2.0
+    """λ where A < 0."""
+
+    def __call__(self, terms: Terms) -> Tensor:
+        return -self.weight(terms) * terms.advantages * terms.logprobs
+
+    @torch.no_grad()
+    def weight(self, terms: Terms) -> Tensor:
+        """φ(w_s) by the sign of A, shaped as the advantages."""
+        lowest = log(1e-8)
+        log_w = (terms.log_ratio.clamp(-LOG_LIMIT, LOG_LIMIT) * terms.mask).sum(1, keepdim=True)
+        if terms.rollout_weight is not None:
+            log_rho = terms.rollout_weight.log().clamp(lowest, LOG_LIMIT)
+            # a weight per sequence counts once, weights per token add up
+            log_w = log_w + (log_rho if log_rho.shape[1] == 1 else (log_rho * terms.mask).sum(1, keepdim=True))
+        log_w = log_w.clamp(lowest, LOG_LIMIT)
+        A = terms.advantages
+        k = by_sign(A, A >= 0, self.k_positive, self.k_negative)
+        lam = by_sign(A, A >= 0, self.lambda_positive, self.lambda_negative)
+        return (lam + k * log_w - lam * log_w.exp()).exp()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMPO(Surrogate):
+    """−A · geometric mean over the sequence of the clipped token ratios (arXiv:2507.20673, eq. 4).
+
+    The clip is in log space and one-sided by the sign of A: log w ≤ ε_high where A > 0, log w ≥ −ε where A < 0.
+    """
+
+    token_wise: ClassVar[bool] = False
+
+    epsilon: float = 0.4
+    """Bound of −log w for negative advantages: ratios from e^−0.4."""
+    epsilon_high: float | None = None
+    """Bound of log w for positive advantages: ratios to e^0.4. None: as epsilon."""
+
+    def __call__(self, terms: Terms) -> Tensor:
+        low, high = self.clipped(terms)
+        bounded = torch.where(high, self.high, torch.where(low, -self.epsilon, terms.log_ratio))
+        return -exp(sequence_mean(bounded, terms.mask)) * terms.advantages
+
+    @property
+    def high(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    def clipped(self, terms: Terms) -> tuple[Tensor, Tensor]:
+        d, A = terms.log_ratio, terms.advantages
+        return (d < -self.epsilon) & (A < 0), (d > self.high) & (A > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPPO(Surrogate):
+    """−w·A, dropped where the step has left the trust region |π − μ| ≤ δ in the direction that A asks for.
+
+    The binary total-variation form of arXiv:2602.04879: unlike a ratio clip it doesn't bind rare tokens harder than
+    common ones. μ is the engine's probability where it is known, else the old policy's.
+    """
+
+    threshold: float = 0.2
+    """Largest difference of a token's probability."""
+
+    def __call__(self, terms: Terms) -> Tensor:
+        low, high = self.clipped(terms)
+        return -terms.ratio * terms.advantages * ~(low | high)
+
+    def clipped(self, terms: Terms) -> tuple[Tensor, Tensor]:
+        moved = (terms.logprobs.exp() - terms.behavior_logprobs.exp()).detach()
+        low = (moved < -self.threshold) & (terms.advantages < 0)
+        return low, (moved > self.threshold) & (terms.advantages > 0)

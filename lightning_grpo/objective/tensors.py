@@ -1,0 +1,89 @@
+"""Masked arithmetic and the forms in which metrics leave the objective. Shapes: N completions, T tokens."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOG_LIMIT = 20.0
+
+
+class Sum(NamedTuple):
+    """Parts of a mean: merge over micro-batches and ranks by addition, then divide once."""
+
+    value: Tensor
+    count: Tensor
+
+    def merge(self, other: "Sum") -> "Sum":
+        return Sum(self.value + other.value, self.count + other.count)
+
+    def compute(self) -> Tensor:
+        """The mean; NaN where nothing was counted."""
+        return self.value / self.count
+
+
+class Min(NamedTuple):
+    """A minimum: merge over micro-batches and ranks by taking the smaller. +inf where there was nothing."""
+
+    value: Tensor
+
+    def merge(self, other: "Min") -> "Min":
+        return Min(torch.minimum(self.value, other.value))
+
+    def compute(self) -> Tensor:
+        return self.value
+
+
+class Max(NamedTuple):
+    """A maximum: merge over micro-batches and ranks by taking the larger. -inf where there was nothing."""
+
+    value: Tensor
+
+    def merge(self, other: "Max") -> "Max":
+        return Max(torch.maximum(self.value, other.value))
+
+    def compute(self) -> Tensor:
+        return self.value
+
+
+Metric = Sum | Min | Max
+
+
+def fill(x: Tensor, mask: Tensor, value: float = 0.0) -> Tensor:
+    """``x`` where ``mask`` holds and ``value`` elsewhere; what lay there, NaN included, reaches no gradient either.
+
+    A half-precision ``x`` comes back in float32.
+    """
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return torch.where(mask, x, torch.full_like(x, value))
+
+
+def rows(mask: Tensor) -> Tensor:
+    """[N, 1] bool: which completions have any token at all."""
+    return mask.any(dim=1, keepdim=True)
+
+
+def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """[N, 1]: the mean of ``x`` [N, T] over each row's tokens, 0 for a row without any."""
+    return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def exp(x: Tensor) -> Tensor:
+    """eˣ, continued by its tangent above x = 20, so that one wild token gives a large gradient and never inf · 0."""
+    bounded = x.clamp(max=LOG_LIMIT)
+    return bounded.exp() * (1 + (x - bounded))
+
+
+def mean_metric(x: Tensor, mask: Tensor) -> Sum:
+    """Mean over tokens of ``x`` [N, T], or over the completions that have tokens of ``x`` [N, 1]."""
+    if x.shape[1] == 1:
+        mask = rows(mask)
+    return Sum(fill(x.detach(), mask).sum(), mask.sum().to(x.dtype if x.is_floating_point() else torch.float32))
+
+
+def extremes(x: Tensor, mask: Tensor) -> tuple[Min, Max]:
+    """Smallest and largest of ``x`` [N, T] over tokens, or of ``x`` [N, 1] over the completions that have tokens."""
+    if x.shape[1] == 1:
+        mask = rows(mask)
+    x = x.detach()
+    return Min(fill(x, mask, float("inf")).amin()), Max(fill(x, mask, float("-inf")).amax())
