@@ -1,0 +1,7 @@
+"""Prompts: where they come from, how they are encoded, and in which order they are served."""
+
+from lightning_grpo.data.module import PromptDataModule
+from lightning_grpo.data.prompts import Prompt, PromptBatch
+from lightning_grpo.data.sampling import DifficultySampler, PassSampler, Sampler
+
+__all__ = ["DifficultySampler", "PassSampler", "Prompt", "PromptBatch", "PromptDataModule", "Sampler"]

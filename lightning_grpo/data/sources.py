@@ -1,0 +1,164 @@
+"""Where rows come from: files, saved data sets, the hub, and questions made on the spot."""
+
+import inspect
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+Row = dict[str, Any]
+KINDS = (
+    "a .jsonl or .parquet file, a folder written by datasets.save_to_disk, a hub name (owner/name), "
+    "reasoning_gym:TASK, arithmetic, or letters"
+)
+MOST_ENUMERATED = 100_000
+
+
+def arithmetic(
+    size: int | None,
+    seed: int,
+    *,
+    low: int = 1,
+    high: int = 20,
+    operator: str = "+",
+    template: str = "What is {a} {operator} {b}? Answer with just the number.",
+) -> Iterator[Row]:
+    """Distinct questions over integers a, b in [low, high], with column ``answer``; all of them where size is None.
+
+    ``operator`` is ``+``, ``-`` or ``*`` (written ×); ``template`` holds {a}, {b} and, if wanted, {operator}.
+    """
+    compute = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    if operator not in compute:
+        raise ValueError(f"data.source_args.operator is {operator!r}; set one of {', '.join(compute)}")
+    if high < low:
+        raise ValueError(f"data.source_args.high is {high}, below low = {low}; set high to {low} or more")
+    width = high - low + 1
+    if size is None and width**2 > MOST_ENUMERATED:
+        raise ValueError(f"data.size is unset and there are {width**2:,} questions of {low} to {high}; set data.size")
+    count = width**2 if size is None else size
+    if count > width**2:
+        raise ValueError(f"data.size is {count} and only {width**2} questions of {low} to {high} exist; set {width**2}")
+    for pair in random.Random(f"arithmetic {seed}").sample(range(width**2), count):
+        a, b = low + pair // width, low + pair % width
+        prompt = template.format(a=a, b=b, operator=operator.replace("*", "×"))
+        yield {"prompt": prompt, "answer": str(compute[operator](a, b))}
+
+
+def letters(size: int | None, seed: int, *, alphabet: str = ascii_lowercase, repeats: int = 6) -> Iterator[Row]:
+    """One letter as the prompt, the letter ``repeats`` times as ``answer``: learnt from random weights in seconds.
+
+    The letters of ``alphabet`` in turn, in an order drawn from the seed; one of each where size is None.
+    """
+    order = random.Random(f"letters {seed}").sample(alphabet, len(alphabet))
+    for i in range(len(order) if size is None else size):
+        letter = order[i % len(order)]
+        yield {"prompt": letter, "answer": letter * repeats}
+
+
+def reasoning_gym(task: str, size: int | None, seed: int, args: dict[str, Any]) -> Iterator[Row]:
+    """Questions of a reasoning-gym task, with columns ``answer``, ``task``, ``task_args`` and ``entry`` (for scoring).
+
+    ``args`` configure the task (its difficulty).
+    """
+    import reasoning_gym as gym
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        raise ValueError(f"data.source names the reasoning-gym task {task!r}; set one of {', '.join(sorted(DATASETS))}")
+    if size is None:
+        raise ValueError(f"data.size is unset; reasoning_gym:{task} makes as many prompts as you want: set a number")
+    try:
+        dataset = gym.create_dataset(task, **args, size=size, seed=seed)
+    except (TypeError, ValueError, AssertionError) as error:
+        known = [name for name in inspect.signature(DATASETS[task][1]).parameters if name not in ("seed", "size")]
+        raise ValueError(f"data.source_args for reasoning_gym:{task}: {error}; it takes {', '.join(known)}") from error
+    for i in range(size):
+        entry = dataset[i]
+        yield {"prompt": entry["question"], "answer": entry["answer"], "task": task, "task_args": args, "entry": entry}
+
+
+def jsonl(path: Path) -> Iterator[tuple[int, Row]]:
+    """(line number, row) for each line that isn't blank."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: a row is an object with a prompt, not {type(row).__name__}")
+            yield number, row
+
+
+def parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        yield from batch.to_pylist()
+
+
+def saved(path: Path, split: str = "train") -> Iterable[Row]:
+    """A folder written by ``datasets.save_to_disk``; ``split`` picks one where it holds several."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise ValueError(f"data.source is the folder {path}, which datasets.save_to_disk did not write") from error
+    if not isinstance(dataset, DatasetDict):
+        return dataset
+    if split not in dataset:
+        raise ValueError(f"{path} has no split {split!r}; set source_args.split to one of {', '.join(dataset)}")
+    return dataset[split]
+
+
+def hub(name: str, split: str = "train", **args: Any) -> Iterable[Row]:
+    """A data set of the Hugging Face hub; ``args`` as of ``datasets.load_dataset`` (``name``, ``revision``, …)."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, split=split, **args)
+    except Exception as error:
+        raise ValueError(f"data.source is {name!r}, which can't be loaded ({error}); set {KINDS}") from error
+
+
+def _call(source: str, make: Callable[..., Iterable[Row]], *fixed: Any, args: dict[str, Any]) -> Iterable[Row]:
+    try:
+        inspect.signature(make).bind(*fixed, **args)
+    except TypeError as error:
+        known = list(inspect.signature(make).parameters)[len(fixed) :]
+        takes = ", ".join(known) if known else "none"
+        raise ValueError(f"source_args of {source}: {error}; it takes: {takes}") from error
+    return make(*fixed, **args)
+
+
+def read(source: str, *, args: dict[str, Any], size: int | None, seed: int) -> list[tuple[str, Row]]:
+    """All rows, or the first ``size``, each with the place it comes from ("train.jsonl, line 7")."""
+    path = Path(source).expanduser()
+    unit = "row"
+    if source.startswith("reasoning_gym:"):
+        rows = reasoning_gym(source.removeprefix("reasoning_gym:"), size, seed, args)
+    elif source in PROCEDURAL:
+        rows = _call(source, PROCEDURAL[source], size, seed, args=args)
+    elif path.suffix in (".jsonl", ".parquet"):
+        if not path.is_file():
+            raise FileNotFoundError(f"data.source is {source!r}, and there is no such file; set {KINDS}")
+        if path.suffix == ".jsonl":
+            numbered, unit = _call(source, jsonl, path, args=args), "line"
+            return [(f"{source}, {unit} {number}", row) for number, row in islice(numbered, size)]
+        rows = _call(source, parquet, path, args=args)
+    elif path.is_dir():
+        rows = _call(source, saved, path, args=args)
+    elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        rows = _call(source, hub, source, args=args)
+    else:
+        raise ValueError(f"data.source is {source!r}; set {KINDS}")
+    return [(f"{source}, {unit} {i}", row) for i, row in enumerate(islice(rows, size))]
+
+
+PROCEDURAL: dict[str, Callable[..., Iterable[Row]]] = {"arithmetic": arithmetic, "letters": letters}
