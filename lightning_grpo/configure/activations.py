@@ -1,0 +1,91 @@
+"""What a forward pass keeps for its backward, measured without memory: the model's own layers on fake tensors.
+
+Fake tensors have shapes and types but no storage, so a 70B model at 32k tokens costs as little as a small one. One and
+two layers are run at the planned size; every further layer keeps what the second one did.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from lightning_grpo.configure.shape import ModelShape, with_layers
+from lightning_grpo.configure.workload import Workload
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that the trunk's forward of one micro-batch keeps."""
+
+    layer: float
+    """Of each layer, its low-precision weight copies included."""
+    ends: float
+    """Of embedding, final norm, masks and rotary tables."""
+
+
+@contextlib.contextmanager
+def saved_bytes(weights: set[int]) -> Iterator[dict[int, int]]:
+    """Collects {storage: bytes} of all that autograd keeps inside, the storages in ``weights`` left out."""
+    saved: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in weights:
+            saved[key] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def _kept(
+    shape: ModelShape, layers: int, rows: int, length: int, precision: str, dtype: str, rank: int, targets
+) -> int:
+    low = torch.float16 if precision.startswith("16") else torch.bfloat16
+    mixed = precision.endswith("mixed")
+    autocast = torch.autocast("cpu", dtype=low) if mixed else contextlib.nullcontext()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(with_layers(shape.config, layers), dtype=getattr(torch, dtype)).train()
+        if rank:
+            chosen = targets if isinstance(targets, str) else list(targets)
+            get_peft_model(model, LoraConfig(r=rank, target_modules=chosen, task_type="CAUSAL_LM"))
+    with FakeTensorMode():
+        _move_to_cpu(model)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        with saved_bytes(weights) as saved, autocast:
+            model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        return sum(saved.values())
+
+
+def _move_to_cpu(model: nn.Module) -> None:
+    """From meta to fake tensors (autocast doesn't know meta). `Module.to` swaps storages, which fake ones can't."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(
+                    torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad
+                )
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+@cache
+def _activations(shape: ModelShape, *sizes) -> Activations:
+    one, two = (_kept(shape, layers, *sizes) for layers in (1, 2))
+    return Activations(layer=two - one, ends=max(0, 2 * one - two))
+
+
+def activations(w: Workload) -> Activations:
+    """What the forward of one micro-batch of ``w`` keeps."""
+    length = w.prompt_length + w.completion_length
+    return _activations(w.shape, w.micro_batch_size, length, w.precision, w.dtype, w.lora_rank, w.lora_targets)

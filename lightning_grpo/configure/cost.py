@@ -1,0 +1,205 @@
+"""Time of a rollout and its update, as formulas: Cost = G · generate + G · reward + update.
+
+A phase takes flops / (rate · efficiency) + bytes / (bandwidth · efficiency). Floating-point operations: 2 a weight and
+token forward, 4 backward (2 with frozen weights), attention 2 · query width · length² a layer and sequence forward
+(causal) and twice that backward; after "Scaling Laws" (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_grpo.configure.activations import activations
+from lightning_grpo.configure.hardware import Hardware
+from lightning_grpo.configure.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """Shares of the hardware's peak rates that are reached."""
+
+    flops: float
+    """Of the dense rate, in the update's and the prefill's matrix products."""
+    bandwidth: float
+    """Of the memory bandwidth, in decoding, element-wise work and the optimizer."""
+    token_overhead: float
+    """Seconds of one decoding step besides reading weights and cache."""
+    spread: float
+    """The truth is expected within a factor of this, up or down."""
+    source: str
+
+    @classmethod
+    def assumed(cls, hardware: Hardware, engine: str) -> "Efficiency":
+        """Before anything was measured here."""
+        if hardware.is_cpu:
+            return cls(flops=0.5, bandwidth=0.4, token_overhead=0.02, spread=2.0, source="assumed")
+        overhead = 0.003 if engine != "hf" else 0.03
+        return cls(flops=0.4, bandwidth=0.7, token_overhead=overhead, spread=2.0, source="assumed")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one rollout with its updates, by phase, and what of it teaches nothing."""
+
+    seconds: dict[str, float]
+    generated_tokens: float
+    """Tokens sampled in one rollout, over all ranks."""
+    zero_variance: float
+    """Expected share of groups whose rewards are all equal."""
+    efficiency: Efficiency
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def effective(self) -> float:
+        """Seconds a rollout's worth of groups that do teach: total / (1 − zero-variance share)."""
+        return self.total / max(1e-9, 1 - self.zero_variance)
+
+
+def zero_variance_share(pass_rates: Sequence[float], num_generations: int) -> float:
+    """Expected share of groups of G 0/1 rewards that are all equal: mean of p^G + (1 − p)^G over prompts."""
+    return sum(p**num_generations + (1 - p) ** num_generations for p in pass_rates) / len(pass_rates)
+
+
+def pass_rate_grid(mean: float, count: int = 32, spread: float = 0.8) -> list[float]:
+    """Pass rates of prompts around ``mean``: quantiles of a Beta distribution with a + b = ``spread``.
+
+    Below 2 the distribution is U-shaped: most prompts are nearly always or nearly never solved, as is seen where
+    pass rates are measured.
+    """
+    a, b = mean * spread, (1 - mean) * spread
+    # Midpoint quantiles by summing the density on a fine grid that is dense at both ends.
+    grid = [(1 - math.cos(math.pi * (i + 0.5) / 2000)) / 2 for i in range(2000)]
+    weights = [p ** (a - 0.5) * (1 - p) ** (b - 0.5) for p in grid]  # density × √(p(1−p)), the grid's spacing
+    total, done, out = sum(weights), 0.0, []
+    for p, weight in zip(grid, weights, strict=True):
+        done += weight
+        while len(out) < count and done >= (len(out) + 0.5) / count * total:
+            out.append(p)
+    return out
+
+
+def alive_shares(mean_fill: float, points: int = 32) -> list[float]:
+    """Share of completions still going at ``points`` moments from start to cap.
+
+    Lengths are taken as exponential and cut at the cap, so that their mean is ``mean_fill`` of it.
+    """
+    if mean_fill >= 0.999:
+        return [1.0] * points
+    low, high = 1e-6, 1e3
+    for _ in range(80):
+        rate = math.sqrt(low * high)
+        low, high = (rate, high) if (1 - math.exp(-rate)) / rate > mean_fill else (low, rate)
+    return [math.exp(-rate * (i + 0.5) / points) for i in range(points)]
+
+
+def rate(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
+    """FLOP/s that matrix products reach in the precision of ``w``."""
+    return efficiency.flops * (hardware.flops_fp32 if w.compute_bytes == 4 else hardware.flops)
+
+
+def predict_cost(
+    w: Workload,
+    hardware: Hardware,
+    efficiency: Efficiency | None = None,
+    *,
+    reward_seconds: float = 0.002,
+    reward_workers: int = 1,
+    pass_rates: Sequence[float] = (),
+) -> Cost:
+    """Seconds of one rollout and its updates.
+
+    Args:
+        w: the run.
+        hardware: of each rank.
+        efficiency: measured shares of the peak rates; None assumes them.
+        reward_seconds: of one completion.
+        reward_workers: completions judged at once, on each rank.
+        pass_rates: measured shares of solved completions by prompt, for the zero-variance share; none: 0.
+    """
+    efficiency = efficiency or Efficiency.assumed(hardware, w.engine)
+    local = w.samples / w.ranks
+    seconds = {
+        "generate": _generate(w, hardware, efficiency),
+        "reward": local * reward_seconds / reward_workers,
+        "score": (w.needs_old_logprobs + w.needs_reference) * score_seconds(w, hardware, efficiency),
+        "update": w.num_iterations * update_seconds(w, hardware, efficiency),
+        "sync": 0.0 if w.engine == "hf" else 2 * w.shape.params / hardware.link,
+    }
+    return Cost(
+        seconds=seconds,
+        generated_tokens=w.samples * w.mean_length,
+        zero_variance=zero_variance_share(pass_rates, w.num_generations) if pass_rates else 0.0,
+        efficiency=efficiency,
+    )
+
+
+def _rows(w: Workload) -> tuple[float, float, float]:
+    """(prompt, completion, trunk) tokens of a row in the trainer: a shared prompt is computed once a micro-batch."""
+    completion = max(1.0, w.mean_length)
+    sharing = min(w.micro_batch_size, w.num_generations) if w.shares_prompt else 1
+    return w.prompt_length, completion, w.prompt_length / sharing + completion
+
+
+def forward_flops(w: Workload) -> float:
+    """Floating-point operations of the trunk's forward, one row."""
+    prompt, completion, tokens = _rows(w)
+    attention = 2 * w.shape.layers * w.shape.query_width * (prompt + completion) * tokens
+    return 2 * w.shape.trunk_linear * tokens + attention
+
+
+def update_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
+    """Seconds of one pass of the update over one rank's completions, optimizer steps included."""
+    local = w.samples / w.ranks
+    _, completion, tokens = _rows(w)
+    backward = 1 if w.lora_rank else 2
+    trunk = forward_flops(w) * (1 + backward + w.gradient_checkpointing)
+    head = completion * w.shape.head * (4 if w.lora_rank else 8)
+    compute = local * (trunk + head) / rate(w, hardware, efficiency)
+
+    kept = activations(w)
+    written = (
+        (kept.layer * w.shape.layers + kept.ends)
+        / w.micro_batch_size
+        * tokens
+        / (w.prompt_length + w.completion_length)
+    )
+    logits = completion * w.shape.vocab * 4
+    copies = 6 * w.shape.trunk_linear if w.precision.endswith("mixed") else 0
+    accumulate = 3 * w.trained * w.trained_bytes
+    micro_batches = local / w.micro_batch_size
+    steps = micro_batches / w.accumulate_grad_batches
+    optimizer = steps * w.trained * (w.trained_bytes * 7 + 12) / w.shards
+    traffic = local * (4 * written + 6 * logits) + micro_batches * (copies + accumulate) + optimizer
+    return compute + traffic / (hardware.bandwidth * efficiency.bandwidth)
+
+
+def score_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
+    """Seconds of one forward pass with log-probs over one rank's completions."""
+    _, completion, _ = _rows(w)
+    local = w.samples / w.ranks
+    flops = local * (forward_flops(w) + 2 * completion * w.shape.head)
+    traffic = local * completion * w.shape.vocab * 12
+    return flops / rate(w, hardware, efficiency) + traffic / (hardware.bandwidth * efficiency.bandwidth)
+
+
+def _generate(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
+    """Seconds to sample one rank's completions: prefill, then decoding in waves, its tail included."""
+    local = w.samples / w.ranks
+    bandwidth = hardware.bandwidth * efficiency.bandwidth
+    flops = rate(w, hardware, efficiency)
+    weights = w.shape.trunk_linear + w.shape.head
+    prefill = w.prompts_per_rollout / w.ranks * w.prompt_length * 2 * w.shape.trunk_linear / flops
+    waves = math.ceil(local / w.engine_sequences)
+    rows = local / waves
+    alive = alive_shares(w.mean_fill)
+    decode = 0.0
+    for i, share in enumerate(alive):
+        running = max(1.0, rows * share)
+        length = w.prompt_length + w.completion_length * (i + 0.5) / len(alive)
+        read = 2 * weights + running * length * w.shape.cache_bytes
+        step = max(read / bandwidth, 2 * weights * running / flops) + efficiency.token_overhead
+        decode += step * w.completion_length / len(alive)
+    return prefill + waves * decode

@@ -1,0 +1,135 @@
+"""Peak memory by phase (generate, score, update) and by part, from a model's config alone.
+
+Parameters are counted exactly, kept activations measured on fake tensors (`activations`), the rest follows from the
+numbers of the run. States as in "ZeRO" (Rajbhandari et al. 2020, arXiv:1910.02054, section 3): with Adam in fp32,
+4 (weights) + 4 (gradients) + 8 (moments) bytes a trained parameter.
+"""
+
+from dataclasses import dataclass
+
+from lightning_grpo.configure.activations import activations
+from lightning_grpo.configure.hardware import GiB, Hardware
+from lightning_grpo.configure.workload import STATE_BYTES, Workload
+
+Parts = dict[str, float]
+
+# vLLM on a GPU: its profiling batch and workspaces, its CUDA graphs, and what stays behind while it sleeps. Its users
+# report 0.7 to 2 GB in all.
+VLLM_WORKSPACE = 1.0 * GiB
+VLLM_GRAPHS = 0.8 * GiB
+VLLM_RESIDUE = 0.8 * GiB
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted peak bytes of one rank: {phase: {part: bytes}}."""
+
+    phases: dict[str, Parts]
+
+    def total(self, phase: str) -> float:
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> float:
+        return self.total(self.peak_phase)
+
+
+def predict_memory(w: Workload, hardware: Hardware) -> Memory:
+    """Peak bytes of each phase on one rank, once the optimizer's state exists.
+
+    Shapes are the longest planned: prompts and completions all of full length.
+    """
+    context = {"context": hardware.context}
+    awake, asleep = _engine(w, hardware)
+    return Memory(
+        {
+            "generate": _states(w) | _generate(w) | awake | context,
+            "score": _states(w) | _score(w) | asleep | context,
+            "update": _update(w, hardware) | asleep | context,
+        }
+    )
+
+
+def _states(w: Workload) -> Parts:
+    """What lies in memory all the time, from the first optimizer step on.
+
+    Gradients are among it: Lightning clears them after the next forward, not after the step.
+    """
+    state = STATE_BYTES[w.optimizer]
+    if w.optimizer != "adamw_8bit":
+        state *= w.trained_bytes / 4
+    parts = {"weights": w.shape.params * w.weight_bytes}
+    if w.lora_rank:
+        parts["LoRA adapters"] = w.trained * w.trained_bytes
+    parts |= {"gradients": w.trained * w.trained_bytes, "optimizer": w.trained * state}
+    if w.needs_reference and not w.lora_rank:
+        parts["reference"] = w.shape.params * w.weight_bytes
+    return {part: size / w.shards for part, size in parts.items()}
+
+
+def _weight_copies(w: Workload) -> float:
+    """Autocast's low-precision copies of trained weights, kept until the forward's context ends."""
+    return 2 * w.shape.trunk_linear if w.precision.endswith("mixed") and w.dtype == "float32" and not w.lora_rank else 0
+
+
+def _logits(w: Workload, bytes_per_logit: int) -> float:
+    """The log-prob kernel's rows of logits alive at once: never the whole batch's."""
+    return min(w.logprob_chunk, w.micro_batch_size * w.completion_length) * w.shape.vocab * bytes_per_logit
+
+
+def _generate(w: Workload) -> Parts:
+    if w.engine != "hf":
+        return {}
+    rows = min(w.engine_sequences, w.samples // w.ranks)
+    length = w.prompt_length + w.completion_length
+    # Each layer's cache is copied when a token is appended to it.
+    cache = rows * length * w.shape.cache_bytes * w.compute_bytes / 2 * (1 + 1 / w.shape.layers)
+    return {"KV cache": cache, "weight copies": _weight_copies(w), "sampling": 12 * rows * w.shape.vocab}
+
+
+def _score(w: Workload) -> Parts:
+    """Old and reference log-probs, without gradients: one layer's activations at a time."""
+    if not (w.needs_old_logprobs or w.needs_reference):
+        return {}
+    tokens = w.micro_batch_size * (w.prompt_length + w.completion_length)
+    return {
+        "activations": activations(w).layer + 2 * tokens * w.shape.hidden * w.compute_bytes,
+        "weight copies": _weight_copies(w),
+        "logits chunk": _logits(w, 4),
+    }
+
+
+def _update(w: Workload, hardware: Hardware) -> Parts:
+    """The largest of three moments: the loss is known, the last gradient arrives, the optimizer steps."""
+    states = _states(w)
+    kept = activations(w)
+    tokens = w.micro_batch_size * (w.prompt_length + w.completion_length)
+    residual = tokens * w.shape.hidden * w.compute_bytes
+    if w.gradient_checkpointing:
+        body = {
+            "activations (checkpoints)": w.shape.layers * residual + kept.ends,
+            "one layer, recomputed": max(kept.layer, _weight_copies(w)),
+        }
+    else:
+        body = {"activations": w.shape.layers * kept.layer + kept.ends}
+    head_gradient = 0 if w.lora_rank else w.shape.head * w.weight_bytes
+    loss = body | {"hidden states": 2 * residual, "logits chunk": _logits(w, 8), "head gradient": head_gradient}
+    last = {"head gradient": 2 * head_gradient}
+    # On a GPU, PyTorch's AdamW works on all parameters at once and holds one temporary of their size.
+    step = {"optimizer temporaries": 0 if hardware.is_cpu else w.trained * w.trained_bytes / w.shards}
+    return states | max((loss, last, step), key=lambda parts: sum(parts.values()))
+
+
+def _engine(w: Workload, hardware: Hardware) -> tuple[Parts, Parts]:
+    """What the engine holds (awake, asleep)."""
+    if w.engine != "vllm":
+        return {}, {}
+    awake = {"engine weights": 2 * w.shape.params, "KV cache": w.engine_cache}
+    if hardware.is_cpu:
+        return awake, awake
+    awake |= {"engine workspace": VLLM_WORKSPACE + VLLM_GRAPHS * w.engine_graphs}
+    return awake, {"engine asleep": VLLM_RESIDUE} if w.engine_sleep else awake

@@ -1,0 +1,157 @@
+"""What of a model decides its memory and its cost, from its config alone: nothing is downloaded or allocated."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+# hidden, layers, MLP, query heads, key-value heads, head width, vocabulary, tied head
+_KNOWN = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", 576, 30, 1536, 9, 3, 64, 49152, True),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": ("llama", 960, 32, 2560, 15, 5, 64, 49152, True),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": ("llama", 2048, 24, 8192, 32, 32, 64, 49152, True),
+    "Qwen/Qwen2.5-0.5B-Instruct": ("qwen2", 896, 24, 4864, 14, 2, 64, 151936, True),
+    "Qwen/Qwen2.5-1.5B-Instruct": ("qwen2", 1536, 28, 8960, 12, 2, 128, 151936, True),
+    "Qwen/Qwen2.5-3B-Instruct": ("qwen2", 2048, 36, 11008, 16, 2, 128, 151936, True),
+    "Qwen/Qwen2.5-7B-Instruct": ("qwen2", 3584, 28, 18944, 28, 4, 128, 152064, False),
+    "Qwen/Qwen2.5-14B-Instruct": ("qwen2", 5120, 48, 13824, 40, 8, 128, 152064, False),
+    "Qwen/Qwen2.5-32B-Instruct": ("qwen2", 5120, 64, 27648, 40, 8, 128, 152064, False),
+    "Qwen/Qwen3-0.6B": ("qwen3", 1024, 28, 3072, 16, 8, 128, 151936, True),
+    "Qwen/Qwen3-1.7B": ("qwen3", 2048, 28, 6144, 16, 8, 128, 151936, True),
+    "Qwen/Qwen3-4B": ("qwen3", 2560, 36, 9728, 32, 8, 128, 151936, True),
+    "Qwen/Qwen3-8B": ("qwen3", 4096, 36, 12288, 32, 8, 128, 151936, False),
+    "meta-llama/Llama-3.2-1B-Instruct": ("llama", 2048, 16, 8192, 32, 8, 64, 128256, True),
+    "meta-llama/Llama-3.2-3B-Instruct": ("llama", 3072, 28, 8192, 24, 8, 128, 128256, True),
+    "meta-llama/Llama-3.1-8B-Instruct": ("llama", 4096, 32, 14336, 32, 8, 128, 128256, False),
+}
+
+
+def known_config(name: str) -> PreTrainedConfig | None:
+    """The config of a well-known model (its base or instruct form), without the network; None for others."""
+    forms = {name, f"{name}-Instruct", name.removesuffix("-Base")}
+    found = next((key for key in _KNOWN if key in forms or key.split("/")[1] in forms), None)
+    if found is None:
+        return None
+    kind, hidden, layers, mlp, heads, kv_heads, width, vocab, tied = _KNOWN[found]
+    return AutoConfig.for_model(
+        kind,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=mlp,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=width,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        max_position_embeddings=32768 if vocab > 100000 else 8192,
+    )
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a causal language model. Counts are of parameters."""
+
+    name: str
+    config: PreTrainedConfig = field(repr=False, hash=False, compare=False)
+    """The Hugging Face config that the rest was derived from."""
+    params: int
+    """All parameters, tied ones once."""
+    trunk_linear: int
+    """Weights of the linear layers below the head: what a token is multiplied with."""
+    layers: int
+    hidden: int
+    query_width: int
+    """Query heads × head width."""
+    kv_width: int
+    """Key-value heads × head width."""
+    vocab: int
+    tied: bool
+    linears: tuple[tuple[str, int, int], ...] = field(repr=False)
+    """(leaf name, in, out) of each linear layer below the head."""
+
+    @property
+    def head(self) -> int:
+        """Weights of the language-model head."""
+        return self.vocab * self.hidden
+
+    @property
+    def cache_bytes(self) -> int:
+        """Key-value cache of one token in 16 bits: 2 (keys, values) · layers · kv_width · 2 bytes."""
+        return 4 * self.layers * self.kv_width
+
+    def lora_params(self, rank: int, targets: str | Sequence[str] = "all-linear") -> int:
+        """Σ rank · (in + out) over the adapted linear layers."""
+        chosen = [(i, o) for leaf, i, o in self.linears if targets == "all-linear" or leaf in targets]
+        if not chosen:
+            leaves = sorted({leaf for leaf, _, _ in self.linears})
+            raise ValueError(f"lora.target_modules {targets!r} names no linear layer; set all-linear or of {leaves}")
+        return sum(rank * (i + o) for i, o in chosen)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, name: str = "") -> "ModelShape":
+        """Count on the meta device: exact for whatever architecture transformers can build."""
+        text = config.get_text_config()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(text)
+        head = model.get_output_embeddings()
+        linears = tuple(
+            (path.rpartition(".")[2], module.in_features, module.out_features)
+            for path, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not head
+        )
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        return cls(
+            name=name or getattr(config, "_name_or_path", "") or config.model_type,
+            config=text,
+            params=sum(p.numel() for p in model.parameters()),
+            trunk_linear=sum(i * o for _, i, o in linears),
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            query_width=width * text.num_attention_heads,
+            kv_width=width * kv_heads,
+            vocab=text.vocab_size,
+            tied=bool(getattr(text, "tie_word_embeddings", False)),
+            linears=linears,
+        )
+
+
+@cache
+def find_model(model: str) -> ModelShape:
+    """The shape of a model given by folder, well-known name, or hub name.
+
+    Raises:
+        ValueError: there is no such folder, and the hub does not have or does not answer for the name.
+    """
+    if config := None if Path(model).exists() else known_config(model):
+        return ModelShape.from_config(config, model)
+    try:
+        return ModelShape.from_config(AutoConfig.from_pretrained(model), model)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--model {model}: no config found ({reason}). Set a folder with a config.json, a name on the hub, or, "
+            f"without the network, one of {', '.join(_KNOWN)}"
+        ) from error
+
+
+def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The same architecture, ``layers`` deep."""
+    changed: dict[str, Any] = config.to_dict() | {"num_hidden_layers": layers}
+    if kinds := changed.get("layer_types"):
+        changed["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
+    out = type(config)(**changed)
+    out._attn_implementation = copy.copy(getattr(config, "_attn_implementation", None)) or "sdpa"
+    return out
+
+
+def divisors(n: int) -> list[int]:
+    """Divisors of ``n``, ascending."""
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})
