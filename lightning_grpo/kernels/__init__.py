@@ -1,1 +1,6 @@
+"""Log-probabilities of tokens from hidden states, without ever holding the logits of a whole batch."""
 
+from lightning_grpo.kernels.linear import linear_logprob
+from lightning_grpo.kernels.logits import logits_logprob
+
+__all__ = ["linear_logprob", "logits_logprob"]

@@ -1,0 +1,58 @@
+"""Log-probs from logits that a model made itself."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_grpo.kernels import rows
+
+
+def logits_logprob(
+    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, entropy_grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target, and the entropy, under softmax(logits / temperature).
+
+    For heads that `linear_logprob` cannot reach. The logits are kept for the backward instead of a softmax in fp32.
+
+    Args:
+        logits: [N, V].
+        targets: [N] int64 in [0, V).
+        temperature: a number, or [N] with one for each row.
+        entropy_grad: let gradients flow from the entropy too.
+
+    Returns:
+        (logprobs, entropy), [N] each, fp32, in nats.
+    """
+    if logits.dim() != 2 or targets.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits_logprob takes logits [N, V] and targets [N]; got {tuple(logits.shape)}, {tuple(targets.shape)}"
+        )
+    transform = rows.Transform.build(targets, logits.shape[1], temperature)
+    return _LogitsLogprob.apply(logits, targets, transform, entropy_grad)
+
+
+class _LogitsLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, transform, entropy_grad):
+        stats = rows.Statistics.empty(len(logits), logits.device)
+        rows.accumulate(logits, 0, targets, transform, stats)
+        softmax = stats.finish()
+        ctx.transform = transform
+        ctx.save_for_backward(logits, targets, *softmax)
+        ctx.set_materialize_grads(False)
+        if not entropy_grad:
+            ctx.mark_non_differentiable(softmax.entropy)
+        return softmax.logprob, softmax.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, c_logprob, c_entropy):
+        logits, targets, *softmax = ctx.saved_tensors
+        c_logprob = torch.zeros_like(softmax[0]) if c_logprob is None else c_logprob
+        grad = torch.empty_like(logits)
+        c = c_logprob * ctx.transform.factor
+        ce = None if c_entropy is None else c_entropy * ctx.transform.factor
+        rows.gradient(logits, grad, 0, targets, ctx.transform, rows.Softmax(*softmax), c, ce)
+        # Rows that the loss leaves out may hold anything, NaN too.
+        idle = c == 0 if ce is None else (c == 0) & (ce == 0)
+        return grad.masked_fill_(idle[:, None], 0), None, None, None
