@@ -1,1 +1,19 @@
+"""Rewards: what judges a completion."""
 
+from lightning_grpo.rewards.base import FunctionReward, Reward, as_rewards, completion_text
+from lightning_grpo.rewards.compute import compute_rewards
+from lightning_grpo.rewards.reasoning_gym import ReasoningGym
+from lightning_grpo.rewards.shape import LengthPenalty, RegexFormat
+from lightning_grpo.rewards.verify import ExactMatch
+
+__all__ = [
+    "ExactMatch",
+    "FunctionReward",
+    "LengthPenalty",
+    "ReasoningGym",
+    "RegexFormat",
+    "Reward",
+    "as_rewards",
+    "completion_text",
+    "compute_rewards",
+]

@@ -1,0 +1,106 @@
+"""What a reward is: a class, or a plain function in a coat."""
+
+import importlib
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Scores = Sequence[float | None]
+Completion = str | list[dict[str, Any]]
+
+
+def call_with(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Call with those of the arguments that the function names, or with all of them where it takes ``**columns``."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return function(**arguments)
+    if missing := [p.name for p in parameters if p.name not in arguments and p.default is p.empty]:
+        raise TypeError(f"it takes {missing[0]!r}, and there is only {', '.join(arguments)}")
+    return function(**{p.name: arguments[p.name] for p in parameters if p.name in arguments})
+
+
+def completion_text(completion: Completion) -> str:
+    """The text of a completion, plain or conversational (the content of its last message)."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+@dataclass(kw_only=True, eq=False)
+class Reward(ABC):
+    """Base class of rewards: override `__call__` (plain or ``async``) and name the class in YAML.
+
+    A subclass needs no registration; its own options are typed arguments of its ``__init__`` (or dataclass fields).
+    """
+
+    weight: float = 1.0
+    """Factor of this reward in the sum of all."""
+    name: str = ""
+    """Name in the logs. Empty: the class's name in snake_case, or the function's."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    def __post_init__(self) -> None:
+        self.name = self.name or type(self).name
+
+    @abstractmethod
+    def __call__(
+        self,
+        prompts: list[str | list[dict[str, Any]]],
+        completions: list[Completion],
+        completion_ids: list[list[int]],
+        **columns: Any,
+    ) -> Scores | Awaitable[Scores]:
+        """One number per completion; None where the reward does not apply.
+
+        Args:
+            prompts: N prompts, text or chat messages; those of one group follow each other.
+            completions: N texts; ``[{"role": "assistant", "content": text}]`` where the prompt is chat messages.
+            completion_ids: N lists of token ids, without padding.
+            columns: each further column of the data set, as a list of N values, and ``trainer_state``.
+        """
+
+    def check(self, columns: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027  most rewards judge any row
+        """Raise ValueError for rows of the data set that could never be judged. Called once, before training."""
+
+
+@dataclass(kw_only=True, eq=False)
+class FunctionReward(Reward):
+    """A plain function ``f(prompts, completions, completion_ids, **columns)``, or one that names what it needs."""
+
+    function: str | Callable[..., Any]
+    """The function, or its dotted path: ``package.module.function``."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.function, str):
+            self.function = load_function(self.function)
+        if not callable(self.function):
+            raise ValueError(f"reward function {self.function!r} can't be called; give a function or its dotted path")
+        self.name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
+
+    def __call__(self, **arguments: Any) -> Scores | Awaitable[Scores]:
+        return call_with(self.function, arguments)
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The object at a dotted path."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"reward function {path!r} can't be imported: {error}; give package.module.function"
+        ) from error
+
+
+def as_rewards(rewards: Sequence[Reward | Callable[..., Any] | str]) -> list[Reward]:
+    """Rewards as they are, functions and dotted paths wrapped; ValueError where two have the same name."""
+    wrapped = [reward if isinstance(reward, Reward) else FunctionReward(function=reward) for reward in rewards]
+    names = [reward.name for reward in wrapped]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two rewards are named {twice[0]!r}; give one of them another `name`")
+    return wrapped

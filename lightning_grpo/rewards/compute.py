@@ -1,0 +1,121 @@
+"""From reward functions to a tensor, with every answer of theirs checked."""
+
+import asyncio
+import inspect
+import math
+import numbers
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_grpo.rewards.base import Reward, Scores, call_with
+
+
+def compute_rewards(
+    rewards: Sequence[Reward],
+    prompts: Sequence[str | list[dict[str, Any]]],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Sequence[Mapping[str, Any]],
+    trainer_state: Any = None,
+) -> Tensor:
+    """Judge N completions with R rewards: [N, R] float32, NaN where a reward does not apply (it answered None).
+
+    Plain rewards run one after another in the calling thread; those that are ``async`` run together after them.
+
+    Args:
+        rewards: R of them.
+        prompts: N prompts, as text or messages.
+        completions: N decoded completions; made conversational for prompts that are messages.
+        completion_ids: N lists of token ids, without padding.
+        columns: N rows of further columns; a column missing in a row is None there.
+        trainer_state: passed on to rewards that ask for it.
+
+    Raises:
+        ValueError: a reward gave the wrong count of values, or one that is no finite number. Whatever a reward raises
+            itself goes through, with the reward's name noted.
+    """
+    N = len(completions)
+    for name, values in (("prompts", prompts), ("completion_ids", completion_ids), ("columns", columns)):
+        if len(values) != N:
+            raise ValueError(f"{len(values)} {name} for {N} completions")
+    arguments = {name: [row.get(name) for row in columns] for name in dict.fromkeys(k for row in columns for k in row)}
+    arguments |= {
+        "prompts": list(prompts),
+        "completions": [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, completions, strict=True)
+        ],
+        "completion_ids": [list(ids) for ids in completion_ids],
+        "trainer_state": trainer_state,
+    }
+    scores = _call_all(rewards, arguments)
+    table = [_checked(reward, answer, completions) for reward, answer in zip(rewards, scores, strict=True)]
+    return torch.tensor(table, dtype=torch.float32).reshape(len(rewards), N).T.contiguous()
+
+
+@contextmanager
+def _named(reward: Reward) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"raised by the reward {reward.name!r}")
+        raise
+
+
+def _call_all(rewards: Sequence[Reward], arguments: dict[str, Any]) -> list[Any]:
+    answers: list[Any] = []
+    try:
+        for reward in rewards:
+            with _named(reward):
+                answers.append(call_with(reward, arguments))
+    except Exception:
+        for answer in filter(inspect.iscoroutine, answers):
+            answer.close()
+        raise
+    waiting = [i for i, answer in enumerate(answers) if inspect.isawaitable(answer)]
+    if waiting:
+        # a notebook's thread has a running loop, where asyncio.run is refused: a thread of its own works everywhere
+        with ThreadPoolExecutor(1) as thread:
+            together = _gather([rewards[i] for i in waiting], [answers[i] for i in waiting])
+            for i, answer in zip(waiting, thread.submit(asyncio.run, together).result(), strict=True):
+                answers[i] = answer
+    return answers
+
+
+async def _gather(rewards: Sequence[Reward], answers: Sequence[Awaitable[Scores]]) -> list[Scores]:
+    async def one(reward: Reward, answer: Awaitable[Scores]) -> Scores:
+        with _named(reward):
+            return await answer
+
+    return await asyncio.gather(*(one(*pair) for pair in zip(rewards, answers, strict=True)))
+
+
+def _checked(reward: Reward, answer: Any, completions: Sequence[str]) -> list[float]:
+    if hasattr(answer, "tolist"):
+        answer = answer.tolist()
+    if not isinstance(answer, list | tuple):
+        raise ValueError(f"the reward {reward.name!r} returned {answer!r}; return a list with one number a completion")
+    if len(answer) != len(completions):
+        raise ValueError(
+            f"the reward {reward.name!r} returned {len(answer)} values for {len(completions)} completions; "
+            "return one for each, None where it does not apply"
+        )
+    values = []
+    for row, value in enumerate(answer):
+        if value is None:
+            values.append(math.nan)
+            continue
+        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        # beyond float32 a finite number would become infinite
+        if not isinstance(number, numbers.Real) or not abs(float(number)) <= torch.finfo(torch.float32).max:
+            raise ValueError(
+                f"the reward {reward.name!r} returned {value!r} ({type(value).__name__}) for row {row}, the completion "
+                f"{completions[row][:80]!r}; return a finite number, or None where it does not apply"
+            )
+        values.append(float(number))
+    return values

@@ -1,0 +1,91 @@
+"""reasoning-gym's own scorers, those that are safe to call."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from lightning_grpo.rewards.base import Completion, Reward, completion_text
+from lightning_grpo.rewards.verify import check_extraction, extract
+
+log = logging.getLogger(__name__)
+
+# their scorers hand the answer to eval or to sympy's parser, which evaluates Python
+EVALUATES_CODE = {
+    "binary_matrix",
+    "countdown",
+    "intermediate_integration",
+    "n_queens",
+    "polynomial_multiplication",
+    "puzzle24",
+    "simple_integration",
+    "spiral_matrix",
+    "string_insertion",
+}
+
+
+@lru_cache(maxsize=16)
+def _scorer(task: str, args: str) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(task, **json.loads(args), size=1, seed=0)
+
+
+def _refuse_code(task: str, entry: Mapping[str, Any]) -> None:
+    # a composite task hands its entries on to the scorers of others
+    for name in (task, entry["metadata"].get("source_dataset")):
+        if name in EVALUATES_CODE:
+            raise ValueError(
+                f"the reasoning-gym task {name!r} is scored by evaluating the model's answer as Python code inside "
+                f"this process; choose a task other than {', '.join(sorted(EVALUATES_CODE))}, or score it with a "
+                "function of your own"
+            )
+
+
+@dataclass(kw_only=True, eq=False)
+class ReasoningGym(Reward):
+    """The score that the reasoning-gym task itself gives, for rows from ``data.source: reasoning_gym:TASK``.
+
+    Tasks whose scorer evaluates code from the answer are refused: what a model writes must not run in the trainer.
+    An answer on which a scorer raises scores 0; their count is logged.
+    """
+
+    extract: str = "whole"
+    """Where the answer stands in the completion: ``whole``, ``last_number``, or a regular expression with one group,
+    such as ``<answer>(.*?)</answer>`` (the last match counts)."""
+    threshold: float | None = 1.0
+    """1 from this score on, 0 below: many tasks give 0.01 to 0.09 to any answer at all. Null: the score itself."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_extraction("ReasoningGym.extract", self.extract)
+
+    def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
+        for row, values in enumerate(columns):
+            if not {"task", "task_args", "entry"} <= set(values):
+                raise ValueError(f"ReasoningGym: row {row} is not from data.source = reasoning_gym:TASK")
+            _refuse_code(values["task"], values["entry"])
+
+    def __call__(self, *, completions: list[Completion], **columns: Any) -> list[float]:
+        missing = [name for name in ("task", "task_args", "entry") if name not in columns]
+        if missing:
+            raise ValueError(f"ReasoningGym: no column {missing[0]!r}; set data.source to reasoning_gym:TASK")
+        scores: list[float] = []
+        raised: Counter[str] = Counter()
+        rows = zip(completions, columns["task"], columns["task_args"], columns["entry"], strict=True)
+        for completion, task, args, entry in rows:
+            _refuse_code(task, entry)
+            scorer = _scorer(task, json.dumps(args, sort_keys=True))
+            answer = extract(completion_text(completion), self.extract)
+            try:
+                score = 0.0 if answer is None else float(scorer.score_answer(answer, entry))
+            except Exception as error:
+                raised[f"{task} raised {type(error).__name__}"] += 1
+                score = 0.0
+            scores.append(score if self.threshold is None else float(score >= self.threshold))
+        for what, count in raised.items():
+            log.warning("the scorer of %s on %d of %d answers, which score 0", what, count, len(scores))
+        return scores

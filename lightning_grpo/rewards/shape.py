@@ -1,0 +1,50 @@
+"""Rewards for how a completion looks."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_grpo.rewards.base import Completion, Reward, completion_text
+
+
+@dataclass(kw_only=True, eq=False)
+class RegexFormat(Reward):
+    """1 where the whole completion matches a regular expression, else 0."""
+
+    pattern: str = r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\S(?:(?!</?think>).)*"
+    """Regular expression; the dot matches line breaks too. By default: thoughts in <think>…</think>, once, and
+    something after them. Keep clear of nested repeats such as (a+)+, which take exponential time on some texts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            self._compiled = re.compile(self.pattern, re.DOTALL)
+        except re.error as error:
+            raise ValueError(f"RegexFormat.pattern is {self.pattern!r}: {error}") from error
+
+    def __call__(self, *, completions: list[Completion], **columns: Any) -> list[float]:
+        return [float(self._compiled.fullmatch(completion_text(c)) is not None) for c in completions]
+
+
+@dataclass(kw_only=True, eq=False)
+class LengthPenalty(Reward):
+    """Soft overlong punishment (DAPO, arXiv:2503.14476, eq. 13): 0 up to max_completion_length − soft_punish_cache
+    tokens, then falling linearly to −1 at max_completion_length, and −1 beyond.
+    """
+
+    max_completion_length: int
+    """Length in tokens that costs the full penalty; as a rule the module's own."""
+    soft_punish_cache: int
+    """Tokens before it over which the penalty grows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.soft_punish_cache <= self.max_completion_length:
+            raise ValueError(
+                f"LengthPenalty.soft_punish_cache is {self.soft_punish_cache}; set it from 1 to max_completion_length "
+                f"= {self.max_completion_length}"
+            )
+
+    def __call__(self, *, completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        free = self.max_completion_length - self.soft_punish_cache
+        return [min(0.0, max(-1.0, (free - len(ids)) / self.soft_punish_cache)) for ids in completion_ids]
