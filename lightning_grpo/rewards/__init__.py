@@ -4,12 +4,13 @@ from lightning_grpo.rewards.base import FunctionReward, Reward, as_rewards, comp
 from lightning_grpo.rewards.compute import compute_rewards
 from lightning_grpo.rewards.reasoning_gym import ReasoningGym
 from lightning_grpo.rewards.shape import LengthPenalty, RegexFormat
-from lightning_grpo.rewards.verify import ExactMatch
+from lightning_grpo.rewards.verify import ExactMatch, PrefixMatch
 
 __all__ = [
     "ExactMatch",
     "FunctionReward",
     "LengthPenalty",
+    "PrefixMatch",
     "ReasoningGym",
     "RegexFormat",
     "Reward",

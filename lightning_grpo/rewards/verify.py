@@ -105,3 +105,26 @@ class ExactMatch(Reward):
             right = given is not None and expected is not None and same_answer(given, expected)
             scores.append(None if expected is None else float(right))
         return scores
+
+
+@dataclass(kw_only=True, eq=False)
+class PrefixMatch(Reward):
+    """The share of the answer's characters that the completion has in the same places, from its first on: a signal
+    for models that have learned nothing yet. Case and spaces count.
+    """
+
+    answer: str = "answer"
+    """Column with the right answer, a text that isn't empty."""
+
+    def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
+        for row, values in enumerate(columns):
+            if not isinstance(values.get(self.answer), str) or not values[self.answer]:
+                raise ValueError(
+                    f"PrefixMatch.answer is {self.answer!r}, which is {values.get(self.answer)!r} in row {row}; set it "
+                    f"to a column of text, one of {', '.join(values) or '(none)'}"
+                )
+
+    def __call__(self, *, completions: list[Completion], **columns: Any) -> list[float]:
+        self.check([{self.answer: answer} for answer in columns.get(self.answer, [None])])
+        pairs = zip(completions, columns[self.answer], strict=True)
+        return [sum(map(str.__eq__, completion_text(c), answer)) / len(answer) for c, answer in pairs]
