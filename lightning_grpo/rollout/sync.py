@@ -35,6 +35,8 @@ class SyncReport:
     tensors: int
     moved: list[str]
     """Names of the tensors that changed since the sync before; all of them at the first."""
+    compared: int
+    """Tensors whose bits in the engine were compared with those sent."""
     canary: Mismatch
 
 
@@ -42,11 +44,13 @@ class SyncedEngine:
     """Wraps an engine for one policy and satisfies `Engine` itself.
 
     Before it generates it asks for the policy's version. Where that moved, the weights are streamed into the engine,
-    and the log-probs of fixed token sequences must then agree on both sides, within what the dtypes' rounding explains
-    and four times what the first sync showed. Otherwise `WeightSyncError` is raised and nothing is sampled.
+    the bits that the engine holds must be those that were sent, and the log-probs of fixed token sequences must then
+    agree on both sides, within what the dtypes' rounding explains and four times what the first sync showed. Otherwise
+    `WeightSyncError` is raised, naming tensors, and nothing is sampled.
 
     Args:
-        engine: what samples.
+        engine: what samples. It may have ``dtype`` (weights are cast to it on the way), ``held`` (what it holds after
+            `update_weights`, a list of `Held`) and ``weights_lost`` (True where a sleep cost it its weights).
         version: gives the policy's version, which rises whenever its weights change.
         weights: gives a fresh stream of the policy's weights under Hugging Face names.
         score: the policy's log-probs of whole sequences at temperature 1, [n − 1] each for n tokens.
@@ -118,7 +122,7 @@ class SyncedEngine:
             return None
         self._synced_version = None
         start = time.perf_counter()
-        stream = WeightStream(self._weights())
+        stream = WeightStream(self._weights(), getattr(self.engine, "dtype", None))
         try:
             self.engine.wake()
             self.engine.update_weights(stream, version)
@@ -129,6 +133,7 @@ class SyncedEngine:
         moved = list(stream.fingerprints)
         if self._fingerprints is not None:
             moved = stream.compare(self._fingerprints)
+        compared = stream.check(getattr(self.engine, "held", ()))
         seconds = time.perf_counter() - start
         canary = self._prove(version, moved)
         self.last_sync = SyncReport(
@@ -138,6 +143,7 @@ class SyncedEngine:
             bytes=stream.bytes,
             tensors=len(stream.fingerprints),
             moved=moved,
+            compared=compared,
             canary=canary,
         )
         self._fingerprints = stream.fingerprints

@@ -6,7 +6,7 @@ completion length.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -131,6 +131,21 @@ class Rollout:
     rollout_logprobs: Tensor
     truncated: Tensor
     versions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def rows(self, index: Sequence[int], device: torch.device | str | None = None) -> Self:
+        """The rows ``index``, without the columns that are padding in all of them, on ``device``."""
+        taken = {name: x[list(index)] if isinstance(x, Tensor) else x for name, x in vars(self).items()}
+        P = int(taken["prompt_mask"].sum(1).max())
+        T = max(1, int(taken["completion_mask"].sum(1).max()))
+        for name, x in taken.items():
+            if name.startswith("prompt_"):
+                taken[name] = x[:, x.shape[1] - P :]
+            elif x is not None and name.startswith(("completion_", "old_", "ref_", "rollout_")):
+                taken[name] = x[:, :T]
+        return type(self)(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in taken.items()})
 
     @classmethod
     def collate(

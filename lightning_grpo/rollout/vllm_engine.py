@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.rollout.guest import guest, noise_to
-from lightning_grpo.rollout.proof import WeightSyncError
+from lightning_grpo.rollout.proof import Held, WeightSyncError
 from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Sampling
+from lightning_grpo.rollout.vllm_weights import load_weights
 
 VLLM_SERIES = "0.32."
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class VLLMEngine:
         self.sleep_level = sleep_level
         self.version = 0
         self.weights_lost = False
+        self.held: list[Held] = []
         self._request_ids = itertools.count()
         self._asleep: set[str] = set()
         settings = {
@@ -154,13 +156,7 @@ class VLLMEngine:
         """
         self.wake()
         with guest():
-            model = self._model
-            missing = _reload(self._worker, model, weights)
-            if missing:
-                raise WeightSyncError(
-                    f"no weights came for {len(missing)} parameters of the engine: {', '.join(sorted(missing)[:8])}"
-                )
-            _repack_tied_head(model)
+            self.held = load_weights(self._worker, weights)
             if not self.llm.llm_engine.reset_prefix_cache():
                 raise WeightSyncError("the engine's prefix cache could not be reset: requests are still running")
         self.weights_lost = False
@@ -211,10 +207,6 @@ class VLLMEngine:
     def _worker(self) -> Any:
         return self.llm.llm_engine.model_executor.driver_worker.worker
 
-    @property
-    def _model(self) -> torch.nn.Module:
-        return self._worker.get_model()
-
     def _params(self, sampling: Sampling, max_tokens: int, seed: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -259,34 +251,6 @@ def _replace_functions() -> None:
     if current_platform.is_cpu():
         torch.ops._C.init_cpu_memory_env = lambda nodes: None
         sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
-
-
-def _reload(worker: Any, model: torch.nn.Module, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-    """Load the stream into a live engine; returns the engine's parameters that it held nothing for."""
-    loaded: set[str] = set()
-    load_weights = model.load_weights
-
-    def recording(stream: Iterable[tuple[str, Tensor]]) -> set[str]:
-        names = load_weights(stream)
-        loaded.update(names or ())
-        return names
-
-    model.load_weights = recording
-    try:
-        worker.reload_weights(weights_iterator=iter(weights))
-    finally:
-        del model.load_weights
-    return {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()} - loaded if loaded else set()
-
-
-def _repack_tied_head(model: torch.nn.Module) -> None:
-    """On a CPU the head computes with a packed copy, which a reload of the embedding it is tied to leaves stale."""
-    head = getattr(model, "lm_head", None)
-    if head is None or not hasattr(head, "cpu_linear"):
-        return
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
 
 def _shutdown(llm: Any, host_group: bool) -> None:

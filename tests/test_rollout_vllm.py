@@ -1,0 +1,262 @@
+"""A real vLLM engine in this process: samples, log-probs, manners, and every fault of a weight sync."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_grpo.rollout import HFEngine, Sampling, SyncedEngine, WeightSyncError, policy_weights, rollout_seeds
+
+pytest.importorskip("vllm")
+from lightning_grpo.rollout.vllm_engine import VLLMEngine
+
+pytestmark = pytest.mark.vllm
+EOS = 1
+PROMPTS = [[4, 60, 16, 5], [4, 60, 16, 5, 8, 9, 10], [7]]
+SEEDS = [[rollout_seeds(1, 0, i, g) for g in range(4)] for i in range(len(PROMPTS))]
+SETTINGS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 64 << 20,
+    "max_num_seqs": 64,
+}
+
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def perturb(policy, scale=0.02):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters():
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def process_state():
+    return (
+        dict(os.environ),
+        random.getstate(),
+        [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
+        torch.get_rng_state().tolist(),
+        torch.get_num_threads(),
+        torch.set_num_threads,
+        torch.Tensor.pin_memory,
+        torch.cuda.Stream,
+        torch.accelerator.synchronize,
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model_path, tmp_path_factory):
+    before = process_state()
+    log_file = tmp_path_factory.mktemp("log") / "vllm.log"
+    engine = VLLMEngine(
+        tiny_model_path, eos_token_ids=[EOS], max_model_len=128, engine_args=SETTINGS, log_file=log_file
+    )
+    assert process_state() == before
+    assert "vLLM" in log_file.read_text() or "vllm" in log_file.read_text()
+    yield engine
+    engine.close()
+    engine.close()
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture
+def policy(tiny_model_path):
+    return load(tiny_model_path)
+
+
+@pytest.fixture
+def synced(engine, policy):
+    """The engine with a policy whose version the test turns by hand; proved once on equal weights."""
+    reference = HFEngine(policy, eos_token_ids=[EOS], pad_id=0)
+    synced = SyncedEngine(
+        engine,
+        version=lambda: synced.turn,
+        weights=lambda: synced.stream(),
+        score=reference.logprobs,
+        vocab_size=policy.config.vocab_size,
+    )
+    synced.turn, synced.stream, synced.reference = 0, lambda: policy_weights(policy), reference
+    synced.sync()
+    return synced
+
+
+def test_logprobs_are_those_of_the_sampled_distribution(synced):
+    sampling = Sampling(temperature=0.7, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.2)
+    groups = synced.generate(PROMPTS, sampling, max_tokens=16, seeds=SEEDS)
+    expected = synced.reference.generate(PROMPTS, sampling, max_tokens=16, seeds=SEEDS)
+    assert [len(g) for g in groups] == [len(g) for g in expected] == [4, 4, 4]
+    # The engines draw different samples; the same first token must have the same log-prob.
+    for ours, theirs in zip(groups, expected, strict=True):
+        known = {c.token_ids[0]: c.logprobs[0] for c in theirs}
+        for c in ours:
+            if c.token_ids[0] in known:
+                assert c.logprobs[0] == pytest.approx(known[c.token_ids[0]], abs=1e-4)
+
+
+def test_logprobs_at_temperature_one_are_the_policys(synced):
+    groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for c in group:
+            scored = synced.reference.logprobs([prompt + c.token_ids])[0][len(prompt) - 1 :]
+            torch.testing.assert_close(torch.tensor(c.logprobs), scored, atol=1e-4, rtol=0)
+
+
+def test_a_seed_gives_the_same_sample_in_another_batch(synced):
+    together = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+    alone = synced.generate(PROMPTS[1:2], Sampling(), max_tokens=32, seeds=[SEEDS[1][::-1]])
+    assert [c.token_ids for c in alone[0][::-1]] == [c.token_ids for c in together[1]]
+
+
+def test_finish_reasons_and_streaming(synced):
+    heard = {}
+    groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS, on_group=heard.__setitem__)
+    assert [heard[i] for i in range(3)] == groups
+    for c in (c for group in groups for c in group):
+        assert (c.finish_reason == "stop") == (c.token_ids[-1] == EOS)
+        assert c.finish_reason == "stop" or len(c.token_ids) == 32
+        assert EOS not in c.token_ids[:-1] and len(c.logprobs) == len(c.token_ids)
+
+
+def test_generation_leaves_the_process_alone(synced):
+    before = process_state()
+    synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+    synced.sync(force=True)
+    assert process_state() == before
+
+
+def test_samples_follow_the_policy(synced, policy):
+    synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    perturb(policy)
+    synced.turn = 1
+    groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    assert synced.last_sync.moved == [name for name, _ in policy_weights(policy)]
+    assert synced.last_sync.compared == synced.last_sync.tensors
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for c in group:
+            assert c.version == 1
+            scored = synced.reference.logprobs([prompt + c.token_ids])[0][len(prompt) - 1 :]
+            torch.testing.assert_close(torch.tensor(c.logprobs), scored, atol=1e-4, rtol=0)
+
+
+def test_an_unmoved_policy_is_not_synced_again(synced):
+    assert synced.sync() is None
+
+
+def faulty_stream(policy, fault):
+    """The policy's weights as they were, or as a broken sync would send them."""
+    weights = {name: weight.clone() for name, weight in policy_weights(policy)}
+    perturb(policy)
+    q, k = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
+    fresh = dict(policy_weights(policy))
+    match fault:
+        case "no sync":
+            fresh = weights
+        case "stale layer":
+            fresh |= {n: w for n, w in weights.items() if n.startswith("model.layers.1.")}
+        case "swapped slices":
+            fresh[q], fresh[k] = fresh[k], fresh[q]
+        case "transposed":
+            fresh["model.layers.0.self_attn.q_proj.weight"] = fresh["model.layers.0.self_attn.q_proj.weight"].T
+        case "wrong scaling":
+            fresh["model.layers.0.mlp.down_proj.weight"] = fresh["model.layers.0.mlp.down_proj.weight"] * 1.5
+        case "truncated":
+            fresh["model.layers.0.mlp.down_proj.weight"] = fresh["model.layers.0.mlp.down_proj.weight"][:32]
+        case "missing":
+            del fresh["model.layers.1.mlp.up_proj.weight"]
+        case "nan":
+            fresh["model.norm.weight"] = fresh["model.norm.weight"] * torch.nan
+    return {name: weight.clone() for name, weight in fresh.items()}
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("no sync", "moved in this sync: none"),
+        ("stale layer", "moved in this sync: model.embed_tokens.weight, model.layers.0.self_attn.q_proj.weight"),
+        ("swapped slices", "differ from the policy"),
+        ("transposed", "differ from the policy"),
+        ("wrong scaling", "differ from the policy"),
+        ("truncated", "model.layers.0.mlp.down_proj.weight"),
+        ("missing", "model.layers.1.mlp.up_proj|model.layers.1.mlp.gate_up_proj"),
+        ("nan", "differ from the policy"),
+    ],
+)
+def test_a_faulty_stream_stops_the_run(synced, policy, fault, named):
+    weights = faulty_stream(policy, fault)
+    synced.stream, synced.turn = lambda: iter(weights.items()), 1
+    with pytest.raises(WeightSyncError, match=named):
+        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+    # It stays stopped: the next try does not take the failed sync for a done one.
+    with pytest.raises(WeightSyncError):
+        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+
+
+@pytest.mark.parametrize("change", [0.02, 1e-5])
+def test_a_forgotten_tied_head_is_named(synced, policy, change, monkeypatch):
+    from lightning_grpo.rollout import vllm_weights
+
+    monkeypatch.setattr(vllm_weights, "_pack_head", lambda model: None)
+    perturb(policy, change)
+    synced.turn = 1
+    with pytest.raises(WeightSyncError, match=r"model.embed_tokens.weight \(stale in lm_head\)"):
+        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+
+
+def test_a_change_too_small_for_the_canary_is_still_seen(synced, policy, engine, monkeypatch):
+    """The engine keeps one layer's old weights after an update of one ulp."""
+    perturb(policy, 1e-6)
+    stale = dict(policy_weights(load(policy.config._name_or_path)))
+    name = "model.layers.1.self_attn.v_proj.weight"
+    update = engine.update_weights
+
+    def faulty(weights, version):
+        update(((n, stale[n] if n == name else w) for n, w in weights), version)
+
+    monkeypatch.setattr(engine, "update_weights", faulty)
+    synced.turn = 1
+    with pytest.raises(WeightSyncError, match=rf"{name} \(altered in model.layers.1.self_attn.qkv_proj\)"):
+        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+
+
+def test_a_stale_prefix_cache_would_show(synced, policy, engine, monkeypatch):
+    """Without the reset the samples' log-probs are off; with it they are right. Guards against a silent no-op."""
+    prompts = [list(range(6, 6 + 70))] * 2
+
+    def error(groups):
+        return max(
+            (synced.reference.logprobs([prompts[0] + c.token_ids])[0][69:] - torch.tensor(c.logprobs)).abs().max()
+            for group in groups
+            for c in group
+        )
+
+    synced.generate(prompts, Sampling(), max_tokens=4, seeds=SEEDS[:2])
+    perturb(policy, 0.05)
+    reset = engine.llm.llm_engine.reset_prefix_cache
+    monkeypatch.setattr(engine.llm.llm_engine, "reset_prefix_cache", lambda: True)
+    synced.turn = 1
+    assert error(synced.generate(prompts, Sampling(), max_tokens=4, seeds=SEEDS[:2])) > 1e-2
+    monkeypatch.setattr(engine.llm.llm_engine, "reset_prefix_cache", reset)
+    synced.turn = 2
+    assert error(synced.generate(prompts, Sampling(), max_tokens=4, seeds=SEEDS[:2])) < 1e-4
+
+
+def test_stop_strings_without_a_tokenizer_are_refused(synced):
+    with pytest.raises(ValueError, match=r"sampling.stop"):
+        synced.generate(PROMPTS, Sampling(stop=["x"]), max_tokens=4, seeds=SEEDS)
+
+
+def test_an_interrupted_generation_leaves_no_request_behind(synced, engine):
+    def interrupt(index, group):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synced.generate(PROMPTS, Sampling(), max_tokens=64, seeds=SEEDS, on_group=interrupt)
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    synced.sync(force=True)
+    synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)

@@ -1,0 +1,85 @@
+"""The stream of weights from the policy: names, values, ties, adapters, shards."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lightning_grpo.rollout import policy_weights
+
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def adapted(path, **settings):
+    """A LoRA model whose adapter does something."""
+    policy = get_peft_model(load(path), LoraConfig(r=4, lora_alpha=8, **settings))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return policy
+
+
+def logits_of(policy):
+    with torch.no_grad():
+        return policy(torch.arange(6, 38)[None]).logits
+
+
+@pytest.mark.parametrize("which", ["tied", "untied"])
+def test_names_and_values_are_the_checkpoints(which, tiny_model_path, untied_model_path):
+    path = tiny_model_path if which == "tied" else untied_model_path
+    saved = load_file(f"{path}/model.safetensors")
+    streamed = list(policy_weights(load(path)))
+    assert len(streamed) == len({name for name, _ in streamed})
+    assert {name for name, _ in streamed} == set(saved)
+    for name, weight in streamed:
+        assert not weight.requires_grad
+        torch.testing.assert_close(weight, saved[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+        {"target_modules": "all-linear", "use_rslora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+        {"target_modules": ["embed_tokens", "k_proj"]},
+    ],
+    ids=["some", "all-rslora", "modules-to-save", "embedding"],
+)
+def test_adapters_are_merged_into_the_stream_only(settings, untied_model_path):
+    policy = adapted(untied_model_path, **settings)
+    if "modules_to_save" in settings:
+        policy.base_model.model.model.norm.modules_to_save["default"].weight.data *= 1.1
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    expected = logits_of(policy)
+    plain = load(untied_model_path)
+    assert (logits_of(plain) - expected).abs().max() > 1e-2
+    plain.load_state_dict(dict(policy_weights(policy)), strict=True)
+    torch.testing.assert_close(logits_of(plain), expected, atol=1e-5, rtol=1e-5)
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(parameter, before[name], rtol=0, atol=0)
+
+
+def test_an_already_merged_adapter_is_not_merged_twice(untied_model_path):
+    policy = adapted(untied_model_path, target_modules=["q_proj"])
+    expected = dict(policy_weights(policy))
+    policy.merge_adapter()
+    for name, weight in policy_weights(policy):
+        torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
+def test_adapters_that_are_no_sum_are_refused(settings, untied_model_path):
+    policy = adapted(untied_model_path, target_modules=["q_proj"], **settings)
+    with pytest.raises(NotImplementedError, match="not plain LoRA"):
+        list(policy_weights(policy))
+
+
+def test_the_stream_makes_no_second_copy(tiny_model_path):
+    policy = load(tiny_model_path)
+    own = {p.data_ptr() for p in policy.parameters()}
+    assert all(weight.data_ptr() in own for _, weight in policy_weights(policy))
