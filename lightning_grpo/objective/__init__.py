@@ -1,7 +1,7 @@
 """The objective, in pure tensors: advantages from rewards, a loss from log-probs."""
 
 from .adaptive import AdaptiveBeta, AdaptiveEntropy
-from .advantages import AdvantageConfig, group_advantages
+from .advantages import AdvantageConfig, group_advantages, total_rewards
 from .coefficients import Coefficients
 from .config import ObjectiveConfig
 from .correction import RolloutCorrection
@@ -37,4 +37,5 @@ __all__ = [
     "kl_divergence",
     "kl_penalty",
     "policy_loss",
+    "total_rewards",
 ]

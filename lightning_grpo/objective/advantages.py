@@ -31,8 +31,6 @@ class AdvantageConfig:
     weight they have (Dr. GRPO)."""
     aggregation: RewardAggregation = "sum_then_normalize"
     """Sum the weighted rewards first, or z-score each in its group first, so that none outweighs the others."""
-    weights: list[float] | None = None
-    """One per reward function. None: 1 each."""
     k: int | None = None
     """k of pass_at_k: the reward is that of the best of k."""
 
@@ -48,14 +46,21 @@ class AdvantageConfig:
             or self.estimator in ("reinforce_pp", "reinforce_pp_baseline", "gpg", "lite_ppo")
         )
 
-    def __call__(self, rewards: Tensor, num_generations: int, *, lengths: Tensor | None = None) -> Tensor:
-        """Advantages [N] of rewards [N, R]."""
+    def __call__(
+        self,
+        rewards: Tensor,
+        num_generations: int,
+        *,
+        weights: Tensor | list[float] | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Advantages [N] of rewards [N, R] with weights [R] (each reward's own)."""
         return group_advantages(
             rewards,
             num_generations,
             scale_rewards=self.scale_rewards,
             aggregation=self.aggregation,
-            weights=self.weights,
+            weights=weights,
             estimator=self.estimator,
             lengths=lengths,
             k=self.k,
@@ -138,15 +143,14 @@ def group_advantages(
     values = rewards.double()
     weights = torch.ones(R) if weights is None else torch.as_tensor(weights)
     weights = weights.to(values)
-    unscored = values.isnan().all(1)
 
     if aggregation == "normalize_then_sum":
         grouped = values.view(-1, G, R)
         z = centre(grouped, 1) / (std(grouped, 1) + EPSILON)
-        total = (z.view(N, R) * weights).nansum(1).masked_fill(unscored, torch.nan)
+        total = total_rewards(z.view(N, R), weights)
         A = centre(total, 0) / (std(total, 0) + EPSILON)
     else:
-        total = (values * weights).nansum(1).masked_fill(unscored, torch.nan)
+        total = total_rewards(values, weights)
         grouped = total.view(-1, G)
         A = ESTIMATORS[estimator](grouped, lengths, k)
         if scale_rewards != "none":
@@ -158,9 +162,16 @@ def group_advantages(
     return A.to(rewards.dtype if rewards.dtype == torch.float64 else torch.float32)
 
 
+def total_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
+    """[N]: the weighted sum of ``rewards`` [N, R] that apply; NaN for a row to which none does."""
+    return (rewards * weights).nansum(1).masked_fill(rewards.isnan().all(1), torch.nan)
+
+
 def centre(x: Tensor, dim: int) -> Tensor:
-    """x − mean, leaving NaN out."""
-    return x - x.nanmean(dim, keepdim=True)
+    """x − mean, leaving NaN out; exactly 0 where all are equal, whatever the mean's rounding."""
+    mean = x.nanmean(dim, keepdim=True)
+    deviation = x - mean
+    return torch.where(deviation.abs() <= 1e-14 * x.shape[dim] * mean.abs(), 0.0, deviation)
 
 
 def std(x: Tensor, dim: int) -> Tensor:

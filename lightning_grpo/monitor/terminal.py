@@ -1,0 +1,135 @@
+"""What a person sees: one line of figures an optimizer step, and a summary at the end."""
+
+import sys
+import time
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
+
+FIGURES = {
+    "reward": ("reward", "{:.3f}"),
+    "loss": ("loss", "{:+.4f}"),
+    "kl": ("kl", "{:.4f}"),
+    "entropy": ("entropy", "{:.2f}"),
+    "length": ("completions/mean_length", "{:.0f}"),
+    "tok/s": ("tokens_per_second", "{:.0f}"),
+}
+PHASES = ("rollout", "sync", "reward", "score", "update")
+
+
+def figures(metrics: dict[str, Any]) -> str:
+    """The metrics of one optimizer step on one line, the seconds of its phases last."""
+    shown = [
+        f"{label} {form.format(float(metrics[name]))}" for label, (name, form) in FIGURES.items() if name in metrics
+    ]
+    phases = [f"{name} {float(metrics[f'time/{name}']):.1f}s" for name in PHASES if f"time/{name}" in metrics]
+    return "  ".join(shown) + "  │ " + " ".join(phases)
+
+
+class StepProgressBar(ProgressBar):
+    """Counts optimizer steps and shows the step's figures: a bar on a terminal, a line a step elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: tqdm | None = None
+        self._enabled = True
+        self._started = 0.0
+
+    def disable(self) -> None:
+        """Called by Lightning on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Called by Lightning."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the bar."""
+        if self._enabled:
+            tqdm.write(" ".join(map(str, args)), file=sys.stderr)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar where training starts or goes on."""
+        self._step, self._started, self._first = trainer.global_step, time.monotonic(), trainer.global_step
+        if self._enabled and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._total(trainer),
+                initial=trainer.global_step,
+                desc="step",
+                dynamic_ncols=True,
+                bar_format="{n_fmt}/{total_fmt} {bar:10} {elapsed}<{remaining}  {postfix}",
+            )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Show the figures once the optimizer has stepped."""
+        if not self._enabled or trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        line = figures(trainer.callback_metrics)
+        if self._bar is not None:
+            self._bar.n = self._step
+            self._bar.set_postfix_str(line)
+        else:
+            elapsed = time.monotonic() - self._started
+            total = self._total(trainer)
+            left = (total - self._step) * elapsed / (self._step - self._first) if total else float("nan")
+            print(f"step {self._step}/{total or '?'}  {elapsed:.0f}s<{left:.0f}s  {line}", file=sys.stderr, flush=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show what the held-out prompts gave."""
+        if self._enabled and (held_out := getattr(pl_module, "held_out", None)):
+            when = "before training" if trainer.sanity_checking else f"step {trainer.global_step}"
+            self.print(f"{when}: " + "  ".join(f"{name} {value:.3f}" for name, value in held_out.items()))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that the error stands below it."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    @staticmethod
+    def _total(trainer: Trainer) -> int | None:
+        if trainer.max_steps and trainer.max_steps > 0:
+            return trainer.max_steps
+        steps = trainer.estimated_stepping_batches
+        return int(steps) if steps != float("inf") else None
+
+
+class RunSummary(Callback):
+    """Prints at the end what the held-out prompts gave before and after, and where everything lies."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, float] = {}
+        self._after: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the first evaluation and the last."""
+        if trainer.sanity_checking:
+            self._before = dict(pl_module.held_out)
+        else:
+            self._after = dict(pl_module.held_out)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary."""
+        lines = [f"{trainer.global_step} optimizer steps, {pl_module.num_tokens:,} completion tokens"]
+        for name, after in self._after.items():
+            before = f"{self._before[name]:.3f} → " if name in self._before else ""
+            lines.append(f"held-out {name.removeprefix('val/')}: {before}{after:.3f}")
+        checkpoint = trainer.checkpoint_callback
+        if checkpoint is not None and (path := checkpoint.last_model_path or checkpoint.best_model_path):
+            lines.append(f"checkpoint: {path}")
+        if trainer.log_dir:
+            lines.append(f"config and logs: {trainer.log_dir}")
+        print("\n".join(lines))

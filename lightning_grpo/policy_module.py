@@ -1,0 +1,360 @@
+"""A language model under Lightning: loading, generating, scoring, evaluating, saving. What GRPO does with it is above.
+
+Shapes: B prompts, N = B·G completions, R rewards, P prompt length, T completion length.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from lightning_grpo.data import PromptBatch
+from lightning_grpo.logprobs import completion_logprobs
+from lightning_grpo.monitor.metrics import Window, observe_completions, observe_rewards
+from lightning_grpo.policy import LoRA, frozen_copy, load_config, load_policy, load_tokenizer
+from lightning_grpo.rewards import Reward, compute_rewards
+from lightning_grpo.rollout import Rollout, RolloutCallback, Sampling, SyncedEngine, default_rollout, policy_weights
+from lightning_grpo.rollout.seeds import rollout_seeds
+
+log = logging.getLogger(__name__)
+
+EVALUATION = -1
+"""The rollout number of held-out samples: their seeds never change, so that evaluations differ by the policy alone."""
+
+
+class PolicyModule(LightningModule):
+    """Owns policy, frozen reference, tokenizer and rewards; talks to an `Engine` that a callback attaches.
+
+    Args:
+        model: the policy's checkpoint: folder, or name on the Hugging Face hub.
+        rewards: what judges the completions; their weighted sum is the reward.
+        max_prompt_length: tokens a prompt may have; longer ones are the data's to drop or refuse.
+        max_completion_length: tokens a completion may have.
+        sampling: how the engine draws tokens in training.
+        validation_sampling: how it draws them in validation, test and predict; None takes the training's.
+        validation_generations: completions of each held-out prompt (k of pass@k).
+        pass_threshold: a held-out completion is right where its first reward is at least this.
+        lora: train adapters instead of the whole weights.
+        dtype: of the parameters. float32 together with trainer.precision bf16-mixed keeps master weights: with bfloat16
+            parameters, steps of learning rates of 1e-5 and below are mostly lost to rounding.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more compute.
+        share_prompt: compute each prompt once for all its completions. Without effect under gradient_checkpointing.
+        attn_implementation: transformers' name of the attention: sdpa, eager, flash_attention_2, …
+        from_scratch: random weights by the checkpoint's configuration; its weights are not read.
+        optimizer: called with the trainable parameters.
+        lr_schedule: learning rate after the warm-up.
+        warmup_steps: optimizer steps in which the learning rate rises from 0.
+        seed: of sampling. The samples of a run follow from (seed, rollout, prompt, sample) alone.
+    """
+
+    engine: SyncedEngine | None = None
+    """Samples from the policy's current weights. A `RolloutCallback` attaches it (`default_rollout` if none is named)."""
+
+    def __init__(
+        self,
+        model: str,
+        rewards: list[Reward],
+        *,
+        max_prompt_length: int = 512,
+        max_completion_length: int = 256,
+        sampling: Sampling = Sampling(),
+        validation_sampling: Sampling | None = None,
+        validation_generations: int = 1,
+        pass_threshold: float = 1.0,
+        lora: LoRA | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        gradient_checkpointing: bool = False,
+        share_prompt: bool = True,
+        attn_implementation: str = "sdpa",
+        from_scratch: bool = False,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0),
+        lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
+        warmup_steps: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in [
+            ("max_prompt_length", max_prompt_length, 1),
+            ("max_completion_length", max_completion_length, 1),
+            ("validation_generations", validation_generations, 1),
+            ("warmup_steps", warmup_steps, 0),
+        ]:
+            if value < least:
+                raise ValueError(f"{name} is {value}; set {least} or more")
+        if not rewards:
+            raise ValueError("rewards is empty: nothing would be learned; name at least one reward")
+        self.model_path = model
+        self.rewards = list(rewards)
+        self.max_prompt_length = max_prompt_length
+        self.max_completion_length = max_completion_length
+        self.sampling = sampling
+        self.validation_sampling = validation_sampling or sampling
+        self.validation_generations = validation_generations
+        self.pass_threshold = pass_threshold
+        self.lora = lora
+        self.dtype_name = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.share_prompt = share_prompt and not gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.from_scratch = from_scratch
+        self.optimizer_factory = optimizer
+        self.lr_schedule = lr_schedule
+        self.warmup_steps = warmup_steps
+        self.seed = seed
+        self.policy: nn.Module | None = None
+        # a tuple hides the reference from the module tree: it is neither trained, saved nor sharded with the policy
+        self._reference: tuple[nn.Module, ...] = ()
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._held_out = Window()
+
+    # ── Loading ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer, read once."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.model_path)
+        return self._tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rectangles; masks, never this id, say what is padding (many models pad with the end token)."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.tokenizer.eos_token_id
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference is used at all; where not, none is kept."""
+        return False
+
+    def configure_model(self) -> None:
+        """Load the policy, and copy it as reference where one is needed and LoRA doesn't give it for free."""
+        if self.policy is not None:
+            return
+        self.policy = load_policy(
+            self.model_path,
+            dtype=self.dtype_name,
+            lora=self.lora,
+            gradient_checkpointing=self.gradient_checkpointing,
+            attn_implementation=self.attn_implementation,
+            from_scratch=self.from_scratch,
+            seed=self.seed,
+        )
+        if self.needs_reference and self.lora is None:
+            self._reference = (frozen_copy(self.policy),)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The engine, where the user named none."""
+        if any(isinstance(callback, RolloutCallback) for callback in self.trainer.callbacks):
+            return []
+        return [default_rollout()]
+
+    def setup(self, stage: str) -> None:
+        """Check what can be checked before a weight is loaded."""
+        longest = getattr(load_config(self.model_path).get_text_config(), "max_position_embeddings", None)
+        needed = self.max_prompt_length + self.max_completion_length
+        if longest is not None and needed > longest:
+            raise ValueError(
+                f"max_prompt_length {self.max_prompt_length} + max_completion_length {self.max_completion_length} = "
+                f"{needed} tokens, but {self.model_path} was made for {longest}; "
+                f"set max_completion_length to {longest - self.max_prompt_length} or less, or shorten the prompts"
+            )
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer over all trainable parameters, and its learning-rate schedule, one step at a time."""
+        optimizer = self.optimizer_factory(p for p in self.parameters() if p.requires_grad)
+        lr = max(group["lr"] for group in optimizer.param_groups)
+        if self.dtype_name != "float32" and self.lora is None and lr <= 1e-5:
+            log.warning(
+                "dtype is %s and the learning rate %g: most of each step is lost to rounding. Set dtype: float32 with "
+                "trainer.precision bf16-mixed, which keeps master weights",
+                self.dtype_name,
+                lr,
+            )
+        if self.lr_schedule == "constant":
+            name, steps = "constant_with_warmup", None
+        else:
+            name, steps = self.lr_schedule, int(self.trainer.estimated_stepping_batches)
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ── Generating and scoring ────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def policy_version(self) -> int:
+        """Rises whenever the policy's weights change."""
+        return self.trainer.global_step
+
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights under Hugging Face names, adapters merged, for the engine."""
+        return policy_weights(self.policy)
+
+    def generate(self, batch: PromptBatch, num_generations: int, sampling: Sampling, *, number: int) -> Rollout:
+        """Sample ``num_generations`` completions of each prompt: N rows, those of a prompt next to each other.
+
+        Args:
+            batch: B prompts.
+            num_generations: completions of each.
+            sampling: how tokens are drawn.
+            number: of the rollout; it enters the seeds.
+        """
+        seeds = [
+            [rollout_seeds(self.seed, number, index, sample) for sample in range(num_generations)]
+            for index in batch.prompt_indices
+        ]
+        completions = self.engine.generate(batch.prompts, sampling, max_tokens=self.max_completion_length, seeds=seeds)
+        return Rollout.collate(batch.prompts, completions, self.pad_id)
+
+    def compute_rewards(self, rollout: Rollout, batch: PromptBatch) -> Tensor:
+        """Every reward of every completion: [N, R] float32, NaN where a reward says it does not apply."""
+        pairs = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+        completion_ids = [ids[mask].tolist() for ids, mask in pairs]
+        repeats = len(completion_ids) // len(batch)
+        return compute_rewards(
+            self.rewards,
+            [prompt for prompt in batch.messages for _ in range(repeats)],
+            self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True),
+            completion_ids,
+            [row for row in batch.columns for _ in range(repeats)],
+            self.trainer,
+        )
+
+    @property
+    def reward_weights(self) -> Tensor:
+        """[R]"""
+        return torch.tensor([float(reward.weight) for reward in self.rewards])
+
+    def logprobs(self, model: nn.Module, rows: Rollout, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [N, T] of the completions' tokens, at the temperature they were sampled with."""
+        return completion_logprobs(
+            model,
+            prompt_ids=rows.prompt_ids,
+            prompt_mask=rows.prompt_mask,
+            completion_ids=rows.completion_ids,
+            completion_mask=rows.completion_mask,
+            temperature=self.sampling.temperature,
+            share_prompt=self.share_prompt,
+            entropy_grad=entropy_grad,
+        )
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, rollout: Rollout, micro_batches: Sequence[list[int]]) -> Tensor:
+        """Log-probs [N, T] of ``model`` for the rows named in ``micro_batches``; zero in the others.
+
+        Runs in the trainer's precision and on the update's own micro-batches: an unmoved policy scores bit for bit
+        what the update will compute, so that the first ratio is exactly 1.
+        """
+        logprobs = torch.zeros_like(rollout.rollout_logprobs)
+        with self.trainer.precision_plugin.forward_context():
+            for index in micro_batches:
+                rows = rollout.rows(index, self.device)
+                values = self.logprobs(model, rows)[0]
+                logprobs[index, : values.shape[1]] = values.to(logprobs.device, logprobs.dtype)
+        return logprobs
+
+    @torch.no_grad()
+    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """For sequences of n tokens the n − 1 values log p(token[i] | token[:i]) of the policy, at temperature 1."""
+        scored = []
+        with self.trainer.precision_plugin.forward_context():
+            for sequence in sequences:
+                ids = torch.tensor([list(sequence)], device=self.device)
+                mask = torch.ones_like(ids, dtype=torch.bool)
+                logprobs, _ = completion_logprobs(
+                    self.policy,
+                    prompt_ids=ids[:, :1],
+                    prompt_mask=mask[:, :1],
+                    completion_ids=ids[:, 1:],
+                    completion_mask=mask[:, 1:],
+                    share_prompt=False,
+                )
+                scored.append(logprobs[0])
+        return scored
+
+    def score_reference(self, rollout: Rollout, micro_batches: Sequence[list[int]]) -> Tensor:
+        """`score` by the policy as it was before training."""
+        if self.lora is not None:
+            with self.policy.disable_adapter():
+                return self.score(self.policy, rollout, micro_batches)
+        return self.score(self._reference[0].to(self.device), rollout, micro_batches)
+
+    # ── Held-out prompts ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def evaluate(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
+        """Sample k completions of each held-out prompt and judge them, counting what they score."""
+        k = self.validation_generations
+        rollout = self.generate(batch, k, self.validation_sampling, number=EVALUATION)
+        rewards = self.compute_rewards(rollout, batch)
+        # prompts that only fill up a rank's last batch count nowhere
+        real = torch.tensor(batch.real).repeat_interleave(k)
+        observe_rewards(self._held_out, rewards[real], self.rewards)
+        observe_completions(self._held_out, rollout.completion_mask[real].sum(1), rollout.truncated[real])
+        right = (rewards[real, 0] >= self.pass_threshold).view(-1, k)
+        self._held_out.mean("pass@1", right)
+        if k > 1:
+            self._held_out.mean(f"pass@{k}", right.any(1))
+        return rollout, rewards
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Evaluate one batch of held-out prompts."""
+        self.evaluate(batch)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Evaluate one batch of held-out prompts."""
+        self.evaluate(batch)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record a completion: prompt, completion, rewards, whether it was cut off."""
+        rollout, rewards = self.evaluate(batch)
+        names = [reward.name for reward in self.rewards]
+        k = self.validation_generations
+        return [
+            {
+                "prompt": batch.messages[n // k],
+                "completion": self.tokenizer.decode(ids[mask], skip_special_tokens=True),
+                "rewards": dict(zip(names, row.tolist(), strict=True)),
+                "truncated": bool(cut),
+            }
+            for n, (ids, mask, row, cut) in enumerate(
+                zip(rollout.completion_ids, rollout.completion_mask, rewards, rollout.truncated, strict=True)
+            )
+        ]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all ranks under ``val/``."""
+        self._log_held_out("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over all ranks under ``test/``."""
+        self._log_held_out("test")
+
+    def _log_held_out(self, prefix: str) -> None:
+        values = {f"{prefix}/{name}": value for name, value in self._held_out.reduce().items()}
+        self.held_out = values
+        if not self.trainer.sanity_checking:
+            self.log_dict(values, rank_zero_only=False)
+
+    # ── Checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With LoRA, keep the adapter alone: the base model is the checkpoint it came from."""
+        if self.lora is not None:
+            trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With LoRA, take the base model as it was loaded, but insist on every adapter weight."""
+        if self.lora is not None:
+            missing = {n for n, p in self.named_parameters() if p.requires_grad} - checkpoint["state_dict"].keys()
+            if missing:
+                raise ValueError(
+                    f"the checkpoint lacks {len(missing)} adapter weights, {min(missing)} among them: it was saved "
+                    "with other lora options; set rank and target_modules as they were"
+                )
+            self.strict_loading = False
