@@ -27,7 +27,7 @@ class AdaptiveBeta:
 class AdaptiveEntropy:
     """Integral control of the entropy bonus (Skywork-OR1, arXiv:2505.22312, §4).
 
-    The coefficient grows by ``delta`` after a step whose entropy was at most ``target`` and shrinks by it otherwise. The
+    After a step whose entropy was at most ``target`` the coefficient grows by ``delta``, else it shrinks by it. The
     bonus is given only while the last entropy was at most ``target``, so never in the first step.
     """
 

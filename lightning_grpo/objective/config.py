@@ -86,7 +86,8 @@ class ObjectiveConfig:
                 "objective.use_bias_correction_kl is true, but objective.kl_placement is 'reward', where there is no"
                 " ratio; set kl_placement to 'loss', or use_bias_correction_kl to false"
             )
-        if self.adaptive_beta is not None and self.resolved.beta == 0:
+        # resolving builds the surrogate, which checks its own numbers
+        if self.resolved.beta == 0 and self.adaptive_beta is not None:
             raise ValueError(
                 "objective.adaptive_beta is set, but objective.beta is 0, which it multiplies; set beta to where it"
                 " should start, e.g. 0.01"

@@ -38,11 +38,6 @@ class RolloutCorrection:
                 f"rollout_correction.upper is {self.upper}; set a bound of the ratio of at least 1, or none"
             )
 
-    @classmethod
-    def icepop(cls, lower: float = 0.5, upper: float = 5.0) -> "RolloutCorrection":
-        """ρ·1[lower ≤ ρ ≤ upper] per token."""
-        return cls(level="token", mode="mask", lower=lower, upper=upper)
-
 
 def rollout_ratio(
     old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, level: Literal["token", "sequence", "geometric"]
