@@ -3,6 +3,7 @@
 from lightning_grpo.configure.cost import Cost, Efficiency, predict_cost, zero_variance_share
 from lightning_grpo.configure.hardware import GPUS, Hardware, find_gpu, this_machine
 from lightning_grpo.configure.memory import Memory, predict_memory
+from lightning_grpo.configure.planner import Plan, plan
 from lightning_grpo.configure.shape import ModelShape, find_model
 from lightning_grpo.configure.summary import describe_run, identity_line
 from lightning_grpo.configure.workload import Workload, check_batch_arithmetic
@@ -14,12 +15,14 @@ __all__ = [
     "Hardware",
     "Memory",
     "ModelShape",
+    "Plan",
     "Workload",
     "check_batch_arithmetic",
     "describe_run",
     "find_gpu",
     "find_model",
     "identity_line",
+    "plan",
     "predict_cost",
     "predict_memory",
     "this_machine",

@@ -8,12 +8,13 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from math import ceil
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from lightning_grpo.configure.shape import ModelShape, with_layers
 from lightning_grpo.configure.workload import Workload
@@ -46,12 +47,10 @@ def saved_bytes(weights: set[int]) -> Iterator[dict[int, int]]:
         yield saved
 
 
-def _kept(
-    shape: ModelShape, layers: int, rows: int, length: int, precision: str, dtype: str, rank: int, targets
-) -> int:
+def _kept(shape: ModelShape, layers: int, rows: int, prompts: int, P: int, T: int, settings: tuple) -> int:
+    precision, dtype, rank, targets = settings
     low = torch.float16 if precision.startswith("16") else torch.bfloat16
-    mixed = precision.endswith("mixed")
-    autocast = torch.autocast("cpu", dtype=low) if mixed else contextlib.nullcontext()
+    autocast = torch.autocast("cpu", dtype=low) if precision.endswith("mixed") else contextlib.nullcontext()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(with_layers(shape.config, layers), dtype=getattr(torch, dtype)).train()
         if rank:
@@ -60,10 +59,22 @@ def _kept(
     with FakeTensorMode():
         _move_to_cpu(model)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        ids = torch.zeros(rows, length, dtype=torch.long)
         with saved_bytes(weights) as saved, autocast:
-            model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            _forward(model.base_model, rows, prompts, P, T)
         return sum(saved.values())
+
+
+def _forward(trunk: nn.Module, rows: int, prompts: int, P: int, T: int) -> None:
+    """As the trainer runs it: rows of prompt and completion, or each prompt once into a cache shared by its rows."""
+    ids = torch.zeros(rows, P + T, dtype=torch.long)
+    if prompts == rows:
+        trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        return
+    cache = DynamicCache(config=trunk.config)
+    shared = ids[:prompts, :P]
+    trunk(input_ids=shared, attention_mask=torch.ones_like(shared), past_key_values=cache, use_cache=True)
+    cache.batch_select_indices(torch.zeros(rows, dtype=torch.long))
+    trunk(input_ids=ids[:, P:], attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
 
 
 def _move_to_cpu(model: nn.Module) -> None:
@@ -87,5 +98,7 @@ def _activations(shape: ModelShape, *sizes) -> Activations:
 
 def activations(w: Workload) -> Activations:
     """What the forward of one micro-batch of ``w`` keeps."""
-    length = w.prompt_length + w.completion_length
-    return _activations(w.shape, w.micro_batch_size, length, w.precision, w.dtype, w.lora_rank, w.lora_targets)
+    rows = w.micro_batch_size
+    prompts = ceil(rows / w.num_generations) if w.shares_prompt else rows
+    settings = (w.precision, w.dtype, w.lora_rank, w.lora_targets)
+    return _activations(w.shape, rows, prompts, w.prompt_length, w.completion_length, settings)

@@ -4,8 +4,8 @@ A smaller engine cache costs waves; a smaller micro-batch, with more accumulatio
 still has some thousand tokens; activation checkpointing costs a third more compute; a micro-batch below that costs
 utilisation; a sleeping engine its wake-up; β = 0 the reference; then come an 8-bit optimizer, sharding and LoRA, which
 leave the batch alone; a shorter completion changes what can be learned and comes last. Two are missing: logits are
-never held whole, so that lever is always pulled; and a smaller group saves nothing, since the peak follows the tokens of
-a micro-batch, while P(all rewards of a group equal) = p^G + (1 − p)^G rises.
+never held whole, so that lever is always pulled; and a smaller group saves nothing, since the peak follows the tokens
+of a micro-batch, while P(all rewards of a group equal) = p^G + (1 − p)^G rises.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -179,7 +179,7 @@ def ways_to_fit(
         if any(set(known) <= set(chosen) for _, known in found):
             continue
         run = _pull(w, hardware, chosen)
-        if run is not None:
+        if run is not None and all(run != known for known, _ in found):
             found.append((run, list(chosen)))
             if len(found) == count:
                 break

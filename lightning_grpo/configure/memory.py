@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lightning_grpo.configure.activations import activations
 from lightning_grpo.configure.hardware import GiB, Hardware
 from lightning_grpo.configure.workload import STATE_BYTES, Workload
+from lightning_grpo.kernels.linear import BLOCK_BYTES
 
 Parts = dict[str, float]
 
@@ -76,9 +77,11 @@ def _weight_copies(w: Workload) -> float:
     return 2 * w.shape.trunk_linear if w.precision.endswith("mixed") and w.dtype == "float32" and not w.lora_rank else 0
 
 
-def _logits(w: Workload, bytes_per_logit: int) -> float:
-    """The log-prob kernel's rows of logits alive at once: never the whole batch's."""
-    return min(w.logprob_chunk, w.micro_batch_size * w.completion_length) * w.shape.vocab * bytes_per_logit
+def _logits(w: Workload) -> float:
+    """The log-prob kernel's block of logits and its temporaries: never the whole [tokens, V]."""
+    tokens = w.micro_batch_size * w.completion_length
+    block = min(max(BLOCK_BYTES, 512 * tokens * w.compute_bytes), tokens * w.shape.vocab * w.compute_bytes)
+    return 2 * block + 8 * tokens * w.shape.hidden
 
 
 def _generate(w: Workload) -> Parts:
@@ -97,9 +100,9 @@ def _score(w: Workload) -> Parts:
         return {}
     tokens = w.micro_batch_size * (w.prompt_length + w.completion_length)
     return {
-        "activations": activations(w).layer + 2 * tokens * w.shape.hidden * w.compute_bytes,
+        "activations": activations(w).layer + 2 * tokens * w.shape.hidden * w.weight_bytes,
         "weight copies": _weight_copies(w),
-        "logits chunk": _logits(w, 4),
+        "logits chunk": _logits(w),
     }
 
 
@@ -108,7 +111,8 @@ def _update(w: Workload, hardware: Hardware) -> Parts:
     states = _states(w)
     kept = activations(w)
     tokens = w.micro_batch_size * (w.prompt_length + w.completion_length)
-    residual = tokens * w.shape.hidden * w.compute_bytes
+    # The residual stream has the parameters' type, also under autocast.
+    residual = tokens * w.shape.hidden * w.weight_bytes
     if w.gradient_checkpointing:
         body = {
             "activations (checkpoints)": w.shape.layers * residual + kept.ends,
@@ -117,7 +121,7 @@ def _update(w: Workload, hardware: Hardware) -> Parts:
     else:
         body = {"activations": w.shape.layers * kept.layer + kept.ends}
     head_gradient = 0 if w.lora_rank else w.shape.head * w.weight_bytes
-    loss = body | {"hidden states": 2 * residual, "logits chunk": _logits(w, 8), "head gradient": head_gradient}
+    loss = body | {"hidden states": 2 * residual, "logits chunk": _logits(w), "head gradient": head_gradient}
     last = {"head gradient": 2 * head_gradient}
     # On a GPU, PyTorch's AdamW works on all parameters at once and holds one temporary of their size.
     step = {"optimizer temporaries": 0 if hardware.is_cpu else w.trained * w.trained_bytes / w.shards}

@@ -60,9 +60,8 @@ class Workload:
     engine_graphs: bool = True
     """vLLM captures CUDA graphs (GPU only)."""
     share_prompt: bool = True
-    """The trainer computes a prompt once for the completions of a micro-batch. Off under gradient checkpointing."""
-    logprob_chunk: int = 2048
-    """Rows of logits alive at once."""
+    """The trainer computes a prompt once for the completions of a micro-batch. Off under gradient checkpointing
+    and FSDP."""
 
     def __post_init__(self) -> None:
         if self.precision in ("bf16-true", "16-true"):
@@ -115,7 +114,7 @@ class Workload:
 
     @property
     def shares_prompt(self) -> bool:
-        return self.share_prompt and not self.gradient_checkpointing
+        return self.share_prompt and not self.gradient_checkpointing and self.shards == 1
 
     @property
     def needs_reference(self) -> bool:

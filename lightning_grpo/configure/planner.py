@@ -1,0 +1,460 @@
+"""`plan`: from a task, a model and a device to a complete run with predicted memory, time and cost."""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from lightning_grpo.configure import evidence
+from lightning_grpo.configure.cost import Cost, Efficiency, pass_rate_grid, predict_cost
+from lightning_grpo.configure.evidence import CLASSIC, FIXED, TASKS, Choice
+from lightning_grpo.configure.hardware import GB, Hardware, cores, find_gpu
+from lightning_grpo.configure.levers import fits, ways_to_fit
+from lightning_grpo.configure.memory import Memory, predict_memory
+from lightning_grpo.configure.prompts import PromptStatistics, prompt_statistics
+from lightning_grpo.configure.shape import ModelShape, divisors, find_model
+from lightning_grpo.configure.summary import refusal
+from lightning_grpo.configure.workload import Workload, check_batch_arithmetic
+
+PINNABLE: dict[str, type] = {
+    "num_generations": int,
+    "prompts_per_rollout": int,
+    "micro_batch_size": int,
+    "accumulate_grad_batches": int,
+    "num_iterations": int,
+    "max_prompt_length": int,
+    "max_completion_length": int,
+    "beta": float,
+    "learning_rate": float,
+    "epsilon": float,
+    "epsilon_high": float,
+    "loss_type": str,
+    "scale_rewards": str,
+    "temperature": float,
+    "precision": str,
+    "dtype": str,
+    "gradient_checkpointing": bool,
+    "optimizer": str,
+    "lora_rank": int,
+    "strategy": str,
+    "engine": str,
+    "engine_sleep": bool,
+    "engine_cache": float,
+    "warmup_steps": int,
+    "lr_schedule": str,
+    "weight_decay": float,
+    "gradient_clip_val": float,
+    "max_steps": int,
+    "seed": int,
+}
+
+# Largest micro-batch tried: tokens of one forward pass.
+LARGEST_MICRO_BATCH = {"cpu": 4096, "cuda": 65536}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A complete run: its choices with their reasons, and what it will need. `render` makes YAML and tables of it."""
+
+    task: str
+    preset: str
+    model: str
+    hardware: Hardware
+    workload: Workload
+    choices: dict[str, Choice]
+    """By option name; the values are those of the run."""
+    memory: Memory
+    cost: Cost
+    max_steps: int
+    levers: tuple[str, ...]
+    """What was pulled to make the run fit."""
+    prompts: str | None
+    prompt_statistics: PromptStatistics | None
+    budget_hours: float | None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one optimizer step, its share of the rollout included."""
+        return self.cost.total / self.workload.updates_per_rollout
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run, on the clock."""
+        return self.step_seconds * self.max_steps / 3600
+
+    @property
+    def device_hours(self) -> float:
+        """Of all devices together."""
+        return self.hours * self.workload.ranks
+
+    @property
+    def tokens(self) -> float:
+        """Tokens sampled in the whole run."""
+        return self.cost.generated_tokens * self.max_steps / self.workload.updates_per_rollout
+
+    def to_yaml(self) -> str:
+        """A complete configuration for ``lightning-grpo fit``, a comment above each choice."""
+        from lightning_grpo.configure.render import to_yaml
+
+        return to_yaml(self)
+
+    def table(self) -> str:
+        """What was chosen and why, memory by phase and part, time and cost, as text."""
+        from lightning_grpo.configure.render import table
+
+        return table(self)
+
+
+def plan(
+    *,
+    task: str,
+    model: str,
+    gpu: str | float | None = None,
+    num_gpus: int = 1,
+    lora: bool = False,
+    prompts: str | None = None,
+    budget_hours: float | None = None,
+    pins: Mapping[str, Any] = {},
+    preset: Literal["evidence", "classic"] = "evidence",
+    efficiency: Efficiency | None = None,
+) -> Plan:
+    """Choose every hyperparameter of a run and predict its memory, time and cost.
+
+    Args:
+        task: math_reasoning, code, instruction_following, short_answer or tool_use.
+        model: folder or hub name; only its config is read.
+        gpu: name, gigabytes of memory, ``"cpu"``, or None for what is in this machine.
+        num_gpus: devices, one rank on each.
+        lora: train adapters.
+        prompts: .jsonl or .parquet file whose lengths (and pass rates) are taken into account.
+        budget_hours: hours on the clock; decides the number of steps.
+        pins: options with fixed values, of `PINNABLE`; the rest is planned around them.
+        preset: evidence, or classic for the founding presets.
+        efficiency: measured shares of the device's peak rates; None assumes them.
+
+    Raises:
+        ValueError: unknown task, GPU, model, preset or pin; an unreadable file; pins that contradict each other; or
+            a run that cannot fit, with what is short, by how much, and the cheapest ways out.
+    """
+    if task not in TASKS:
+        raise ValueError(f"--task {task}: unknown; set one of {', '.join(TASKS)}")
+    if num_gpus < 1:
+        raise ValueError(f"--num_gpus is {num_gpus}; set 1 or more")
+    if budget_hours is not None and budget_hours <= 0:
+        raise ValueError(f"--budget_hours is {budget_hours}; set a number of hours above 0")
+    pins = _check_pins(pins, lora)
+    hardware = find_gpu(gpu)
+    shape = find_model(model)
+    statistics = prompt_statistics(prompts, model) if prompts else None
+    lora = lora or pins.get("lora_rank", 0) > 0
+    choices = _choose(task, preset, shape, hardware, num_gpus, lora, statistics)
+    choices |= {name: Choice(value, "pinned") for name, value in pins.items()}
+    run = _workload(choices, pins, task, shape, hardware, num_gpus, lora)
+    run, levers = _make_it_fit(run, hardware, pins, preset)
+    choices = _with_batch(choices, run, pins, levers)
+
+    rates = (
+        statistics.pass_rates if statistics and statistics.pass_rates else pass_rate_grid(TASKS[task].mean_pass_rate)
+    )
+    cost = predict_cost(
+        run,
+        hardware,
+        efficiency,
+        reward_seconds=TASKS[task].reward_seconds,
+        reward_workers=cores(),
+        pass_rates=rates,
+    )
+    steps = pins.get("max_steps") or _steps(budget_hours, cost.total / run.updates_per_rollout)
+    return Plan(
+        task=task,
+        preset=preset,
+        model=model,
+        hardware=hardware,
+        workload=run,
+        choices=choices,
+        memory=predict_memory(run, hardware),
+        cost=cost,
+        max_steps=steps,
+        levers=levers,
+        prompts=prompts,
+        prompt_statistics=statistics,
+        budget_hours=budget_hours,
+        notes=_notes(run, task, statistics, hardware),
+    )
+
+
+def _check_pins(pins: Mapping[str, Any], lora: bool) -> dict[str, Any]:
+    out = {}
+    for name, value in pins.items():
+        if name not in PINNABLE:
+            raise ValueError(f"--set {name}: unknown; set one of {', '.join(PINNABLE)}")
+        kind = PINNABLE[name]
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}[kind]
+        if isinstance(value, bool) != (kind is bool) or (kind is str) != isinstance(value, str):
+            raise ValueError(f"--set {name}={value}: set {wanted}")
+        if kind is int and value != int(value):
+            raise ValueError(f"--set {name}={value}: set {wanted}")
+        if kind in (int, float) and value < 0:
+            raise ValueError(f"--set {name}={value}: set 0 or more")
+        out[name] = kind(value)
+    if lora and out.get("lora_rank") == 0:
+        raise ValueError("--lora and --set lora_rank=0 contradict each other; leave one out")
+    allowed = {
+        "precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
+        "dtype": ("float32", "bfloat16", "float16"),
+        "optimizer": ("adamw", "adamw_8bit", "sgd"),
+        "engine": ("hf", "vllm"),
+        "strategy": ("auto", "ddp", "fsdp"),
+        "lr_schedule": ("constant", "linear", "cosine"),
+    }
+    for name, values in allowed.items():
+        if name in out and out[name] not in values:
+            raise ValueError(f"--set {name}={out[name]}: set one of {', '.join(values)}")
+    precision, dtype = out.get("precision"), out.get("dtype")
+    forced = {"32-true": "float32", "bf16-true": "bfloat16", "16-true": "float16"}.get(precision)
+    if forced and dtype not in (None, forced):
+        raise ValueError(f"--set precision={precision} and dtype={dtype} contradict each other: set dtype={forced}")
+    if forced:
+        out["dtype"] = forced
+    return out
+
+
+def _choose(
+    task: str,
+    preset: str,
+    shape: ModelShape,
+    hardware: Hardware,
+    ranks: int,
+    lora: bool,
+    statistics: PromptStatistics | None,
+) -> dict[str, Choice]:
+    """Every option before memory is looked at."""
+    kind = TASKS[task]
+    length = Choice(kind.max_prompt_length, "usual for the task; longer prompts are dropped")
+    if statistics:
+        how = "counted" if statistics.counted else "estimated from characters"
+        longest = -(-statistics.longest // 16) * 16
+        length = Choice(longest, f"the longest of {statistics.count} prompts ({how}), rounded up to 16s")
+    choices = {
+        "num_generations": kind.num_generations,
+        "prompts_per_rollout": evidence.prompts_per_rollout(hardware.is_cpu, ranks),
+        "max_prompt_length": length,
+        "max_completion_length": kind.max_completion_length,
+        "beta": kind.beta,
+        "learning_rate": evidence.learning_rate(shape, lora),
+        "gradient_clip_val": evidence.gradient_clip_val(lora),
+        **FIXED,
+        **_precision(hardware, lora),
+        "optimizer": Choice("adamw", "Adam with decoupled weight decay"),
+        "engine": _engine(hardware),
+        "gradient_checkpointing": Choice(False, "not needed: activations fit"),
+        "seed": Choice(0, "any; samples follow from it"),
+    }
+    if lora:
+        choices["lora_rank"] = evidence.lora_rank()
+    if preset == "classic":
+        choices |= _classic(task, hardware)
+    elif preset != "evidence":
+        raise ValueError(f"--preset {preset}: unknown; set evidence or classic")
+    return choices
+
+
+def _classic(task: str, hardware: Hardware) -> dict[str, Choice]:
+    if task not in CLASSIC:
+        raise ValueError(f"--preset classic has no {task}; it knows {', '.join(CLASSIC)}. Leave --preset out")
+    classic = CLASSIC[task]
+    choices = {
+        name: Choice(getattr(classic, name), "founding preset")
+        for name in ("num_generations", "max_completion_length", "beta", "learning_rate")
+    }
+    group, prompts = classic.num_generations, 8
+    why = "founding preset: one group a micro-batch"
+    if hardware.memory < 23.5 * GB:
+        group, prompts = group // 2, prompts * 2
+        why = "founding preset under 24 GB: num_generations halved, accumulation doubled"
+    choices["num_generations"] = Choice(group, why)
+    choices["micro_batch_size"] = Choice(group, why)
+    choices["prompts_per_rollout"] = Choice(prompts, why)
+    choices["accumulate_grad_batches"] = Choice(prompts, why)
+    return choices
+
+
+def _precision(hardware: Hardware, lora: bool) -> dict[str, Choice]:
+    rounding = "in bfloat16 a step of 1e-6 to 1e-5 is mostly lost to rounding (one step of a weight of 0.05 is 2e-4)"
+    if hardware.name.startswith("T4"):
+        precision = Choice("16-mixed", "this card has no bfloat16", "", "a loss scale to watch")
+    elif hardware.is_cpu and hardware.flops < 1.5 * hardware.flops_fp32:
+        precision = Choice("32-true", "this processor gains nothing from bfloat16")
+    else:
+        precision = Choice("bf16-mixed", "matrix products in bfloat16, everything else in float32")
+    if lora:
+        low = "float16" if precision.value == "16-mixed" else "bfloat16"
+        dtype = Choice("float32" if precision.value == "32-true" else low, "frozen weights; the adapters keep float32")
+    else:
+        dtype = Choice("float32", f"master weights: {rounding}", "", "16 bytes a parameter in all, against 8")
+    return {"precision": precision, "dtype": dtype}
+
+
+def _engine(hardware: Hardware) -> Choice:
+    if not hardware.is_cpu or importlib.util.find_spec("vllm"):
+        return Choice("vllm", "generation dominates the time, and vLLM generates fastest")
+    return Choice("hf", "vLLM is not installed here: samples from the policy itself", "", "slower than vLLM")
+
+
+def _workload(
+    choices: dict[str, Choice],
+    pins: Mapping[str, Any],
+    task: str,
+    shape: ModelShape,
+    hardware: Hardware,
+    ranks: int,
+    lora: bool,
+) -> Workload:
+    """The run that the choices describe, its micro-batch the largest that is tried."""
+    value = {name: choice.value for name, choice in choices.items()}
+    B, G, mu = (value[name] for name in ("prompts_per_rollout", "num_generations", "num_iterations"))
+    check_batch_arithmetic(prompts_per_rollout=B, num_generations=G, micro_batch_size=1, num_iterations=mu, ranks=ranks)
+    local = B * G // ranks
+    length = value["max_prompt_length"] + value["max_completion_length"]
+    micro, accumulate = value.get("micro_batch_size"), value.get("accumulate_grad_batches")
+    if micro is None and accumulate is not None:
+        micro = next((m for m in (local // accumulate,) if m and local % accumulate == 0), 1)
+    elif micro is None:
+        most = max(1, LARGEST_MICRO_BATCH[hardware.device] // length)
+        sharing = [m for m in divisors(local) if m <= most and (m % G == 0 or G % m == 0)]
+        micro = max(sharing)
+    if accumulate is None and local % micro == 0:
+        accumulate = local // micro
+    check_batch_arithmetic(
+        prompts_per_rollout=B,
+        num_generations=G,
+        micro_batch_size=micro,
+        accumulate_grad_batches=accumulate or 1,
+        num_iterations=mu,
+        ranks=ranks,
+    )
+    kind = TASKS[task]
+    run = Workload(
+        shape=shape,
+        prompts_per_rollout=B,
+        num_generations=G,
+        micro_batch_size=micro,
+        accumulate_grad_batches=accumulate,
+        num_iterations=mu,
+        prompt_length=value["max_prompt_length"],
+        completion_length=value["max_completion_length"],
+        mean_fill=kind.mean_fill,
+        precision=value["precision"],
+        dtype=value["dtype"],
+        lora_rank=value.get("lora_rank", 0) if lora else 0,
+        gradient_checkpointing=value["gradient_checkpointing"],
+        beta=value["beta"],
+        optimizer=value["optimizer"],
+        ranks=ranks,
+        shards=ranks if value.get("strategy") == "fsdp" else 1,
+        engine=value["engine"],
+        engine_sleep=value.get("engine_sleep", True),
+        engine_sequences=min(local, 256),
+    )
+    positions = getattr(shape.config, "max_position_embeddings", None)
+    if positions and length > positions:
+        raise ValueError(
+            f"max_prompt_length {run.prompt_length} + max_completion_length {run.completion_length} = {length} tokens, "
+            f"but {shape.name} holds {positions}; lower one of them"
+        )
+    return replace(run, engine_cache=value.get("engine_cache") or _engine_cache(run, hardware))
+
+
+def _engine_cache(w: Workload, hardware: Hardware) -> float:
+    """Room for all of a rank's completions at full length, at most a third of the device."""
+    if w.engine != "vllm":
+        return 0.0
+    rows = w.engine_sequences * (w.completion_length + w.prompt_length / w.num_generations)
+    row = (w.prompt_length + w.completion_length) * w.shape.cache_bytes
+    return float(max(row, min(rows * w.shape.cache_bytes * 1.1, hardware.memory / 3)))
+
+
+def _make_it_fit(
+    w: Workload, hardware: Hardware, pins: Mapping[str, Any], preset: str
+) -> tuple[Workload, tuple[str, ...]]:
+    fixed = set(pins)
+    if preset == "classic":
+        fixed |= {"num_generations", "beta", "max_completion_length", "lora"}
+    if "dtype" in pins or "lora_rank" in pins:
+        fixed.add("lora")
+    memory = predict_memory(w, hardware)
+    if fits(memory, hardware):
+        return w, ()
+    ways = ways_to_fit(w, hardware, fixed, count=1)
+    if not ways:
+        raise ValueError(refusal(w, memory, hardware, fixed))
+    run, levers = ways[0]
+    return run, tuple(f"{lever.name} ({lever.setting(run)})" for lever in levers)
+
+
+def _with_batch(
+    choices: dict[str, Choice], w: Workload, pins: Mapping[str, Any], levers: tuple[str, ...]
+) -> dict[str, Choice]:
+    """Add what memory decided."""
+    tokens = w.micro_batch_size * (w.prompt_length + w.completion_length)
+    decided = {
+        "micro_batch_size": Choice(
+            w.micro_batch_size, f"{tokens:,} tokens a forward pass at most; memory follows it, the gradient does not"
+        ),
+        "accumulate_grad_batches": Choice(
+            w.accumulate_grad_batches,
+            f"one optimizer step in {w.samples_per_update} completions, {w.updates_per_rollout} a rollout",
+        ),
+    }
+    out = dict(choices)
+    for name, choice in decided.items():
+        if name not in pins and (name not in out or out[name].value != choice.value):
+            out[name] = choice
+    changed = {
+        "gradient_checkpointing": w.gradient_checkpointing,
+        "beta": w.beta,
+        "optimizer": w.optimizer,
+        "max_completion_length": w.completion_length,
+        "dtype": w.dtype,
+    }
+    for name, value in changed.items():
+        if out[name].value != value:
+            out[name] = Choice(value, f"to fit the memory (instead of {out[name].value})")
+    if w.lora_rank and "lora_rank" not in out:
+        out["lora_rank"] = Choice(w.lora_rank, "to fit the memory")
+        if "learning_rate" not in pins:
+            out["learning_rate"] = evidence.learning_rate(w.shape, True)
+        if "gradient_clip_val" not in pins:
+            out["gradient_clip_val"] = evidence.gradient_clip_val(True)
+    return out
+
+
+def _steps(budget_hours: float | None, step_seconds: float) -> int:
+    if budget_hours is None:
+        return 200
+    steps = int(budget_hours * 3600 / step_seconds)
+    if steps < 1:
+        raise ValueError(
+            f"--budget_hours {budget_hours:g} is less than one step's {step_seconds / 60:.1f} min; raise it, or lower "
+            "num_generations, prompts_per_rollout or max_completion_length with --set"
+        )
+    return steps
+
+
+def _notes(w: Workload, task: str, statistics: PromptStatistics | None, hardware: Hardware) -> tuple[str, ...]:
+    notes = []
+    if statistics is None:
+        notes.append(f"no --prompts given: {TASKS[task].source} stands in; set data.source to your own")
+    elif statistics.count < w.prompts_per_rollout:
+        notes.append(f"{statistics.count} prompts are fewer than one rollout's {w.prompts_per_rollout}")
+    if w.optimizer == "adamw_8bit":
+        notes.append("8-bit Adam needs the package bitsandbytes")
+    if w.precision.endswith("16-true") and not w.lora_rank:
+        notes.append("parameters in 16 bits: learning rates of 1e-5 and below are mostly lost to rounding")
+    if w.trained_bytes == 4 and not w.lora_rank:
+        notes.append(
+            f"float32 master weights take {16 * w.trained / GB:.1f} GB with gradients and Adam's moments "
+            f"({8 * w.trained / GB:.1f} GB in bfloat16, where small steps are lost)"
+        )
+    return tuple(notes)

@@ -1,0 +1,252 @@
+"""A plan as YAML for ``lightning-grpo fit``, as a table for people, and as a picture."""
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_grpo.configure.evidence import TASKS, Choice
+from lightning_grpo.configure.hardware import GB, GiB
+from lightning_grpo.configure.planner import Plan
+from lightning_grpo.configure.summary import hours, identity_line, memory_line, time_line
+
+WIDTH = 108
+
+ENGINES = {"vllm": "lightning_grpo.rollout.VLLMRollout", "hf": "lightning_grpo.rollout.HFRollout"}
+OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "adamw_8bit": "bitsandbytes.optim.AdamW8bit",
+    "sgd": "torch.optim.SGD",
+}
+
+
+def config(plan: Plan) -> dict[str, Any]:
+    """The run as nested ``lightning-grpo fit`` options; leaves that were chosen are `Choice` objects."""
+    w, c = plan.workload, plan.choices
+    task = TASKS[plan.task]
+    trainer: dict[str, Any] = {
+        "max_steps": Choice(plan.max_steps, _steps_reason(plan)),
+        "accumulate_grad_batches": c["accumulate_grad_batches"],
+        "precision": c["precision"],
+        "gradient_clip_val": c["gradient_clip_val"],
+        "accelerator": "cpu" if plan.hardware.is_cpu else "gpu",
+        "devices": w.ranks,
+    }
+    if w.shards > 1:
+        trainer["strategy"] = {
+            "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+            "init_args": {"data_parallel_size": w.shards, "tensor_parallel_size": 1},
+        }
+    elif w.ranks > 1:
+        trainer["strategy"] = "ddp"
+    module: dict[str, Any] = {
+        "model": plan.model,
+        "num_generations": c["num_generations"],
+        "max_prompt_length": c["max_prompt_length"],
+        "max_completion_length": c["max_completion_length"],
+        "micro_batch_size": c["micro_batch_size"],
+        "num_iterations": c["num_iterations"],
+        "dtype": c["dtype"],
+        "gradient_checkpointing": c["gradient_checkpointing"],
+    }
+    if w.lora_rank:
+        rank = c["lora_rank"]
+        module["lora"] = {"rank": rank, "alpha": 2.0 * rank.value, "target_modules": "all-linear"}
+    optimizer = {"lr": c["learning_rate"]}
+    optimizer["weight_decay"] = c["weight_decay"]
+    module |= {
+        "sampling": {"temperature": c["temperature"]},
+        "objective": {
+            "loss_type": c["loss_type"],
+            "beta": c["beta"],
+            "epsilon": c["epsilon"],
+            "epsilon_high": c["epsilon_high"],
+        },
+        "advantage": {"scale_rewards": c["scale_rewards"]},
+        "rewards": [task.reward],
+        "optimizer": {"class_path": OPTIMIZERS[w.optimizer], "init_args": optimizer},
+        "lr_schedule": c["lr_schedule"],
+        "warmup_steps": c["warmup_steps"],
+        "seed": c["seed"],
+    }
+    source = {"source": plan.prompts} if plan.prompts else {"source": task.source}
+    if not plan.prompts and task.source_args:
+        source["source_args"] = task.source_args
+    return {
+        "seed_everything": c["seed"].value,
+        "trainer": trainer,
+        "model": {"class_path": "lightning_grpo.GRPOModule", "init_args": module},
+        "data": {
+            "class_path": "lightning_grpo.PromptDataModule",
+            "init_args": source | {"prompts_per_rollout": c["prompts_per_rollout"]},
+        },
+        "rollout": {"class_path": Choice(ENGINES[w.engine], c["engine"].why), "init_args": _engine(plan)},
+    }
+
+
+def _steps_reason(plan: Plan) -> str:
+    if plan.budget_hours:
+        return f"what {plan.budget_hours:g} h are expected to hold"
+    return f"about {hours(plan.hours * 3600)}; look at the reward by then"
+
+
+def _engine(plan: Plan) -> dict[str, Any]:
+    w = plan.workload
+    sequences = Choice(w.engine_sequences, f"of {w.samples // w.ranks} completions a rank and rollout")
+    if w.engine == "hf":
+        return {"max_num_seqs": sequences}
+    low = "float16" if w.precision.startswith("16") else "bfloat16"
+    settings: dict[str, Any] = {
+        "dtype": "float32" if w.precision == "32-true" else low,
+        "max_num_seqs": sequences,
+        "kv_cache_memory_bytes": Choice(int(w.engine_cache), f"{w.engine_cache / GiB:.1f} GiB of key-value cache"),
+    }
+    if not plan.hardware.is_cpu:
+        settings["sleep_level"] = Choice(1 if w.engine_sleep else 0, "gives its memory to the update")
+    return settings
+
+
+def plain(node: Any) -> Any:
+    """The same options with the chosen values in place of the choices."""
+    if isinstance(node, Choice):
+        return node.value
+    if isinstance(node, dict):
+        return {key: plain(value) for key, value in node.items()}
+    return [plain(item) for item in node] if isinstance(node, list) else node
+
+
+def _scalar(value: Any) -> str:
+    # YAML 1.1 reads 1e-06 as text: floats need a point.
+    if isinstance(value, float):
+        text = f"{value:.10g}"
+        mantissa, _, exponent = text.partition("e")
+        mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
+        return f"{mantissa}e{exponent}" if exponent else mantissa
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("\n...\n").strip()
+    )
+
+
+def _lines(node: dict[str, Any], indent: str) -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, Choice):
+            yield from textwrap.wrap(
+                value.sentence(), WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+            )
+            value = value.value
+        if isinstance(value, dict) and value:
+            yield f"{indent}{key}:"
+            yield from _lines(value, indent + "  ")
+        else:
+            yield f"{indent}{key}: {_scalar(value)}"
+
+
+def to_yaml(plan: Plan) -> str:
+    """A complete configuration with a comment above each choice."""
+    head = [
+        f"{plan.task} with {plan.model} on {plan.workload.ranks} × {plan.hardware.name} ({plan.preset} preset)",
+        identity_line(plan.workload),
+        memory_line(plan.memory, plan.hardware),
+        time_line(plan.workload, plan.cost, plan.max_steps),
+        *(f"pulled to fit: {lever}" for lever in plan.levers),
+        *plan.notes,
+    ]
+    comments = [line for text in head for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
+    return "\n".join([*(f"# {line}" for line in comments), *_lines(config(plan), "")]) + "\n"
+
+
+def table(plan: Plan) -> str:
+    """What was chosen and why, memory by phase and part, time and cost."""
+    out = [f"{plan.task}, {plan.model}, {plan.workload.ranks} × {plan.hardware.name}, {plan.preset} preset", ""]
+    width = max(map(len, plan.choices))
+    for name, choice in plan.choices.items():
+        lines = textwrap.wrap(choice.sentence(), 84)
+        out.append(f"{name:<{width}}  {choice.value!s:<12}  {lines[0]}")
+        out += [f"{'':<{width}}  {'':<12}  {line}" for line in lines[1:]]
+    out += ["", identity_line(plan.workload), "", "memory of one rank, GiB", *_memory_table(plan), ""]
+    out += ["time of a rollout and its updates, s", *_cost_table(plan), ""]
+    out += [f"pulled to fit: {lever}" for lever in plan.levers]
+    out += [f"note: {note}" for note in plan.notes]
+    return "\n".join(out) + "\n"
+
+
+def _memory_table(plan: Plan) -> Iterator[str]:
+    phases = plan.memory.phases
+    parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))
+    width = max(map(len, parts))
+    yield f"{'':<{width}}  " + "".join(f"{phase:>10}" for phase in phases)
+    for part in parts:
+        cells = [phases[phase].get(part, 0.0) / GiB for phase in phases]
+        if any(cell >= 0.005 for cell in cells):
+            yield f"{part:<{width}}  " + "".join(f"{cell:>10.2f}" if cell else f"{'':>10}" for cell in cells)
+    yield f"{'total':<{width}}  " + "".join(f"{plan.memory.total(phase) / GiB:>10.2f}" for phase in phases)
+    yield f"{'available':<{width}}  {plan.hardware.memory / GiB:>10.2f}"
+
+
+def _cost_table(plan: Plan) -> Iterator[str]:
+    cost = plan.cost
+    for phase, seconds in cost.seconds.items():
+        yield f"{phase:<10}{seconds:>10.2f}  {seconds / cost.total:>5.0%}"
+    low, high = cost.total / cost.efficiency.spread, cost.total * cost.efficiency.spread
+    yield f"{'total':<10}{cost.total:>10.2f}  between {low:.1f} and {high:.1f} (efficiencies {cost.efficiency.source})"
+    yield (
+        f"about {cost.zero_variance:.0%} of groups all equal at the start: {cost.effective:.1f} s a rollout's worth of "
+        "groups that teach"
+    )
+    yield (
+        f"{plan.max_steps} optimizer steps: {plan.tokens / 1e6:,.1f}M tokens sampled, {hours(plan.hours * 3600)} on "
+        f"the clock, {plan.device_hours:.2f} device-hours"
+    )
+
+
+def draw(plan: Plan, path: str | Path) -> list[Path]:
+    """Memory by phase as stacked bars and the step's time as one bar, as PNG and SVG beside each other.
+
+    Args:
+        plan: what to draw.
+        path: file name; its ending is replaced by .png and .svg.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, height_ratios=(3, 1))
+    phases = plan.memory.phases
+    parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))
+    offset = dict.fromkeys(phases, 0.0)
+    colours = _colours(len(parts))
+    for part, colour in zip(parts, colours, strict=True):
+        sizes = [phases[phase].get(part, 0.0) / GB for phase in phases]
+        if max(sizes) < 0.002 * plan.memory.peak / GB:
+            continue
+        above.barh(list(phases), sizes, left=list(offset.values()), label=part, color=colour, edgecolor="white")
+        offset = {phase: offset[phase] + size for phase, size in zip(phases, sizes, strict=True)}
+    above.axvline(plan.hardware.memory / GB, color="black", linestyle="--", linewidth=1)
+    above.text(plan.hardware.memory / GB, 2.45, f" {plan.hardware.name}", fontsize=8, va="bottom", ha="right")
+    above.invert_yaxis()
+    above.set_xlabel("GB of one rank")
+    above.set_title(f"{plan.task}, {plan.model}: predicted peak memory and time", fontsize=11, loc="left")
+    above.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    start = 0.0
+    for (phase, seconds), colour in zip(plan.cost.seconds.items(), _colours(5), strict=True):
+        if seconds >= 0.001 * plan.cost.total:
+            below.barh(["rollout"], [seconds], left=[start], label=f"{phase} {seconds:.1f} s", color=colour)
+            start += seconds
+    below.set_xlabel("seconds of a rollout and its updates")
+    below.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    files = [Path(path).with_suffix(ending) for ending in (".png", ".svg")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=150)
+    return files
+
+
+def _colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["tab20"](i % 20) for i in range(count)]
