@@ -13,18 +13,20 @@ from lightning_grpo.rewards.verify import check_extraction, extract
 
 log = logging.getLogger(__name__)
 
-# their scorers hand the answer to eval or to sympy's parser, which evaluates Python
-EVALUATES_CODE = {
-    "binary_matrix",
-    "countdown",
-    "intermediate_integration",
-    "n_queens",
-    "polynomial_multiplication",
-    "puzzle24",
-    "simple_integration",
-    "spiral_matrix",
-    "string_insertion",
+CODE = "evaluates the model's answer as Python code inside this process (eval, or sympy's parser)"
+REFUSED = {
+    "binary_matrix": CODE,
+    "countdown": CODE,
+    "game_of_life_halting": "gives full marks to any text that isn't empty",
+    "intermediate_integration": CODE,
+    "n_queens": CODE,
+    "polynomial_multiplication": CODE,
+    "puzzle24": CODE,
+    "simple_integration": CODE,
+    "spiral_matrix": CODE,
+    "string_insertion": CODE,
 }
+"""Tasks that must not or cannot be scored with reasoning-gym 0.1.25, and why."""
 
 
 @lru_cache(maxsize=16)
@@ -34,14 +36,13 @@ def _scorer(task: str, args: str) -> Any:
     return reasoning_gym.create_dataset(task, **json.loads(args), size=1, seed=0)
 
 
-def _refuse_code(task: str, entry: Mapping[str, Any]) -> None:
+def _refuse(task: str, entry: Mapping[str, Any]) -> None:
     # a composite task hands its entries on to the scorers of others
     for name in (task, entry["metadata"].get("source_dataset")):
-        if name in EVALUATES_CODE:
+        if name in REFUSED:
             raise ValueError(
-                f"the reasoning-gym task {name!r} is scored by evaluating the model's answer as Python code inside "
-                f"this process; choose a task other than {', '.join(sorted(EVALUATES_CODE))}, or score it with a "
-                "function of your own"
+                f"the scorer of the reasoning-gym task {name!r} {REFUSED[name]}; choose a task other than "
+                f"{', '.join(REFUSED)}, or judge its answers with another reward, such as ExactMatch"
             )
 
 
@@ -49,8 +50,9 @@ def _refuse_code(task: str, entry: Mapping[str, Any]) -> None:
 class ReasoningGym(Reward):
     """The score that the reasoning-gym task itself gives, for rows from ``data.source: reasoning_gym:TASK``.
 
-    Tasks whose scorer evaluates code from the answer are refused: what a model writes must not run in the trainer.
-    An answer on which a scorer raises scores 0; their count is logged.
+    Tasks whose scorer evaluates code from the answer are refused (`REFUSED`): what a model writes must not run in the
+    trainer. An answer on which a scorer raises scores 0; their count is logged. Scorers run in this process and have
+    no time limit.
     """
 
     extract: str = "whole"
@@ -67,7 +69,7 @@ class ReasoningGym(Reward):
         for row, values in enumerate(columns):
             if not {"task", "task_args", "entry"} <= set(values):
                 raise ValueError(f"ReasoningGym: row {row} is not from data.source = reasoning_gym:TASK")
-            _refuse_code(values["task"], values["entry"])
+            _refuse(values["task"], values["entry"])
 
     def __call__(self, *, completions: list[Completion], **columns: Any) -> list[float]:
         missing = [name for name in ("task", "task_args", "entry") if name not in columns]
@@ -77,7 +79,7 @@ class ReasoningGym(Reward):
         raised: Counter[str] = Counter()
         rows = zip(completions, columns["task"], columns["task_args"], columns["entry"], strict=True)
         for completion, task, args, entry in rows:
-            _refuse_code(task, entry)
+            _refuse(task, entry)
             scorer = _scorer(task, json.dumps(args, sort_keys=True))
             answer = extract(completion_text(completion), self.extract)
             try:

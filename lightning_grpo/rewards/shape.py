@@ -11,7 +11,7 @@ from lightning_grpo.rewards.base import Completion, Reward, completion_text
 class RegexFormat(Reward):
     """1 where the whole completion matches a regular expression, else 0."""
 
-    pattern: str = r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\S(?:(?!</?think>).)*"
+    pattern: str = r"\s*<think>(?:(?!</?think>).)*</think>\s*(?!</?think>)\S(?:(?!</?think>).)*"
     """Regular expression; the dot matches line breaks too. By default: thoughts in <think>…</think>, once, and
     something after them. Keep clear of nested repeats such as (a+)+, which take exponential time on some texts."""
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
@@ -52,10 +52,8 @@ def same_answer(given: str, expected: str) -> bool:
     or a closing full stop.
     """
     given, expected = (" ".join(text.split()).removesuffix(".").casefold() for text in (given, expected))
-    try:
-        return Decimal(given.replace(",", "")) == Decimal(expected.replace(",", ""))
-    except InvalidOperation:
-        return given == expected
+    numbers = [text.replace(",", "") for text in (given, expected) if NUMBER.fullmatch(text)]
+    return Decimal(numbers[0]) == Decimal(numbers[1]) if len(numbers) == 2 else given == expected
 
 
 @dataclass(kw_only=True, eq=False)
