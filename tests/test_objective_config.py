@@ -153,7 +153,6 @@ def test_yaml_builds_the_whole_objective_and_a_users_own_surrogate():
           advantages:
             estimator: pass_at_k
             k: 4
-            weights: [1.0, 0.5]
         """
     )
     assert module.objective == ObjectiveConfig(
@@ -165,7 +164,7 @@ def test_yaml_builds_the_whole_objective_and_a_users_own_surrogate():
         rollout_correction=RolloutCorrection(level="sequence", mode="mask", lower=0.5, upper=5.0),
         max_completion_length=64,
     )
-    assert module.advantages == AdvantageConfig(estimator="pass_at_k", k=4, weights=[1.0, 0.5])
+    assert module.advantages == AdvantageConfig(estimator="pass_at_k", k=4)
 
 
 def test_a_users_own_surrogate_is_what_is_optimised():

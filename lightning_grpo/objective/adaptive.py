@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveBeta:
-    """Proportional control of the KL (arXiv:1909.08593, eq. 4): β ← β·(1 + gain·clip(KL/target − 1, ±clip))."""
+    """Proportional control of the KL (arXiv:1909.08593, §2.2): β ← β·(1 + gain·clip(KL/target − 1, ±clip))."""
 
     target: float
     """KL to the reference to hold, in nats per token as the estimator gives it."""
@@ -25,7 +25,7 @@ class AdaptiveBeta:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveEntropy:
-    """Integral control of the entropy bonus (Skywork-OR1, arXiv:2505.22312, §4).
+    """Integral control of the entropy bonus (Skywork-OR1, arXiv:2505.22312).
 
     After a step whose entropy was at most ``target`` the coefficient grows by ``delta``, else it shrinks by it. The
     bonus is given only while the last entropy was at most ``target``, so never in the first step.

@@ -74,19 +74,19 @@ def check_options(estimator: str, scale_rewards: str, aggregation: str, k: int |
         ("aggregation", aggregation, RewardAggregation),
     ):
         if value not in get_args(kind):
-            raise ValueError(f"advantages.{name} is {value!r}; set one of {', '.join(get_args(kind))}")
+            raise ValueError(f"advantage.{name} is {value!r}; set one of {', '.join(get_args(kind))}")
     if estimator not in ("group", "leave_one_out", "opo") and scale_rewards != "none":
         raise ValueError(
-            f"advantages.scale_rewards is {scale_rewards!r}, but estimator {estimator!r} has its own scale;"
+            f"advantage.scale_rewards is {scale_rewards!r}, but estimator {estimator!r} has its own scale;"
             " set it to none"
         )
     if aggregation == "normalize_then_sum" and estimator != "group":
         raise ValueError(
-            f"advantages.aggregation is 'normalize_then_sum', which centres and scales itself, but estimator is"
+            f"advantage.aggregation is 'normalize_then_sum', which centres and scales itself, but estimator is"
             f" {estimator!r}; set estimator to group, or aggregation to sum_then_normalize"
         )
     if (k is not None) != (estimator == "pass_at_k") or (k is not None and k < 1):
-        raise ValueError(f"advantages.k is {k} and estimator {estimator!r}; set k ≥ 1 with pass_at_k, and only there")
+        raise ValueError(f"advantage.k is {k} and estimator {estimator!r}; set k ≥ 1 with pass_at_k, and only there")
 
 
 def group_advantages(
@@ -105,16 +105,7 @@ def group_advantages(
     A reward of NaN does not apply: it is left out of its row's sum. A row whose rewards are all NaN gets A = 0 and is
     out of all statistics. Rounding noise (below 1e-10) is exactly 0, so that groups without signal can be skipped.
 
-    - group: r − mean of the group (GRPO; Dr. GRPO where scale_rewards is none).
-    - leave_one_out: r − mean of the group's others (RLOO, arXiv:2402.14740).
-    - reinforce_pp: r whitened over the batch (arXiv:2501.03262).
-    - reinforce_pp_baseline: r − group mean, whitened over the batch (same paper).
-    - max_rl: (r − μ)/μ with the group's mean μ, 0 where μ = 0; for rewards ≥ 0.
-    - pass_at_k: the best-of-k reward's gain from having this sample in the k, over the standard deviation of best-of-k
-      (arXiv:2508.10751 for 0/1 rewards, and its generalisation to any reward).
-    - opo: r − length-weighted mean of the group (arXiv:2505.23585); needs lengths.
-    - gpg: r − mean of the group, times N over the number of rows in groups with any spread (arXiv:2504.02546).
-    - lite_ppo: r − mean of the group, over the batch's standard deviation (arXiv:2508.08221).
+    The estimators are the functions of `ESTIMATORS`, each with its formula and source; docs/objectives.md lists them.
 
     Args:
         rewards: [N, R] (or [N]); prompt-major.
@@ -137,9 +128,9 @@ def group_advantages(
     if rewards.isinf().any():
         raise ValueError("a reward is infinite; return a finite number, or None where the reward does not apply")
     if weights is not None and len(weights) != R:
-        raise ValueError(f"advantages.weights has {len(weights)} values for {R} reward functions; set one for each")
+        raise ValueError(f"advantage.weights has {len(weights)} values for {R} reward functions; set one for each")
     if estimator == "opo" and lengths is None:
-        raise ValueError("advantages.estimator is 'opo', whose baseline weighs by length; give lengths [N]")
+        raise ValueError("advantage.estimator is 'opo', whose baseline weighs by length; give lengths [N]")
     values = rewards.double()
     weights = torch.ones(R) if weights is None else torch.as_tensor(weights)
     weights = weights.to(values)
@@ -181,10 +172,12 @@ def std(x: Tensor, dim: int) -> Tensor:
 
 
 def group(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
+    """r − mean of the group (Dr. GRPO, arXiv:2503.20783; over its std: GRPO, arXiv:2402.03300). The default."""
     return centre(r, 1)
 
 
 def leave_one_out(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
+    """r − mean of the others in the group (RLOO, arXiv:2402.14740). For small groups: unbiased."""
     count = (~r.isnan()).sum(1, keepdim=True)
     return centre(r, 1) * count / (count - 1).clamp(min=1)
 
@@ -195,38 +188,46 @@ def whiten(r: Tensor) -> Tensor:
 
 
 def reinforce_pp(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
+    """r whitened over the batch (REINFORCE++, arXiv:2501.03262). For one completion a prompt."""
     return whiten(r)
 
 
 def reinforce_pp_baseline(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
+    """r − mean of the group, whitened over the batch (REINFORCE++ with baseline, arXiv:2501.03262)."""
     return whiten(centre(r, 1))
 
 
 def max_rl(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
+    """(r − μ)/μ with μ the mean of the group, 0 where μ = 0 (MaxRL, arXiv:2602.02710). For rewards ≥ 0: favours hard
+    prompts."""
     if (r < 0).any():
-        raise ValueError(
-            f"advantages.estimator is 'max_rl', which needs rewards ≥ 0, but one is {r.nan_to_num().min()}"
-        )
+        raise ValueError(f"advantage.estimator is 'max_rl', which needs rewards ≥ 0, but one is {r.nan_to_num().min()}")
     mean = r.nanmean(1, keepdim=True)
     return centre(r, 1) / torch.where(mean > 0, mean, 1.0)
 
 
 def opo(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
+    """r − length-weighted mean of the group (OPO, arXiv:2505.23585). Least variance on-policy; needs lengths."""
     weight = lengths.to(r).view_as(r) * ~r.isnan()
     return r - (weight * r.nan_to_num()).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
 
 
 def gpg(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
+    """r − mean of the group, times the share of rows in groups with any spread, inverted (GPG, arXiv:2504.02546)."""
     scored = ~r.isnan()
     mixed = (std(r, 1) > 1e-10) & scored
     return centre(r, 1) * scored.sum() / mixed.sum().clamp(min=1)
 
 
 def lite_ppo(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
+    """r − mean of the group, over the batch's std (Lite PPO, arXiv:2508.08221)."""
     return centre(r, 1) / (std(r.reshape(-1), 0) + EPSILON)
 
 
 def pass_at_k(r: Tensor, lengths: Tensor | None, k: int) -> Tensor:
+    """What having this sample among k adds to the best of k, over the std of the best of k (arXiv:2508.10751 for 0/1
+    rewards, and its generalisation to any). For exploration.
+    """
     return torch.stack([best_of_k(row, k) for row in r])
 
 
@@ -237,7 +238,7 @@ def best_of_k(r: Tensor, k: int) -> Tensor:
     if n == 0:
         return torch.zeros_like(r)
     if k > n:
-        raise ValueError(f"advantages.k is {k}, but a group has {n} scored completions; set k ≤ num_generations")
+        raise ValueError(f"advantage.k is {k}, but a group has {n} scored completions; set k ≤ num_generations")
     value, order = r[scored].sort()
     # the chance that the j-th smallest is the best: alone, and together with a given smaller one
     best = value.new_tensor([comb(j, k - 1) / comb(n, k) for j in range(n)])

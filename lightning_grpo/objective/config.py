@@ -38,7 +38,7 @@ class ObjectiveConfig:
     beta: float | None = None
     """Weight of the KL to the reference. 0 loads no reference policy. Recent recipes use 0; DeepSeekMath 0.04."""
     kl_estimator: KLEstimator | None = None
-    """k1, abs, k2 or k3."""
+    """k1, abs, k2 or k3. None: the preset's in the loss, k1 in the reward, where it alone is unbiased."""
     kl_placement: Literal["loss", "reward"] = "loss"
     """Add β·KL to the loss, or subtract it from the rewards before advantages."""
     use_bias_correction_kl: bool = False
@@ -125,6 +125,8 @@ class ObjectiveConfig:
         preset = PRESETS[self.loss_type]
         names = ("importance_sampling_level", "aggregation", "beta", "kl_estimator")
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.kl_placement == "reward":
+            changes.setdefault("kl_estimator", "k1")
         if self.surrogate is not None:
             return replace(preset, surrogate=self.surrogate, **changes)
         takes = field_names(preset.surrogate)

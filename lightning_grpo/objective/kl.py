@@ -13,10 +13,12 @@ KLEstimator = Literal["k1", "abs", "k2", "k3"]
 
 
 def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator = "k3") -> Tensor:
-    """Per token, [N, T]: k1 = −x, abs = |x|, k2 = x²/2, k3 = eˣ − x − 1.
+    """Per token, [N, T].
 
-    All but abs and k2 are unbiased in value. In a loss, the gradient of k1 is zero in expectation and that of k2 is the
-    true one when on-policy; k3's is that of the forward KL (arXiv:2512.21852).
+    - k1: −x. Unbiased; right in the reward, while in a loss its expected gradient is zero.
+    - abs: |x|.
+    - k2: x²/2. Biased in value; in a loss, on-policy, its gradient is the true one.
+    - k3: eˣ − x − 1. Unbiased, never negative; in a loss its gradient is that of the forward KL (arXiv:2512.21852).
     """
     x = ref_logprobs - logprobs
     if estimator == "k1":

@@ -35,7 +35,7 @@ def policy_loss(
         advantages: [N], or [N, T] where tokens differ.
         mask: [N, T] bool or 0/1: the policy's own tokens (no padding, no tool output).
         old_logprobs: [N, T], those at the rollout's start. None: the step is on-policy, old = sg[logprobs].
-        ref_logprobs: [N, T], needed where β ≠ 0 and the KL is in the loss.
+        ref_logprobs: [N, T], needed where β ≠ 0 and the KL is in the loss; the KL is reported whenever they are given.
         rollout_logprobs: [N, T], the engine's; NaN where it could not score a token. For the rollout correction, the
             off-policy mask and DPPO; the latter two fall back on old_logprobs.
         rollout_weight: [N, T], [N, 1] or [N]: takes the place of the computed correction.
@@ -102,12 +102,13 @@ def policy_loss(
         loss = loss * keep
     if weight is not None and not parts.surrogate.applies_rollout_weight:
         loss = loss * weight
-    if config.kl_in_loss:
+    if ref_logprobs is not None:
         kl = kl_divergence(logprobs, fill(ref_logprobs, mask).detach(), parts.kl_estimator)
         if config.use_bias_correction_kl:
             kl = kl * ratio
         metrics["kl"] = mean_metric(kl, mask)
-        loss = loss + parts.beta * kl
+        if config.kl_in_loss:
+            loss = loss + parts.beta * kl
 
     tokens = mask.sum()
     num_tokens = tokens if num_tokens is None else num_tokens

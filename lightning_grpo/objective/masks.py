@@ -7,7 +7,7 @@ from .tensors import sequence_mean
 
 
 def top_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
-    """[N, T] bool: the ``quantile`` of tokens with the highest entropy (arXiv:2506.01939, eq. 5; 0.2 there).
+    """[N, T] bool: the ``quantile`` of tokens with the highest entropy (arXiv:2506.01939; 0.2 there).
 
     Local by intent: the threshold is that of the tokens given, here one micro-batch.
     """

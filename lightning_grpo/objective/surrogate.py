@@ -67,7 +67,7 @@ class Surrogate(ABC):
 class Clipped(Surrogate):
     """−min(min(w, δ)·A, clip(w, 1−ε, 1+ε_high)·A), of PPO (arXiv:1707.06347, eq. 7) and GRPO (arXiv:2402.03300, eq. 3).
 
-    With ``dual_clip`` = c the loss of a negative advantage is at most −c·A (arXiv:1912.09729, eq. 5).
+    With ``dual_clip`` = c the loss of a negative advantage is at most −c·A (arXiv:1912.09729).
     """
 
     epsilon: float = 0.2
@@ -115,7 +115,7 @@ class Reinforce(Surrogate):
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(Surrogate):
-    """−sg[min(w, ε_high)]·A·log π (MiniMax-M1, arXiv:2506.13585, eq. 4): no token loses its gradient."""
+    """−sg[min(w, ε_high)]·A·log π (MiniMax-M1, arXiv:2506.13585): no token loses its gradient."""
 
     epsilon_high: float = 5.0
     """The largest weight itself, not an offset from 1 (5 in ScaleRL, arXiv:2510.13786)."""
@@ -135,7 +135,7 @@ def by_sign(A: Tensor, positive: Tensor, above: float, below: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SAPO(Surrogate):
-    """−(4/τ)·σ(τ·(w − 1))·A, a soft gate in place of the clip (arXiv:2511.20347, eq. 5)."""
+    """−(4/τ)·σ(τ·(w − 1))·A, a soft gate in place of the clip (arXiv:2511.20347)."""
 
     temperature_positive: float = 1.0
     """τ where A > 0."""
@@ -188,7 +188,7 @@ class VESPO(Surrogate):
 
 @dataclass(frozen=True, kw_only=True)
 class GMPO(Surrogate):
-    """−A · geometric mean over the sequence of the clipped token ratios (arXiv:2507.20673, eq. 4).
+    """−A · geometric mean over the sequence of the clipped token ratios (arXiv:2507.20673).
 
     The clip is in log space and one-sided by the sign of A: log w ≤ ε_high where A > 0, log w ≥ −ε where A < 0.
     """
