@@ -1,5 +1,7 @@
 """The log-probability boundary: hidden states in, log-probs and entropy out, never [N, V] logits in between."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -8,6 +10,8 @@ from lightning_grpo.kernels import rows
 
 # Bytes of one block of logits: enough for the matrix products to run at full speed, small beside a model.
 BLOCK_BYTES = 64 << 20
+# Bytes of logits that a trainable head's forward keeps, so that the backward need not multiply again.
+KEEP_BYTES = 256 << 20
 
 
 def linear_logprob(
@@ -66,18 +70,29 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.frozen = recording and not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2] or entropy_grad)
         stats = rows.Statistics.empty(len(hidden), hidden.device)
         expected = torch.zeros(hidden.shape, device=hidden.device) if ctx.frozen else None
-        for block, w, a in _blocks(hidden, weight, bias):
-            joins = rows.accumulate(a, block.start, targets, transform, stats, weights=a if ctx.frozen else None)
+        width = _width(hidden, weight)
+        memory = _memory(hidden, width, _dtype(hidden))
+        scratch = memory if memory.dtype == hidden.dtype or not ctx.frozen else _memory(hidden, width, hidden.dtype)
+        keep = KEEP_BYTES // memory.nbytes if recording and not ctx.frozen and memory.numel() else 0
+        kept = []
+        for i, ids in enumerate(_ids(weight, width)):
+            if 0 < i <= keep:
+                memory = _memory(hidden, width, memory.dtype)
+            w, a = _head(hidden, weight, bias, ids, memory)
+            g = _view(scratch, a.shape) if ctx.frozen else None
+            joins = rows.accumulate(a, ids, targets, transform, stats, weights=g)
             if ctx.frozen:
-                expected.mul_(joins[0][:, None]).add_((a @ w).mul_(joins[1][:, None]))
+                expected.mul_(joins[0][:, None]).add_((g[:, : len(w)] @ w).mul_(joins[1][:, None]))
+            if i < keep:
+                kept.append(a)
         softmax = stats.finish()
         if ctx.frozen:
             at_target = transform.chain_(softmax.rest.clone()[:, None], stats.y[:, None])
             expected.mul_(-(stats.m - softmax.lse).exp()[:, None]).addcmul_(at_target, weight[targets])
             ctx.save_for_backward(expected.mul_(transform.factor[:, None]).to(hidden.dtype))
         elif recording:
-            ctx.transform = transform
-            ctx.save_for_backward(hidden, weight, bias, targets, *softmax)
+            ctx.transform, ctx.width = transform, width
+            ctx.save_for_backward(hidden, weight, bias, targets, *softmax, *kept)
         ctx.set_materialize_grads(False)
         if not entropy_grad:
             ctx.mark_non_differentiable(softmax.entropy)
@@ -88,56 +103,83 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, c_logprob, c_entropy):
         if ctx.frozen:
             (slope,) = ctx.saved_tensors
-            grad = None if c_logprob is None else slope * c_logprob[:, None]
-            return (
-                None if grad is None else grad.masked_fill_(c_logprob[:, None] == 0, 0).to(slope.dtype),
-                *[None] * 6,
-            )
-        hidden, weight, bias, targets, *softmax = ctx.saved_tensors
-        with torch.autocast(hidden.device.type, enabled=False):
-            grads = _backward(ctx, hidden, weight, bias, targets, rows.Softmax(*softmax), c_logprob, c_entropy)
+            grads = (slope * c_logprob[:, None]).masked_fill_(c_logprob[:, None] == 0, 0).to(slope.dtype), None, None
+        else:
+            with torch.autocast(ctx.transform.factor.device.type, enabled=False):
+                grads = _recompute(ctx, c_logprob, c_entropy)
         return (*grads, *[None] * 4)
 
 
-def _backward(ctx, hidden, weight, bias, targets, softmax, c_logprob, c_entropy):
+def _recompute(ctx, c_logprob: Tensor | None, c_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias, from the loss's gradients of log-probs and entropy [N]."""
+    hidden, weight, bias, targets, logprob, entropy, lse, rest, *kept = ctx.saved_tensors
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    c_logprob = torch.zeros_like(softmax.lse) if c_logprob is None else c_logprob
+    c_logprob = torch.zeros_like(lse) if c_logprob is None else c_logprob
     size = c_logprob.abs() if c_entropy is None else c_logprob.abs() + c_entropy.abs()
     active = size.nonzero().squeeze(1)
-    h, transform, size = hidden[active], ctx.transform.rows(active), size[active]
+    every = len(active) == len(hidden)
+    h, targets, size, transform = hidden[active], targets[active], size[active], ctx.transform.rows(active)
+    softmax = rows.Softmax(logprob, entropy, lse, rest).rows(active)
     # The size of the loss's gradient stays out of the block, where in half precision it could vanish.
-    units = [None if c is None else c[active] / size for c in (c_logprob, c_entropy)]
+    c_logprob = c_logprob[active] / size
+    c_entropy = None if c_entropy is None else c_entropy[active] / size
     factor = (size * transform.factor)[:, None]
     scaled = (h * factor).to(h.dtype)
+    kept = kept if every else [a[active] for a in kept]
     grad_hidden = torch.zeros(h.shape, device=h.device) if needs_hidden else None
     grad_weight = torch.empty_like(weight) if needs_weight else None
     grad_bias = torch.empty_like(bias) if needs_bias else None
-    for block, w, a in _blocks(h, weight, bias):
-        rows.gradient(a, a, block.start, targets[active], transform, softmax.rows(active), *units)
+    memory = _memory(h, ctx.width, _dtype(h))
+    scratch = memory if memory.dtype == h.dtype else _memory(h, ctx.width, h.dtype)
+    for i, ids in enumerate(_ids(weight, ctx.width)):
+        w, a = (weight[ids].to(h.dtype), kept[i]) if i < len(kept) else _head(h, weight, bias, ids, memory)
+        g = _view(scratch, a.shape)
+        rows.gradient(a, g, ids, targets, transform, softmax, c_logprob, c_entropy)
+        g = g[:, : len(w)]
         if needs_hidden:
-            grad_hidden += a @ w
+            grad_hidden += g @ w
         if needs_weight:
-            grad_weight[block] = a.T @ scaled
+            grad_weight[ids] = g.T @ scaled
         if needs_bias:
-            grad_bias[block] = (a.T @ factor.to(a.dtype)).squeeze(1)
+            grad_bias[ids] = (g.T @ factor.to(g.dtype)).squeeze(1)
     if needs_hidden:
-        active_grad = grad_hidden.mul_(factor).to(hidden.dtype)
-        grad_hidden = (
-            active_grad if len(active) == len(hidden) else torch.zeros_like(hidden).index_copy_(0, active, active_grad)
-        )
+        grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
+        grad_hidden = grad_hidden if every else torch.zeros_like(hidden).index_copy_(0, active, grad_hidden)
     return grad_hidden, grad_weight, grad_bias
 
 
-def _blocks(hidden: Tensor, weight: Tensor, bias: Tensor | None):
-    """(vocabulary slice, its weights [W, H], the head's output [N, W]) block by block; the output's memory is reused."""
-    n, vocabulary = len(hidden), len(weight)
-    width = BLOCK_BYTES // (max(n, 1) * hidden.element_size()) // 64 * 64
-    width = min(max(width, 512), vocabulary)
-    buffer = hidden.new_empty(n * width)
-    for first in range(0, vocabulary, width):
-        block = slice(first, min(first + width, vocabulary))
-        w = weight[block].to(hidden.dtype)
-        a = torch.mm(hidden, w.T, out=buffer[: n * len(w)].view(n, len(w)))
-        if bias is not None:
-            a += bias[block]
-        yield block, w, a
+def _width(hidden: Tensor, weight: Tensor) -> int:
+    """Vocabulary ids in a block of logits."""
+    width = BLOCK_BYTES // (max(len(hidden), 1) * _dtype(hidden).itemsize) // 64 * 64
+    return min(max(width, 512), len(weight))
+
+
+def _dtype(hidden: Tensor) -> torch.dtype:
+    """Of the logits: fp32 where the matrix product can give it."""
+    return torch.float32 if hidden.is_cuda else hidden.dtype
+
+
+def _ids(weight: Tensor, width: int) -> Iterator[slice]:
+    return (slice(i, min(i + width, len(weight))) for i in range(0, len(weight), width))
+
+
+def _memory(hidden: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """For a block of logits [N, W]. On a GPU rows are padded to 128 bytes, or an odd width would split every access."""
+    return torch.empty(len(hidden), width + (-width % 64 if hidden.is_cuda else 0), dtype=dtype, device=hidden.device)
+
+
+def _view(memory: Tensor, shape: torch.Size) -> Tensor:
+    return memory.view(-1)[: shape.numel()].view(shape)
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: slice, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights [W, H] of ``ids`` and the head's output [N, ≥ W] for them, which is put into ``memory``."""
+    w = weight[ids].to(hidden.dtype)
+    a = _view(memory, torch.Size((len(hidden), len(w) + (-len(w) % 64 if hidden.is_cuda else 0))))
+    out = a[:, : len(w)]
+    wider = {} if out.dtype == hidden.dtype else {"out_dtype": out.dtype}
+    if bias is None:
+        torch.mm(hidden, w.T, **wider, out=out)
+    else:
+        torch.addmm(bias[ids].to(hidden.dtype), hidden, w.T, **wider, out=out)
+    return w, a

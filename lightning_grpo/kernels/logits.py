@@ -35,7 +35,7 @@ class _LogitsLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, transform, entropy_grad):
         stats = rows.Statistics.empty(len(logits), logits.device)
-        rows.accumulate(logits, 0, targets, transform, stats)
+        rows.accumulate(logits, slice(0, logits.shape[1]), targets, transform, stats)
         softmax = stats.finish()
         ctx.transform = transform
         ctx.save_for_backward(logits, targets, *softmax)
@@ -52,7 +52,7 @@ class _LogitsLogprob(torch.autograd.Function):
         grad = torch.empty_like(logits)
         c = c_logprob * ctx.transform.factor
         ce = None if c_entropy is None else c_entropy * ctx.transform.factor
-        rows.gradient(logits, grad, 0, targets, ctx.transform, rows.Softmax(*softmax), c, ce)
+        rows.gradient(logits, grad, slice(0, logits.shape[1]), targets, ctx.transform, rows.Softmax(*softmax), c, ce)
         # Rows that the loss leaves out may hold anything, NaN too.
         idle = c == 0 if ce is None else (c == 0) & (ce == 0)
         return grad.masked_fill_(idle[:, None], 0), None, None, None

@@ -1,8 +1,8 @@
 """Row arithmetic on one block of the vocabulary, in plain torch: what the Triton kernels do on a GPU.
 
-A block holds the head's output a [N, W] for W neighbouring tokens of the vocabulary; z are the logits of the sampled
-distribution. The softmax over the whole vocabulary is put together block by block from statistics of each row's tokens
-*other than its target*:
+A block a [N, ≥ W] holds the head's output for W neighbouring ids of the vocabulary; columns past W are padding. z are
+the logits of the sampled distribution. The softmax over the whole vocabulary is put together block by block from
+statistics of each row's tokens *other than its target*:
 
     m  largest z so far      s  Σ exp(z − m)      t  Σ exp(z − m)·z      y  the target's z
 
@@ -100,31 +100,33 @@ class Softmax(NamedTuple):
 
 
 def accumulate(
-    a: Tensor, first: int, targets: Tensor, transform: Transform, stats: Statistics, weights: Tensor | None = None
+    a: Tensor, ids: slice, targets: Tensor, transform: Transform, stats: Statistics, weights: Tensor | None = None
 ) -> Tensor | None:
-    """Take the block ``a`` [N, W], whose first column is vocabulary id ``first``, into the statistics, in place.
+    """Take the block ``a`` of the vocabulary's ``ids`` into the statistics, in place.
 
     With ``weights`` [N, W] (may be ``a``), these are set to w ∝ exp(z)·∂z/∂a of the tokens other than the target, and
     the factors (old, new) [2, N] are returned by which a sum over the vocabulary goes on: sum·old + new·Σ w·x.
     """
+    width = ids.stop - ids.start
     joins = None if weights is None else torch.empty(2, len(a), device=a.device)
     for i in _cached_rows(a):
         some = transform.rows(i)
         m, s, t, y = (x[i] for x in stats)
-        z = some.logits(a[i])
-        here = _targets_within(targets[i], first, a.shape[1])
+        z = some.logits(a[i, :width])
+        here = _targets_within(targets[i], ids)
         y[here[0]] = z[here]
         z[here] = FLOOR
-        # torch's softmax is one fused pass, faster than exp alone; the sum of exp(z − top) is 1 / its largest element.
+        # torch's softmax is one fused pass, faster than exp alone: p is exp(z − top) times its own largest element. Its
+        # denominator is summed too roughly (1e-5 at 50,000 ids) to be taken for the sum of exp(z − top).
         p = torch.softmax(z, 1)
         top = z.amax(1)
         largest = torch.maximum(m, top)
         old, new = (m - largest).exp_(), (top - largest).exp_().div_(p.amax(1))
-        s.mul_(old).add_(new)
+        s.mul_(old).add_(new * p.sum(1))
         t.mul_(old).add_(new * torch.linalg.vecdot(p, z))
         m.copy_(largest)
         if weights is not None:
-            weights[i].copy_(some.chain_(p, z))
+            weights[i, :width].copy_(some.chain_(p, z))
             joins[0, i], joins[1, i] = old, new
     return joins
 
@@ -132,21 +134,23 @@ def accumulate(
 def gradient(
     a: Tensor,
     out: Tensor,
-    first: int,
+    ids: slice,
     targets: Tensor,
     transform: Transform,
     softmax: Softmax,
     c_logprob: Tensor,
     c_entropy: Tensor | None,
 ) -> None:
-    """Write into ``out`` [N, W] (may be ``a``) ∂loss/∂a but for ``factor``, given ∂loss/∂logprob and ∂loss/∂entropy [N].
+    """Write ∂loss/∂a, but for ``factor``, into ``out`` [N, ≥ W], which may be ``a``.
 
+    From c_logprob = ∂loss/∂logprob and c_entropy = ∂loss/∂entropy, [N] each:
     ∂loss/∂z = c_logprob·(onehot − p) − c_entropy·p·(log p + entropy).
     """
+    width = ids.stop - ids.start
     for i in _cached_rows(a):
         some, row, c = transform.rows(i), softmax.rows(i), c_logprob[i]
-        z = some.logits(a[i])
-        here = _targets_within(targets[i], first, a.shape[1])
+        z = some.logits(a[i, :width])
+        here = _targets_within(targets[i], ids)
         p = torch.softmax(z, 1)
         scale = (z.amax(1) - row.lse).exp_().div_(p.amax(1))
         at_target = (c * row.rest)[here[0]]
@@ -158,7 +162,7 @@ def gradient(
             at_target -= (p * surprise)[here]
             g = surprise.add_(c[:, None]).mul_(p).neg_()
         g[here] = at_target
-        out[i].copy_(some.chain_(g, z))
+        out[i, :width].copy_(some.chain_(g, z))
 
 
 def _cached_rows(a: Tensor) -> Iterator[slice]:
@@ -166,7 +170,7 @@ def _cached_rows(a: Tensor) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, a.shape[0], step))
 
 
-def _targets_within(targets: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+def _targets_within(targets: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
     """Rows whose target lies in the block, and its columns."""
-    rows = ((targets >= first) & (targets < first + width)).nonzero().squeeze(1)
-    return rows, targets[rows] - first
+    rows = ((targets >= ids.start) & (targets < ids.stop)).nonzero().squeeze(1)
+    return rows, targets[rows] - ids.start

@@ -1,0 +1,26 @@
+"""The definition of what the kernels compute: slow, [N, V] logits and all, and plain to read."""
+
+import torch
+from torch import Tensor
+
+
+def naive_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprob` on whole logits, in float64 where the hidden states are, else in fp32."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device)
+    logp = torch.log_softmax(logits / temperature.reshape(-1, 1), dim=-1)
+    entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+    return logp.gather(1, targets[:, None]).squeeze(1), entropy if entropy_grad else entropy.detach()

@@ -1,0 +1,206 @@
+"""The row arithmetic of `rows` as Triton kernels for CUDA and ROCm: one program a row, every logit read once or twice.
+
+Same names, same arguments, same results as in `rows`, whose docstring has the mathematics. A row is read and
+written with its padding: where that fills rows up to a multiple of 64 columns, every access is 128 bits wide.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_grpo.kernels.rows import FLOOR, Softmax, Statistics, Transform
+
+# Columns a program holds in registers, and its warps, by the bytes of a logit.
+TILE = {2: (4096, 8), 4: (2048, 8)}
+
+
+@triton.jit
+def _logits(a_ptr, columns, width, room, factor, cap, FLOOR: tl.constexpr, CAPPED: tl.constexpr):
+    z = tl.load(a_ptr + columns, mask=columns < room, other=0.0).to(tl.float32) * factor
+    if CAPPED:
+        # tanh by its exponential: no device library is needed, and for large |z| it saturates without NaN.
+        z = cap * (1 - 2 / (1 + tl.exp(2 * z / cap)))
+    # Not maximum, which would hide a NaN. The padding goes last: a softcap would lift it.
+    return tl.where((z < FLOOR) | (columns >= width), FLOOR, z)
+
+
+@triton.jit
+def _chain(g, z, cap, CAPPED: tl.constexpr):
+    if CAPPED:
+        share = z / cap
+        g = g * (1 - tl.minimum(share * share, 1.0))
+    return g
+
+
+@triton.jit
+def _accumulate_kernel(
+    a_ptr,
+    a_stride,
+    w_ptr,
+    w_stride,
+    targets_ptr,
+    factor_ptr,
+    cap_ptr,
+    m_ptr,
+    s_ptr,
+    t_ptr,
+    y_ptr,
+    old_ptr,
+    first,
+    width,
+    room,
+    FLOOR: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    a_ptr += row * a_stride
+    target = (tl.load(targets_ptr + row) - first).to(tl.int32)
+    factor = tl.load(factor_ptr + row)
+    cap = tl.load(cap_ptr + row) if CAPPED else 1.0
+    before = tl.load(m_ptr + row)
+    m = before
+    s = tl.zeros([TILE], tl.float32)
+    t = tl.zeros([TILE], tl.float32)
+    y = tl.zeros([TILE], tl.float32)
+    for start in range(0, width, TILE):
+        columns = start + tl.arange(0, TILE)
+        z = _logits(a_ptr, columns, width, room, factor, cap, FLOOR, CAPPED)
+        y += tl.where(columns == target, z, 0.0)
+        z = tl.where(columns == target, FLOOR, z)
+        largest = tl.maximum(m, tl.max(z, 0))
+        shrink = tl.exp(m - largest)
+        e = tl.exp(z - largest)
+        s = s * shrink + e
+        t = t * shrink + e * z
+        m = largest
+    old = tl.exp(before - m)
+    tl.store(m_ptr + row, m)
+    tl.store(s_ptr + row, tl.load(s_ptr + row) * old + tl.sum(s, 0))
+    tl.store(t_ptr + row, tl.load(t_ptr + row) * old + tl.sum(t, 0))
+    if (target >= 0) & (target < width):
+        tl.store(y_ptr + row, tl.sum(y, 0))
+    if WEIGHTS:
+        tl.store(old_ptr + row, old)
+        w_ptr += row * w_stride
+        for start in range(0, width, TILE):
+            columns = start + tl.arange(0, TILE)
+            z = _logits(a_ptr, columns, width, room, factor, cap, FLOOR, CAPPED)
+            w = tl.where(columns == target, 0.0, _chain(tl.exp(z - m), z, cap, CAPPED))
+            tl.store(w_ptr + columns, w.to(w_ptr.dtype.element_ty), mask=columns < room)
+
+
+@triton.jit
+def _gradient_kernel(
+    a_ptr,
+    a_stride,
+    out_ptr,
+    out_stride,
+    targets_ptr,
+    factor_ptr,
+    cap_ptr,
+    lse_ptr,
+    rest_ptr,
+    entropy_ptr,
+    c_logprob_ptr,
+    c_entropy_ptr,
+    first,
+    width,
+    room,
+    FLOOR: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    a_ptr += row * a_stride
+    out_ptr += row * out_stride
+    target = (tl.load(targets_ptr + row) - first).to(tl.int32)
+    factor = tl.load(factor_ptr + row)
+    cap = tl.load(cap_ptr + row) if CAPPED else 1.0
+    lse = tl.load(lse_ptr + row)
+    c = tl.load(c_logprob_ptr + row)
+    at_target = c * tl.load(rest_ptr + row)
+    if ENTROPY:
+        c_entropy = tl.load(c_entropy_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
+    for start in range(0, width, TILE):
+        columns = start + tl.arange(0, TILE)
+        z = _logits(a_ptr, columns, width, room, factor, cap, FLOOR, CAPPED)
+        p = tl.exp(z - lse)
+        g = tl.where(columns == target, at_target, -c * p)
+        if ENTROPY:
+            g -= c_entropy * p * (z - lse + entropy)
+        g = _chain(g, z, cap, CAPPED)
+        tl.store(out_ptr + columns, g.to(out_ptr.dtype.element_ty), mask=columns < room)
+
+
+def accumulate(
+    a: Tensor, ids: slice, targets: Tensor, transform: Transform, stats: Statistics, weights: Tensor | None = None
+) -> Tensor | None:
+    """`rows.accumulate`."""
+    n = len(a)
+    tile, warps = TILE[a.element_size()]
+    joins = None if weights is None else torch.ones(2, n, device=a.device)
+    target = a if weights is None else weights
+    if n:
+        _accumulate_kernel[(n,)](
+            a,
+            a.stride(0),
+            target,
+            target.stride(0),
+            targets,
+            transform.factor,
+            transform.factor if transform.cap is None else transform.cap,
+            *stats,
+            stats.m if joins is None else joins[0],
+            ids.start,
+            ids.stop - ids.start,
+            a.shape[1],
+            FLOOR=FLOOR,
+            CAPPED=transform.cap is not None,
+            WEIGHTS=weights is not None,
+            TILE=tile,
+            num_warps=warps,
+        )
+    return joins
+
+
+def gradient(
+    a: Tensor,
+    out: Tensor,
+    ids: slice,
+    targets: Tensor,
+    transform: Transform,
+    softmax: Softmax,
+    c_logprob: Tensor,
+    c_entropy: Tensor | None,
+) -> None:
+    """`rows.gradient`."""
+    n = len(a)
+    tile, warps = TILE[a.element_size()]
+    if n:
+        _gradient_kernel[(n,)](
+            a,
+            a.stride(0),
+            out,
+            out.stride(0),
+            targets,
+            transform.factor,
+            transform.factor if transform.cap is None else transform.cap,
+            softmax.lse,
+            softmax.rest,
+            softmax.entropy,
+            c_logprob,
+            c_logprob if c_entropy is None else c_entropy,
+            ids.start,
+            ids.stop - ids.start,
+            a.shape[1],
+            FLOOR=FLOOR,
+            CAPPED=transform.cap is not None,
+            ENTROPY=c_entropy is not None,
+            TILE=tile,
+            num_warps=warps,
+        )
