@@ -209,6 +209,8 @@ def test_float32_rewards_of_equal_groups_are_exactly_zero_too():
     for options in ({}, {"scale_rewards": "group"}, {"scale_rewards": "batch"}, {"aggregation": "normalize_then_sum"}):
         A = group_advantages(r, 3, **options)
         assert A.dtype == torch.float32 and (A == 0).all()
+    # rounding noise that a division by (0 + 1e-4), twice, would blow up
+    assert (advantages([0.0] * 6 + [2.191] * 6, 6, aggregation="normalize_then_sum") == 0).all()
 
 
 def test_a_single_generation_or_a_single_scored_one_teaches_nothing():

@@ -190,6 +190,8 @@ def test_what_the_module_may_leave_undone():
     assert in_loss.needs_reference and in_loss.kl_in_loss and not in_loss.skips_zero_advantage
     assert in_reward.needs_reference and in_reward.kl_in_reward and in_reward.skips_zero_advantage
 
+    assert in_loss.resolved.kl_estimator == "k3" and in_reward.resolved.kl_estimator == "k1"
+
     bonus = ObjectiveConfig(entropy_coef=0.01)
     assert bonus.needs_entropy_grad and bonus.global_tokens and not bonus.skips_zero_advantage
     assert ObjectiveConfig(adaptive_entropy=AdaptiveEntropy()).needs_entropy_grad

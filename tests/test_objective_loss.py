@@ -154,6 +154,17 @@ def test_a_rollout_weight_takes_the_place_of_the_computed_one():
         torch.testing.assert_close(grads(config, inputs), given, **CLOSE)
 
 
+def test_vespo_takes_unbounded_weights_per_token_or_per_completion_alike():
+    inputs = batch()
+    token, sequence = (
+        grads(full("vespo", rollout_correction=RolloutCorrection(level=level, upper=None)), inputs)
+        for level in ("token", "sequence")
+    )
+    torch.testing.assert_close(token, sequence, **CLOSE)
+    without = grads(full("vespo", rollout_correction=None), inputs)
+    assert (token[1] - without[1]).abs().max() > 1e-3
+
+
 # ---- parts against their formulas ----
 
 
@@ -202,6 +213,23 @@ def test_a_surrogate_by_hand(options, ratio, advantage, loss, gradient):
         loss = gradient * math.log(0.5 * ratio)
     assert got_loss == pytest.approx(loss, abs=1e-10)
     assert got_gradient == pytest.approx(gradient, abs=1e-10)
+
+
+def test_dppo_measures_its_trust_region_from_the_engine():
+    config = ObjectiveConfig(loss_type="dppo", aggregation="sequence_sum")
+    probability = torch.tensor([[0.6, 0.6, 0.6, 0.6]], dtype=torch.float64)
+    engine = torch.tensor([[0.5, 0.3, 0.9, float("nan")]], dtype=torch.float64)
+    for advantage, expected in ((1.0, [-1.0, 0.0, -1.0, -1.0]), (-1.0, [1.0, 1.0, 0.0, 1.0])):
+        logprobs = probability.log().requires_grad_()
+        loss, metrics = policy_loss(
+            config,
+            logprobs=logprobs,
+            advantages=torch.tensor([advantage], dtype=torch.float64),
+            mask=torch.ones(1, 4),
+            rollout_logprobs=engine.log(),
+        )
+        assert torch.autograd.grad(loss, logprobs)[0].tolist() == [expected]
+        assert metrics["clip_ratio/region_mean"].compute() == 0.25
 
 
 @pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
@@ -268,11 +296,10 @@ def test_an_engine_that_could_not_score_a_token_leaves_it_uncorrected():
     correction = RolloutCorrection(level="token", upper=None)
     config = ObjectiveConfig(loss_type="grpo", beta=0.0, rollout_correction=correction, off_policy_mask_threshold=0.01)
     inputs = batch()
-    unscored = inputs["rollout_logprobs"].clone()
+    base = inputs | {"old_logprobs": None, "advantages": -torch.ones(N, dtype=torch.float64)}
+    near = inputs["logprobs"] - 0.01
+    unscored, known = near.clone(), near.clone()
     unscored[1, 2] = float("nan")
-    known = inputs["rollout_logprobs"].clone()
-    known[1, 2] = inputs["old_logprobs"][1, 2]
-    base = inputs | {"old_logprobs": None}
     known[1, 2] = inputs["logprobs"][1, 2]
     expected = grads(config, base | {"rollout_logprobs": known})
     torch.testing.assert_close(grads(config, base | {"rollout_logprobs": unscored}), expected, **CLOSE)
@@ -298,6 +325,8 @@ def test_the_off_policy_mask_drops_negative_completions_far_from_their_sampler()
     config = ObjectiveConfig(loss_type="reinforce", off_policy_mask_threshold=0.2)
     _, gradient, _ = grads(config, inputs)
     assert gradient.ne(0).any(1).tolist() == [False, True, True, False, False, False]
+    _, metrics = policy_loss(config, **inputs)
+    assert metrics["off_policy_kept"].value == 3, "completions 1 to 3; the last has no token"
 
 
 # ---- padding ----
