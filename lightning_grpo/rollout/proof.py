@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +124,19 @@ class Held:
     """The engine's module that computes with it."""
     fingerprint: Fingerprint | None
     """None where the module still computes with an earlier one."""
+
+    def to_json(self) -> dict[str, Any]:
+        f = self.fingerprint
+        bits = None if f is None else [str(f.dtype).removeprefix("torch."), list(f.shape), list(f.sums)]
+        return {"name": self.name, "place": self.place, "fingerprint": bits}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], *, at: str) -> "Held":
+        """`at` names the endpoint that holds it."""
+        bits = data["fingerprint"]
+        if bits is not None:
+            bits = Fingerprint(getattr(torch, bits[0]), tuple(bits[1]), tuple(bits[2]))
+        return cls(data["name"], f"{data['place']} at {at}", bits)
 
 
 @dataclass

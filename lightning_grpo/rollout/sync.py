@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,9 @@ class SyncedEngine:
 
     Args:
         engine: what samples. It may have ``dtype`` (weights are cast to it on the way), ``held`` (what it holds after
-            `update_weights`, a list of `Held`) and ``weights_lost`` (True where a sleep cost it its weights).
+            `update_weights`, a list of `Held`), ``weights_lost`` (True where a sleep cost it its weights),
+            ``replica_logprobs`` (`logprobs` of each of several copies, by place) and ``submit`` (`generate` in the
+            background).
         version: gives the policy's version, which rises whenever its weights change.
         weights: gives a fresh stream of the policy's weights under Hugging Face names.
         score: the policy's log-probs of whole sequences at temperature 1, [n − 1] each for n tokens.
@@ -86,6 +89,7 @@ class SyncedEngine:
         self._tolerance_measured = tolerance is not None
         self._fingerprints: dict[str, Fingerprint] | None = None
         self._synced_version: int | None = None
+        self._ahead: Future | None = None
 
     @property
     def version(self) -> int | None:
@@ -107,6 +111,31 @@ class SyncedEngine:
             self.engine.sleep()
         return groups
 
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        seeds: Sequence[Sequence[int]],
+        on_group: OnGroup | None = None,
+    ) -> Future[list[list[Completion]]]:
+        """Sync now, then `generate` in the background, with the weights of now, while the policy moves on.
+
+        The next sync waits for it, so no completion mixes weights and none is more than one rollout behind.
+
+        Raises:
+            NotImplementedError: where the engine shares the trainer's process.
+        """
+        if not hasattr(self.engine, "submit"):
+            raise NotImplementedError(
+                f"{type(self.engine).__name__} shares the trainer's process and can't sample in the background; use "
+                "VLLMProcessRollout or VLLMServerRollout, or set rollout_ahead to 0"
+            )
+        self.sync()
+        self._ahead = self.engine.submit(prompts, sampling, max_tokens=max_tokens, seeds=seeds, on_group=on_group)
+        return self._ahead
+
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         self.sync()
         return self.engine.logprobs(sequences)
@@ -120,6 +149,9 @@ class SyncedEngine:
         if not force and version == self._synced_version and not getattr(self.engine, "weights_lost", False):
             self.engine.wake()
             return None
+        if self._ahead is not None:
+            wait([self._ahead])
+            self._ahead = None
         self._synced_version = None
         start = time.perf_counter()
         stream = WeightStream(self._weights(), getattr(self.engine, "dtype", None))
@@ -151,13 +183,20 @@ class SyncedEngine:
         return self.last_sync
 
     def _prove(self, version: int, moved: Sequence[str]) -> Mismatch:
-        canary = check_canary(self.engine.logprobs(self._canary), self._score(self._canary))
-        if self._tolerance.exceeded_by(canary):
-            raise WeightSyncError(
-                f"after the sync to policy version {version} the engine's log-probs differ from the policy's by "
-                f"{canary.mean:.3g} nats on average and {canary.max:.3g} at most; {self._tolerance.mean:.3g} and "
-                f"{self._tolerance.max:.3g} would be rounding. {self._suspects(moved)}"
-            )
+        expected = self._score(self._canary)
+        replicas = getattr(self.engine, "replica_logprobs", lambda sequences: {"": self.engine.logprobs(sequences)})
+        seen = []
+        for place, logprobs in replicas(self._canary).items():
+            canary = check_canary(logprobs, expected)
+            seen.append(canary)
+            if self._tolerance.exceeded_by(canary):
+                raise WeightSyncError(
+                    f"after the sync to policy version {version} the engine's log-probs{place and ' at '}{place} "
+                    f"differ from the policy's by {canary.mean:.3g} nats on average and {canary.max:.3g} at most; "
+                    f"{self._tolerance.mean:.3g} and {self._tolerance.max:.3g} would be rounding. "
+                    f"{self._suspects(moved)}"
+                )
+        canary = max(seen, key=lambda m: m.mean)
         if not self._tolerance_measured:
             self._tolerance = Tolerance.of(self._dtypes, canary)
             self._tolerance_measured = True

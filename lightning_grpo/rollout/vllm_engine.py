@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_grpo.rollout.guest import guest, noise_to
 from lightning_grpo.rollout.proof import Held, WeightSyncError
 from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Sampling
-from lightning_grpo.rollout.vllm_weights import load_weights
+from lightning_grpo.rollout.vllm_weights import load_weights, replace_functions
 
 VLLM_SERIES = "0.32."
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class VLLMEngine:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             from vllm import LLM
 
-            _replace_functions()
+            replace_functions()
             self._host_group = torch.distributed.is_initialized()
             try:
                 self.llm = LLM(model, max_model_len=max_model_len, **settings)
@@ -240,17 +240,6 @@ class VLLMEngine:
             finish_reason=reason,
             version=self.version,
         )
-
-
-def _replace_functions() -> None:
-    """Two functions that are wrong for a guest on a CPU: one binds the process's memory to a NUMA node, one compiles
-    for up to 20 s to count the rank of a sampled token."""
-    from vllm.platforms import current_platform
-    from vllm.v1.sample import sampler
-
-    if current_platform.is_cpu():
-        torch.ops._C.init_cpu_memory_env = lambda nodes: None
-        sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
 
 
 def _shutdown(llm: Any, host_group: bool) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_grpo.rollout.proof import Fingerprint, Held, WeightSyncError
@@ -55,6 +56,17 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Hel
             f"no weights came for {len(missing)} parameters of the engine: {', '.join(sorted(missing)[:8])}"
         )
     return list(_held(model, packed))
+
+
+def replace_functions() -> None:
+    """Two functions that are wrong for a guest on a CPU: one binds the process's memory to a NUMA node, one compiles
+    for up to 20 s to count the rank of a sampled token."""
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import sampler
+
+    if current_platform.is_cpu():
+        torch.ops._C.init_cpu_memory_env = lambda nodes: None
+        sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
 
 
 def _abandon_reload(worker: Any, model: nn.Module) -> None:

@@ -1,0 +1,125 @@
+"""A vLLM server as a child of this process: its own threads, memory and cores, gone when this process goes."""
+
+import ctypes
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+from lightning_grpo.rollout.server_engine import SERVER_FLAGS
+
+_PR_SET_PDEATHSIG = 1
+
+
+class ServerProcess:
+    """Starts a server on a free local port and waits until it answers.
+
+    Args:
+        model: local folder or hub name.
+        engine_args: any argument of `vllm serve` by its name in Python, such as max_num_seqs.
+        environment: variables of the child's own, such as CUDA_VISIBLE_DEVICES.
+        cores: CPU cores that it may use; None leaves the choice to the system.
+        log_file: takes all its output.
+        start_timeout: seconds to wait for it.
+
+    Raises:
+        RuntimeError: where it ends or stays silent; the message has the end of its log.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        engine_args: dict[str, Any],
+        log_file: Path,
+        environment: dict[str, str] | None = None,
+        cores: list[int] | None = None,
+        start_timeout: float = 900.0,
+    ) -> None:
+        self.api_key = secrets.token_hex(32)
+        self.url = f"http://127.0.0.1:{_free_port()}"
+        self.log_file = log_file
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        port = self.url.rpartition(":")[2]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        command += ["--host", "127.0.0.1", "--port", port, *SERVER_FLAGS, *as_flags(engine_args)]
+        own = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_API_KEY": self.api_key, "VLLM_NO_USAGE_STATS": "1"}
+        if cores is not None:
+            own |= {"OMP_NUM_THREADS": str(len(cores))}
+        with log_file.open("ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | own | (environment or {}),
+                start_new_session=True,
+                preexec_fn=lambda: _at_birth(cores),
+            )
+        try:
+            self._wait_until_healthy(start_timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait_until_healthy(self, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        while self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (URLError, OSError):
+                pass
+            if time.monotonic() > end:
+                raise RuntimeError(f"the vLLM server did not answer within {timeout:.0f} s. {self._log_end()}")
+            time.sleep(0.2)
+        raise RuntimeError(f"the vLLM server ended with code {self.process.returncode}. {self._log_end()}")
+
+    def _log_end(self) -> str:
+        lines = self.log_file.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if "Error" in line][-3:]
+        return f"The end of its log, {self.log_file.resolve()}:\n" + "\n".join(errors + lines[-3:])
+
+    def close(self) -> None:
+        """End the server and its workers. Safe to call twice."""
+        for signum, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+            try:
+                os.killpg(self.process.pid, signum)
+            except ProcessLookupError:
+                break
+            try:
+                self.process.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def as_flags(engine_args: dict[str, Any]) -> list[str]:
+    """``{"max_num_seqs": 64, "enforce_eager": True}`` → ``["--max-num-seqs", "64", "--enforce-eager"]``."""
+    flags = []
+    for name, value in engine_args.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+    return flags
+
+
+def _at_birth(cores: list[int] | None) -> None:
+    # The kernel ends the server when its parent dies, however that happens.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]

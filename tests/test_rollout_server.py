@@ -1,0 +1,156 @@
+"""vLLM in another process: sampling over HTTP, weights over TCP, faults of endpoints."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_grpo.rollout import HFEngine, Sampling, SyncedEngine, WeightSyncError, policy_weights, rollout_seeds
+
+pytest.importorskip("vllm")
+from lightning_grpo.rollout.server_engine import ServerEngine
+from lightning_grpo.rollout.server_process import ServerProcess
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+EOS = 1
+PROMPTS = [[4, 60, 16, 5], [4, 60, 16, 5, 8, 9, 10], [7]]
+SEEDS = [[rollout_seeds(1, 0, i, g) for g in range(4)] for i in range(len(PROMPTS))]
+SETTINGS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 64 << 20,
+    "max_num_seqs": 64,
+    "max_model_len": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model_path, tmp_path_factory):
+    log_file = tmp_path_factory.mktemp("log") / "vllm.log"
+    server = ServerProcess(tiny_model_path, engine_args=SETTINGS, log_file=log_file)
+    yield server
+    server.close()
+    server.close()
+    assert server.process.returncode is not None
+
+
+@pytest.fixture
+def engine(server):
+    engine = ServerEngine([server.url], eos_token_ids=[EOS], api_key=server.api_key, dtype=torch.float32)
+    yield engine
+    engine.close()
+    engine.close()
+
+
+@pytest.fixture
+def policy(tiny_model_path):
+    return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+
+
+@pytest.fixture
+def synced(engine, policy):
+    reference = HFEngine(policy, eos_token_ids=[EOS], pad_id=0)
+    synced = SyncedEngine(
+        engine,
+        version=lambda: synced.turn,
+        weights=lambda: policy_weights(policy),
+        score=reference.logprobs,
+        vocab_size=policy.config.vocab_size,
+    )
+    synced.turn, synced.reference = 0, reference
+    return synced
+
+
+def perturb(policy, scale=0.02):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters():
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def worst(synced, groups):
+    return max(
+        (synced.reference.logprobs([p + c.token_ids])[0][len(p) - 1 :] - torch.tensor(c.logprobs)).abs().max().item()
+        for p, group in zip(PROMPTS, groups, strict=True)
+        for c in group
+    )
+
+
+def test_samples_follow_the_policy(synced, policy):
+    heard = {}
+    groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS, on_group=heard.__setitem__)
+    assert [heard[i] for i in range(3)] == groups
+    assert worst(synced, groups) < 1e-4
+    assert synced.last_sync.compared == synced.last_sync.tensors == 20
+    perturb(policy)
+    synced.turn = 1
+    groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+    assert worst(synced, groups) < 1e-4
+    for c in (c for group in groups for c in group):
+        assert c.version == 1
+        assert (c.finish_reason == "stop") == (c.token_ids[-1] == EOS)
+    again = synced.generate(PROMPTS[1:2], Sampling(), max_tokens=32, seeds=SEEDS[1:2])
+    assert [c.token_ids for c in again[0]] == [c.token_ids for c in groups[1]]
+
+
+def test_sampling_ahead_keeps_its_version_while_the_policy_moves(synced, policy):
+    ahead = synced.submit(PROMPTS, Sampling(), max_tokens=64, seeds=SEEDS)
+    perturb(policy)
+    synced.turn = 1
+    synced.sync()
+    assert ahead.done(), "the sync must wait for what samples with the earlier weights"
+    assert {c.version for group in ahead.result() for c in group} == {0}
+    groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    assert worst(synced, groups) < 1e-4 < worst(synced, ahead.result())
+
+
+def test_a_tensor_altered_on_its_way_is_named(synced, policy, engine, monkeypatch):
+    update = engine.update_weights
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def faulty(weights, version):
+        update(((n, w + 1e-6 if n == name else w) for n, w in weights), version)
+
+    monkeypatch.setattr(engine, "update_weights", faulty)
+    with pytest.raises(WeightSyncError, match=rf"{name} \(altered in model.layers.1.mlp.gate_up_proj at http"):
+        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+
+
+def test_a_stale_endpoint_is_named(synced, policy, engine, server, monkeypatch):
+    """The endpoint says that it took the weights, and still computes with others."""
+    synced.sync()
+    monkeypatch.setattr(engine, "update_weights", lambda weights, version: [None for _ in weights])
+    monkeypatch.setattr(engine, "held", [])
+    perturb(policy)
+    synced.turn = 1
+    with pytest.raises(WeightSyncError, match=f"at {server.url} differ"):
+        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+
+
+def test_a_lost_endpoint_is_replaced_by_another(synced, engine, server):
+    """The second endpoint dies after the start: its share goes to the first, with the same samples."""
+    from lightning_grpo.rollout.server_engine import Endpoint
+
+    expected = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    gone = Endpoint("http://127.0.0.1:9", None)
+    engine.endpoints.append(gone)
+    groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    assert gone.lost is not None and gone.in_flight == 0
+    assert [[c.token_ids for c in g] for g in groups] == [[c.token_ids for c in g] for g in expected]
+    engine.endpoints[0].lost = "for this test"
+    with pytest.raises(ConnectionError, match="no vLLM endpoint is left"):
+        synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+
+
+def test_a_wrong_api_key_is_refused_at_start(server):
+    with pytest.raises(PermissionError, match="api_key"):
+        ServerEngine([server.url], eos_token_ids=[EOS], api_key="wrong")
+
+
+def test_no_server_is_an_error_at_start():
+    with pytest.raises(ConnectionError, match="is the vLLM server up"):
+        ServerEngine(["http://127.0.0.1:9"], eos_token_ids=[EOS])
+
+
+def test_a_server_that_does_not_start_shows_its_log(tiny_model_path, tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)vLLM server ended.*no_such_option"):
+        ServerProcess(tiny_model_path, engine_args={"no_such_option": 1}, log_file=tmp_path / "log")
