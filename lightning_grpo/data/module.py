@@ -35,6 +35,13 @@ class Loader:
     def __iter__(self) -> Iterator[PromptBatch]:
         return self.batches()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the position is the data module's. Tells Lightning that this loader can be resumed."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load."""
+
 
 class PromptDataModule(lightning.LightningDataModule):
     """Prompts for rollouts, the other columns going to the rewards.
@@ -136,7 +143,7 @@ class PromptDataModule(lightning.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check, split and encode all rows. Errors name the file and the line."""
-        tokenizer = self.tokenizer or getattr(self.trainer.lightning_module, "tokenizer", None)
+        tokenizer = self.tokenizer or getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
         if tokenizer is None:
             raise ValueError("no tokenizer: the module needs a `tokenizer` attribute, or pass data.tokenizer")
         rows = self._prompts(self.source, self.source_args, self.size, tokenizer, seed=self.seed)
@@ -228,6 +235,10 @@ class PromptDataModule(lightning.LightningDataModule):
         length = len(self.train) // B * repeats
 
         def batches() -> Iterator[PromptBatch]:
+            # Lightning 2.6 keeps counting a batch that an exception broke off, and would find itself one behind when
+            # it is resumed for the second time
+            started = self.trainer.fit_loop.epoch_loop.batch_progress.total
+            started.ready = started.started = started.processed
             for _ in range(length):
                 self._stream.advance(B, repeats)
                 yield self._share(self._stream.rows, step=self._stream.step - 1)

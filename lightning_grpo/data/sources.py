@@ -117,14 +117,14 @@ def saved(path: Path, split: str = "train") -> Iterable[Row]:
     return dataset[split]
 
 
-def hub(name: str, split: str = "train", **args: Any) -> Iterable[Row]:
+def hub(source: str, /, split: str = "train", **args: Any) -> Iterable[Row]:
     """A data set of the Hugging Face hub; ``args`` as of ``datasets.load_dataset`` (``name``, ``revision``, …)."""
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, split=split, **args)
+        return load_dataset(source, split=split, **args)
     except Exception as error:
-        raise ValueError(f"data.source is {name!r}, which can't be loaded ({error}); set {KINDS}") from error
+        raise ValueError(f"data.source is {source!r}, which can't be loaded ({error}); set {KINDS}") from error
 
 
 def _call(source: str, make: Callable[..., Iterable[Row]], *fixed: Any, args: dict[str, Any]) -> Iterable[Row]:
