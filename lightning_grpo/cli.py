@@ -71,11 +71,11 @@ class GRPOCommand(LightningCLI):
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line ``args``; those of the process where None."""
-    args = sys.argv[1:] if args is None else list(args)
-    if args[:1] == ["configure"]:
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["configure"]:
         from lightning_grpo.configure import command as configure
 
-        raise SystemExit(configure.main(args[1:]))
+        raise SystemExit(configure.main(given[1:]))
     set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=False)
     logging.getLogger("lightning_grpo").setLevel(logging.INFO)
     GRPOCommand(

@@ -54,7 +54,7 @@ class PolicyModule(LightningModule):
     """
 
     engine: SyncedEngine | None = None
-    """Samples from the policy's current weights. A `RolloutCallback` attaches it (`default_rollout` if none is named)."""
+    """Samples from the policy's current weights; attached by a `RolloutCallback`, of the user's or `default_rollout`."""
 
     def __init__(
         self,
@@ -338,7 +338,7 @@ class PolicyModule(LightningModule):
         values = {f"{prefix}/{name}": value for name, value in self._held_out.reduce().items()}
         self.held_out = values
         if not self.trainer.sanity_checking:
-            self.log_dict(values, rank_zero_only=False)
+            self.log_dict(values, sync_dist=True)
 
     # ── Checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -26,13 +26,15 @@ class Checkpoint(ModelCheckpoint):
     ) -> None:
         super().__init__(
             dirpath,
-            filename="{step:06d}",
+            filename="step-{step:06d}",
+            auto_insert_metric_name=False,
             monitor=monitor,
             mode=mode,
             every_n_train_steps=every_n_train_steps,
             save_top_k=save_top_k,
             save_last="link",
             save_on_train_epoch_end=False,
+            enable_version_counter=False,
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -21,6 +21,15 @@ FIGURES = {
 PHASES = ("rollout", "sync", "reward", "score", "update")
 
 
+HELD_OUT = ("reward", "completions/mean_length")
+
+
+def held_out_figures(metrics: dict[str, float]) -> dict[str, float]:
+    """The held-out metrics that a person is shown; the logs have them all."""
+    named = {name: name.split("/", 1)[1] for name in metrics}
+    return {name: metrics[name] for name, short in named.items() if short in HELD_OUT or short.startswith("pass@")}
+
+
 def figures(metrics: dict[str, Any]) -> str:
     """The metrics of one optimizer step on one line, the seconds of its phases last."""
     shown = [
@@ -83,7 +92,7 @@ class StepProgressBar(ProgressBar):
         """Show what the held-out prompts gave."""
         if self._enabled and (held_out := getattr(pl_module, "held_out", None)):
             when = "before training" if trainer.sanity_checking else f"step {trainer.global_step}"
-            self.print(f"{when}: " + "  ".join(f"{name} {value:.3f}" for name, value in held_out.items()))
+            self.print(f"{when}: " + "  ".join(f"{name} {value:.3f}" for name, value in held_out_figures(held_out).items()))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
@@ -124,7 +133,7 @@ class RunSummary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summary."""
         lines = [f"{trainer.global_step} optimizer steps, {pl_module.num_tokens:,} completion tokens"]
-        for name, after in self._after.items():
+        for name, after in held_out_figures(self._after).items():
             before = f"{self._before[name]:.3f} → " if name in self._before else ""
             lines.append(f"held-out {name.removeprefix('val/')}: {before}{after:.3f}")
         checkpoint = trainer.checkpoint_callback
