@@ -36,7 +36,7 @@ def server(tiny_model_path, tmp_path_factory):
 
 @pytest.fixture
 def engine(server):
-    engine = ServerEngine([server.url], eos_token_ids=[EOS], api_key=server.api_key, dtype=torch.float32)
+    engine = ServerEngine([server.url], eos_token_ids=[EOS], api_key=server.api_key)
     yield engine
     engine.close()
     engine.close()
@@ -152,5 +152,5 @@ def test_no_server_is_an_error_at_start():
 
 
 def test_a_server_that_does_not_start_shows_its_log(tiny_model_path, tmp_path):
-    with pytest.raises(RuntimeError, match=r"(?s)vLLM server ended.*no_such_option"):
+    with pytest.raises(RuntimeError, match=r"(?s)vLLM server ended.*no-such-option"):
         ServerProcess(tiny_model_path, engine_args={"no_such_option": 1}, log_file=tmp_path / "log")

@@ -23,6 +23,7 @@ SETTINGS = {
     "block_size": 32,
     "kv_cache_memory_bytes": 64 << 20,
     "max_num_seqs": 64,
+    "max_model_len": 128,
 }
 
 
@@ -54,9 +55,7 @@ def process_state():
 def engine(tiny_model_path, tmp_path_factory):
     before = process_state()
     log_file = tmp_path_factory.mktemp("log") / "vllm.log"
-    engine = VLLMEngine(
-        tiny_model_path, eos_token_ids=[EOS], max_model_len=128, engine_args=SETTINGS, log_file=log_file
-    )
+    engine = VLLMEngine(tiny_model_path, eos_token_ids=[EOS], engine_args=SETTINGS, log_file=log_file)
     assert process_state() == before
     assert "vLLM" in log_file.read_text() or "vllm" in log_file.read_text()
     yield engine

@@ -1,12 +1,14 @@
 """Engines: what samples from the policy, and how its weights get there."""
 
-from lightning_grpo.rollout.callback import HFRollout, RolloutCallback, VLLMRollout, default_rollout, eos_token_ids
+from lightning_grpo.rollout.callback import HFRollout, RolloutCallback, eos_token_ids
 from lightning_grpo.rollout.hf import HFEngine
 from lightning_grpo.rollout.proof import Mismatch, Tolerance, WeightSyncError, mismatch
 from lightning_grpo.rollout.seeds import rollout_seeds
+from lightning_grpo.rollout.server_engine import ServerEngine
 from lightning_grpo.rollout.sync import SyncedEngine, SyncReport
 from lightning_grpo.rollout.types import Completion, Engine, FinishReason, OnGroup, Rollout, Sampling
 from lightning_grpo.rollout.vllm_engine import VLLMEngine
+from lightning_grpo.rollout.vllm_rollout import VLLMProcessRollout, VLLMRollout, VLLMServerRollout, default_rollout
 from lightning_grpo.rollout.weights import policy_weights
 
 __all__ = [
@@ -20,11 +22,14 @@ __all__ = [
     "Rollout",
     "RolloutCallback",
     "Sampling",
+    "ServerEngine",
     "SyncReport",
     "SyncedEngine",
     "Tolerance",
     "VLLMEngine",
+    "VLLMProcessRollout",
     "VLLMRollout",
+    "VLLMServerRollout",
     "WeightSyncError",
     "default_rollout",
     "eos_token_ids",

@@ -75,7 +75,6 @@ class ServerEngine:
             in a private network: vLLM guards sampling with the API key, but not the control endpoints.
         eos_token_ids: tokens that end a completion.
         api_key: sent as bearer token.
-        dtype: what the servers compute in; weights are cast to it before they travel.
         max_in_flight: requests sent to one endpoint at a time.
         sampling_args: any argument of `vllm.SamplingParams` by name, for every request.
         weights_host: address at which the servers can reach this process. None finds it out.
@@ -89,7 +88,6 @@ class ServerEngine:
         *,
         eos_token_ids: Sequence[int],
         api_key: str | None = None,
-        dtype: torch.dtype = torch.bfloat16,
         max_in_flight: int = 256,
         sampling_args: dict[str, Any] | None = None,
         weights_host: str | None = None,
@@ -99,8 +97,9 @@ class ServerEngine:
         if not urls:
             raise ValueError("urls is empty; name at least one vLLM server, such as http://localhost:8000")
         self.eos_token_ids = list(eos_token_ids)
-        self.dtype = dtype
         self.sampling_args = sampling_args or {}
+        self.dtype: torch.dtype | None = None
+        """What the servers compute in; weights are cast to it before they travel."""
         self.version = 0
         self.held: list[Held] = []
         self._pushes = pushes
@@ -323,6 +322,10 @@ class ServerEngine:
                 f"{endpoint.url} has logprobs_mode {mode!r} and worker_extension_cls {extension!r}; "
                 f"start it with: {flags}"
             )
+        dtype = getattr(torch, str(config["model_config"]["dtype"]).removeprefix("torch."))
+        if self.dtype not in (None, dtype):
+            raise ValueError(f"{endpoint.url} computes in {dtype}, another server in {self.dtype}; start them alike")
+        self.dtype = dtype
         await endpoint.call("/inference/v1/generate", {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
 
     async def _each(self, action: Callable[[Endpoint], Coroutine[Any, Any, Any]]) -> None:

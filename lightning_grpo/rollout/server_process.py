@@ -85,7 +85,7 @@ class ServerProcess:
 
     def _log_end(self) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines()
-        errors = [line for line in lines if "Error" in line][-3:]
+        errors = [line for line in lines if "error" in line.lower()][-3:]
         return f"The end of its log, {self.log_file.resolve()}:\n" + "\n".join(errors + lines[-3:])
 
     def close(self) -> None:

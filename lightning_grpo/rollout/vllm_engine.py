@@ -40,7 +40,7 @@ def require_vllm() -> None:
     if version is None:
         raise ModuleNotFoundError(
             "VLLMRollout needs vLLM, which is not installed: pip install 'lightning-grpo[vllm]', "
-            "or sample with the policy's own modules: --trainer.callbacks+=HFRollout"
+            "or sample with the policy's own modules: --rollout HFRollout"
         )
     if not version.startswith(VLLM_SERIES):
         raise ImportError(
@@ -55,9 +55,8 @@ class VLLMEngine:
     Args:
         model: local folder or hub name, the one that the policy was loaded from.
         eos_token_ids: tokens that end a completion.
-        max_model_len: prompt and completion together, in tokens.
         log_file: takes what vLLM prints and logs.
-        engine_args: any argument of `vllm.EngineArgs` by name.
+        engine_args: any argument of `vllm.EngineArgs` by name; max_model_len is prompt and completion together.
         sampling_args: any argument of `vllm.SamplingParams` by name, for every request.
         sleep_level: what `sleep` gives back on a GPU: 0 nothing, 1 the key-value cache (weights go to host memory),
             2 the weights as well (the next use needs `update_weights`).
@@ -72,7 +71,6 @@ class VLLMEngine:
         model: str,
         *,
         eos_token_ids: Sequence[int],
-        max_model_len: int,
         log_file: Path = Path("vllm.log"),
         engine_args: dict[str, Any] | None = None,
         sampling_args: dict[str, Any] | None = None,
@@ -102,7 +100,7 @@ class VLLMEngine:
             replace_functions()
             self._host_group = torch.distributed.is_initialized()
             try:
-                self.llm = LLM(model, max_model_len=max_model_len, **settings)
+                self.llm = LLM(model, **settings)
             except Exception as error:
                 _release_process_group(self._host_group)
                 raise _explained(error, settings, log_file) from error

@@ -1,0 +1,127 @@
+"""Tokens per second of the engines against the bare vLLM engine on the same prompts, in one run.
+
+Claim: with seeds, log-probs and versions on every sample, the in-process engine keeps 0.95 of what `vllm.LLM.generate`
+reaches with the same log-probs. What the log-probs themselves cost, and what the Hugging Face engine reaches, is shown
+beside it. Weights don't matter to speed: without --model a random model of SmolLM2-135M's shape is made.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lightning_grpo.rollout import HFEngine, Sampling, VLLMEngine, rollout_seeds
+
+SHAPE = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
+}
+GOAL = 0.95
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer sequences and rounds")
+    parser.add_argument("--check", action="store_true", help=f"fail below {GOAL} of the bare engine")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--model", help="a checkpoint's folder; empty makes a random one")
+    return parser.parse_args()
+
+
+def random_model(folder: str) -> str:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    args = parse()
+    num_prompts, num_generations, max_tokens, rounds = (4, 8, 32, 3) if args.quick else (8, 8, 64, 5)
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.model or random_model(f"{folder}/model")
+        figures = measure(path, Path(folder), num_prompts, num_generations, max_tokens, rounds)
+    for name, value in figures.items():
+        print(f"{name:34} {value:10.3f}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+    ratio = figures["ratio to bare with log-probs"]
+    print(f"rollout: {ratio:.3f} of the bare engine's tokens/s (goal {GOAL})")
+    if args.check and ratio < GOAL:
+        sys.exit(1)
+
+
+def measure(
+    path: str, folder: Path, num_prompts: int, num_generations: int, max_tokens: int, rounds: int
+) -> dict[str, float]:
+    start = time.perf_counter()
+    engine = VLLMEngine(
+        path,
+        eos_token_ids=[],
+        log_file=folder / "vllm.log",
+        engine_args={
+            "enforce_eager": not torch.cuda.is_available(),
+            "block_size": 32,
+            "max_model_len": 256,
+            "max_num_seqs": num_prompts * num_generations,
+            "kv_cache_memory_bytes": 1 << 30,
+        },
+    )
+    figures = {"start of vLLM, s": time.perf_counter() - start}
+    from vllm import SamplingParams
+
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(1000, 40000, (rounds + 1, num_prompts, 90), generator=generator).tolist()
+    tokens = num_prompts * num_generations * max_tokens
+
+    def ours(engine, number: int) -> None:
+        seeds = [[rollout_seeds(0, number, i, g) for g in range(num_generations)] for i in range(num_prompts)]
+        groups = engine.generate(prompts[number], Sampling(), max_tokens=max_tokens, seeds=seeds)
+        assert sum(len(c.token_ids) for group in groups for c in group) == tokens
+
+    def bare(number: int, **settings) -> None:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, detokenize=False, **settings)
+        inputs = [{"prompt_token_ids": p} for p in prompts[number] for _ in range(num_generations)]
+        outputs = engine.llm.generate(inputs, params, use_tqdm=False)
+        assert sum(len(o.outputs[0].token_ids) for o in outputs) == tokens
+
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    hf = HFEngine(policy, eos_token_ids=[], pad_id=0)
+    runs = {
+        "vLLM, ours": lambda number: ours(engine, number),
+        "vLLM, bare with log-probs": lambda number: bare(number, logprobs=0, flat_logprobs=True),
+        "vLLM, bare without log-probs": lambda number: bare(number),
+        "Hugging Face engine": lambda number: ours(hf, number),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    # Round 0 warms up. The order turns from round to round, so that no side always finds the machine the same.
+    for number in range(rounds + 1):
+        order = list(runs) if number % 2 else list(reversed(runs))
+        for name in order:
+            engine.llm.llm_engine.reset_prefix_cache()
+            start = time.perf_counter()
+            runs[name](number)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    engine.close()
+    speed = {name: tokens / statistics.median(times) for name, times in seconds.items()}
+    figures |= {f"{name}, tok/s": value for name, value in speed.items()}
+    figures["ratio to bare with log-probs"] = speed["vLLM, ours"] / speed["vLLM, bare with log-probs"]
+    figures["ratio to bare without log-probs"] = speed["vLLM, ours"] / speed["vLLM, bare without log-probs"]
+    figures["Hugging Face to vLLM, ours"] = speed["Hugging Face engine"] / speed["vLLM, ours"]
+    return figures
+
+
+if __name__ == "__main__":
+    main()

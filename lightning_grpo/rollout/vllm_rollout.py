@@ -1,0 +1,262 @@
+"""vLLM engines for a module: in the trainer's process, in a child process, on servers elsewhere."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+from lightning_grpo.rollout.callback import HFRollout, RolloutCallback, eos_token_ids, max_model_len
+from lightning_grpo.rollout.server_engine import ServerEngine
+from lightning_grpo.rollout.server_process import ServerProcess
+from lightning_grpo.rollout.vllm_engine import VLLMEngine, require_vllm, vllm_version
+
+log = logging.getLogger(__name__)
+
+
+class VLLMRollout(RolloutCallback):
+    """Samples with a vLLM engine that shares the trainer's process and device.
+
+    Args:
+        dtype: what the engine computes in: auto (as the checkpoint says), bfloat16, float16 or float32.
+        max_num_seqs: completions sampled at once.
+        max_num_batched_tokens: tokens of prompts and completions computed in one step of the engine. Empty lets vLLM
+            choose.
+        gpu_memory_utilization: share of the GPU's total memory for the engine's weights and key-value cache. The
+            trainer's own share must fit beside it.
+        kv_cache_memory_bytes: size of the key-value cache in bytes; on a GPU it replaces gpu_memory_utilization. Empty
+            on a CPU takes what max_num_seqs completions need, at most half of the free memory.
+        kv_cache_dtype: what the cache is kept in: auto (as dtype) or fp8.
+        enable_prefix_caching: compute what prompts have in common once.
+        block_size: tokens in a block of the key-value cache; shorter prompts can't share. Empty is 32 on a CPU (where
+            vLLM's own 128 is longer than most prompts) and vLLM's choice on a GPU.
+        enforce_eager: don't compile. Compiling takes about a minute at each start and samples about 1.4 times as fast
+            on a CPU. Empty compiles on GPUs only.
+        quantization: how vLLM quantizes the weights it is given, such as fp8. Empty doesn't.
+        sleep_level: what the engine gives back on a GPU while the policy trains: 0 nothing, 1 the key-value cache
+            (weights move to host memory), 2 the weights too.
+        log_file: takes what vLLM prints and logs. Empty is vllm-RANK.log in the trainer's root folder.
+        engine_args: any other argument of vLLM's EngineArgs, by name, such as speculative_config.
+        sampling_args: any other argument of vLLM's SamplingParams, by name, such as structured_outputs.
+        tolerance: the |Δ log-prob| in nats, mean and max, that the proof after a weight sync lets pass. Empty takes
+            both from the dtypes and from what the first sync shows.
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+        max_num_seqs: int = 128,
+        max_num_batched_tokens: int | None = None,
+        gpu_memory_utilization: float = 0.3,
+        kv_cache_memory_bytes: int | None = None,
+        kv_cache_dtype: str = "auto",
+        enable_prefix_caching: bool = True,
+        block_size: int | None = None,
+        enforce_eager: bool | None = None,
+        quantization: str | None = None,
+        sleep_level: Literal[0, 1, 2] = 1,
+        log_file: str | None = None,
+        engine_args: dict[str, Any] | None = None,
+        sampling_args: dict[str, Any] | None = None,
+        tolerance: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(tolerance=tolerance)
+        if max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs is {max_num_seqs}; set how many completions are sampled at once, 1 or more")
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization is {gpu_memory_utilization}; set a share in (0, 1]")
+        on_gpu = torch.cuda.is_available()
+        self.max_num_seqs = max_num_seqs
+        self.kv_cache_memory_bytes = kv_cache_memory_bytes
+        self.sleep_level = sleep_level if on_gpu else 0
+        self.sleeps = self.sleep_level > 0
+        self.log_file = log_file
+        self.sampling_args = sampling_args
+        settings = {
+            "dtype": dtype,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "kv_cache_dtype": kv_cache_dtype,
+            "enable_prefix_caching": enable_prefix_caching,
+            "block_size": block_size if block_size is not None or on_gpu else 32,
+            "enforce_eager": not on_gpu if enforce_eager is None else enforce_eager,
+            "quantization": quantization,
+        }
+        self.engine_args = {k: v for k, v in settings.items() if v is not None} | (engine_args or {})
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        require_vllm()
+
+    def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> VLLMEngine:
+        settings = self.settings(pl_module)
+        if settings.get("tensor_parallel_size", 1) != 1:
+            raise ValueError(
+                f"engine_args.tensor_parallel_size is {settings['tensor_parallel_size']}: an engine in the trainer's "
+                "process uses that process's device alone; use VLLMProcessRollout"
+            )
+        if pl_module.sampling.stop:
+            settings["skip_tokenizer_init"] = False
+        return VLLMEngine(
+            pl_module.model_path,
+            eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
+            log_file=self.log_path(trainer),
+            engine_args=settings,
+            sampling_args=self.sampling_args,
+            sleep_level=self.sleep_level,
+        )
+
+    def settings(self, pl_module: L.LightningModule) -> dict[str, Any]:
+        """The engine's arguments by name, for this module's model and lengths."""
+        settings = {"max_model_len": max_model_len(pl_module)} | self.engine_args
+        if self.kv_cache_memory_bytes is not None:
+            settings["kv_cache_memory_bytes"] = self.kv_cache_memory_bytes
+        elif not torch.cuda.is_available():
+            config = pl_module.policy.config.get_text_config()
+            settings["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, self.max_num_seqs, settings["max_model_len"])
+        if getattr(pl_module, "from_scratch", False):
+            settings.setdefault("load_format", "dummy")
+        return settings
+
+    def log_path(self, trainer: L.Trainer) -> Path:
+        return Path(self.log_file or Path(trainer.default_root_dir) / f"vllm-{trainer.global_rank}.log")
+
+
+class VLLMProcessRollout(VLLMRollout):
+    """Samples with a vLLM server that is a child of this process: on cores or a GPU of its own, its memory, threads and
+    libraries apart from the trainer's. Each rank starts one. It can sample while the policy trains.
+
+    Args:
+        cores: CPU cores of the server, by number. Empty shares the trainer's.
+        environment: variables of the server, such as CUDA_VISIBLE_DEVICES.
+        tensor_parallel_size: GPUs that hold one copy of the model together.
+        data_parallel_size: copies of the model.
+        start_timeout: seconds that the server may take to start.
+        kwargs: those of `VLLMRollout`; sleep_level is without effect.
+    """
+
+    def __init__(
+        self,
+        *,
+        cores: list[int] | None = None,
+        environment: dict[str, str] | None = None,
+        tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        start_timeout: float = 900.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.cores = cores
+        self.environment = environment
+        self.start_timeout = start_timeout
+        self.sleeps = False
+        parallel = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
+        self.engine_args |= {name: size for name, size in parallel.items() if size != 1}
+        self._server: ServerProcess | None = None
+
+    def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
+        _refuse_stop_strings(self, pl_module)
+        self._server = ServerProcess(
+            pl_module.model_path,
+            engine_args=self.settings(pl_module),
+            log_file=self.log_path(trainer),
+            environment=self.environment,
+            cores=self.cores,
+            start_timeout=self.start_timeout,
+        )
+        return ServerEngine(
+            [self._server.url],
+            eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
+            api_key=self._server.api_key,
+            sampling_args=self.sampling_args,
+        )
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+
+class VLLMServerRollout(RolloutCallback):
+    """Samples with vLLM servers that are already running, here or on other machines.
+
+    They are started with VLLM_SERVER_DEV_MODE=1 and the flags that ``docs/engines.md`` lists, in a network where only
+    the trainer reaches them: vLLM asks for the API key for sampling, but not for its control endpoints.
+
+    Args:
+        urls: of the servers, such as http://node7:8000. Requests go to the one with the fewest in flight.
+        api_key_variable: environment variable that holds the servers' API key, if they ask for one.
+        max_in_flight: requests sent to one server at a time.
+        sampling_args: any other argument of vLLM's SamplingParams, by name.
+        weights_host: this machine's address as the servers see it. Empty finds it out.
+        tolerance: the |Δ log-prob| in nats, mean and max, that the proof after a weight sync lets pass. Empty takes
+            both from the dtypes and from what the first sync shows.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        *,
+        api_key_variable: str = "VLLM_API_KEY",
+        max_in_flight: int = 256,
+        sampling_args: dict[str, Any] | None = None,
+        weights_host: str | None = None,
+        tolerance: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(tolerance=tolerance)
+        if not urls:
+            raise ValueError("urls is empty; name at least one vLLM server, such as http://localhost:8000")
+        self.urls = urls
+        self.api_key_variable = api_key_variable
+        self.max_in_flight = max_in_flight
+        self.sampling_args = sampling_args
+        self.weights_host = weights_host
+
+    def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
+        _refuse_stop_strings(self, pl_module)
+        return ServerEngine(
+            self.urls,
+            eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
+            api_key=os.environ.get(self.api_key_variable),
+            max_in_flight=self.max_in_flight,
+            sampling_args=self.sampling_args,
+            weights_host=self.weights_host,
+            pushes=trainer.is_global_zero,
+            barrier=trainer.strategy.barrier,
+        )
+
+
+def _refuse_stop_strings(callback: RolloutCallback, pl_module: L.LightningModule) -> None:
+    if pl_module.sampling.stop:
+        raise ValueError(
+            f"sampling.stop is {pl_module.sampling.stop}, but {type(callback).__name__}'s servers work on token ids "
+            "and know no stop strings; use VLLMRollout, or end completions with an end-of-sequence token"
+        )
+
+
+def default_rollout() -> RolloutCallback:
+    """VLLMRollout where vLLM is installed, else HFRollout, said in one line of the log."""
+    if vllm_version() is not None:
+        return VLLMRollout()
+    log.warning("vLLM is not installed: sampling with the policy's own modules (HFRollout), which is slower")
+    return HFRollout()
+
+
+def _cpu_cache_bytes(config: PretrainedConfig, max_num_seqs: int, max_model_len: int) -> int:
+    """Bytes of key-value cache for `max_num_seqs` sequences at full length, at most half of the free memory."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Four bytes an element bound every dtype; blocks round each sequence up.
+    per_sequence = 2 * config.num_hidden_layers * heads * head_size * 4 * (max_model_len + 128)
+    room = psutil.virtual_memory().available // 2
+    if per_sequence > room:
+        raise MemoryError(
+            f"one sequence of {max_model_len} tokens needs {per_sequence / 2**30:.2f} GiB of key-value cache, and half "
+            f"of the free memory is {room / 2**30:.2f} GiB; lower max_completion_length, or set kv_cache_memory_bytes"
+        )
+    return min(max_num_seqs * per_sequence, room)

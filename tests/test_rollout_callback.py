@@ -1,0 +1,220 @@
+"""The callbacks that give a module its engine."""
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_grpo.rollout import (
+    HFEngine,
+    HFRollout,
+    RolloutCallback,
+    Sampling,
+    SyncedEngine,
+    VLLMRollout,
+    VLLMServerRollout,
+    WeightSyncError,
+    default_rollout,
+    eos_token_ids,
+    policy_weights,
+    rollout_seeds,
+    vllm_engine,
+    vllm_rollout,
+)
+
+PROMPTS = [[4, 60, 16, 5], [7, 8]]
+
+
+class Sampler(L.LightningModule):
+    """The least module that an engine needs: it samples before each step and then moves its policy."""
+
+    max_prompt_length, max_completion_length, num_generations = 16, 24, 2
+
+    def __init__(self, path, lr=0.05, fail_at=None):
+        super().__init__()
+        self.model_path, self.lr, self.fail_at = path, lr, fail_at
+        self.sampling, self.seed = Sampling(), 0
+        self.policy = self.engine = None
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.rounds = []
+
+    def configure_model(self):
+        if self.policy is None:
+            self.policy = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32)
+
+    @property
+    def policy_version(self):
+        return self.trainer.global_step
+
+    def policy_weights(self):
+        return policy_weights(self.policy)
+
+    @torch.no_grad()
+    def score_tokens(self, sequences):
+        return HFEngine(self.policy, eos_token_ids=[1], pad_id=0).logprobs(sequences)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == self.fail_at:
+            raise RuntimeError("a fault in training")
+        seeds = [[rollout_seeds(self.seed, batch_idx, i, g) for g in range(2)] for i in range(len(PROMPTS))]
+        groups = self.engine.generate(PROMPTS, self.sampling, max_tokens=24, seeds=seeds)
+        self.rounds.append((self.engine.last_sync, groups))
+
+    def training_step(self, batch, batch_idx):
+        ids = torch.tensor(PROMPTS[:1])
+        return self.policy(input_ids=ids, labels=ids).loss
+
+    def validation_step(self, batch, batch_idx):
+        self.on_train_batch_start(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def trainer_with(callback, tmp_path, steps=3, **settings):
+    return L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+
+
+def loader():
+    return DataLoader(range(8))
+
+
+@pytest.fixture(params=["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+def callback(request):
+    if request.param == "hf":
+        return HFRollout(max_num_seqs=3)
+    pytest.importorskip("vllm")
+    return VLLMRollout(max_num_seqs=8)
+
+
+def test_every_step_samples_from_the_moved_policy(callback, tiny_model_path, tmp_path):
+    module = Sampler(tiny_model_path)
+    trainer_with(callback, tmp_path).fit(module, loader())
+    assert [report.version for report, _ in module.rounds] == [0, 1, 2]
+    assert [{c.version for group in groups for c in group} for _, groups in module.rounds] == [{0}, {1}, {2}]
+    assert all(report.canary.max < 1e-3 for report, _ in module.rounds)
+    assert module.engine is None
+    assert not torch.distributed.is_initialized()
+    callback.teardown(None, module, "fit")
+
+
+def test_an_exception_in_training_closes_the_engine(callback, tiny_model_path, tmp_path):
+    module = Sampler(tiny_model_path, fail_at=1)
+    with pytest.raises(RuntimeError, match="a fault in training"):
+        trainer_with(callback, tmp_path).fit(module, loader())
+    assert module.engine is None
+    assert not torch.distributed.is_initialized()
+
+
+def test_validation_alone_gets_an_engine(tiny_model_path, tmp_path):
+    module = Sampler(tiny_model_path)
+    trainer_with(HFRollout(), tmp_path, limit_val_batches=1).validate(module, loader(), verbose=False)
+    assert len(module.rounds) == 1
+
+
+def test_a_policy_that_lies_about_its_weights_stops_the_run(tiny_model_path, tmp_path):
+    class Liar(Sampler):
+        def score_tokens(self, sequences):
+            return [scores + 0.01 * (self.trainer.global_step > 0) for scores in super().score_tokens(sequences)]
+
+    module = Liar(tiny_model_path)
+    with pytest.raises(WeightSyncError, match="after the sync to policy version 1"):
+        trainer_with(HFRollout(), tmp_path).fit(module, loader())
+    assert len(module.rounds) == 1
+
+
+def test_the_policy_alone_may_give_weights(tiny_model_path):
+    engine = HFEngine(AutoModelForCausalLM.from_pretrained(tiny_model_path), eos_token_ids=[1], pad_id=0)
+    synced = SyncedEngine(engine, version=lambda: 0, weights=list, score=engine.logprobs, vocab_size=106)
+    with pytest.raises(TypeError, match="takes its weights from its policy"):
+        synced.update_weights([], 1)
+    with pytest.raises(NotImplementedError, match="rollout_ahead"):
+        synced.submit(PROMPTS, Sampling(), max_tokens=2, seeds=[[0], [1]])
+
+
+def test_without_vllm_the_policys_modules_sample(monkeypatch, caplog):
+    monkeypatch.setattr(vllm_rollout, "vllm_version", lambda: None)
+    assert isinstance(default_rollout(), HFRollout)
+    assert "vLLM is not installed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("version", "error", "message"),
+    [(None, ModuleNotFoundError, r"pip install 'lightning-grpo\[vllm\]'"), ("0.29.1", ImportError, "vLLM 0.29.1")],
+)
+def test_a_missing_or_other_vllm_is_refused_at_start(version, error, message, monkeypatch, tiny_model_path, tmp_path):
+    monkeypatch.setattr(vllm_engine, "vllm_version", lambda: version)
+    with pytest.raises(error, match=message):
+        trainer_with(VLLMRollout(), tmp_path).fit(Sampler(tiny_model_path), loader())
+
+
+def test_lengths_beyond_the_model_are_refused(tiny_model_path, tmp_path):
+    module = Sampler(tiny_model_path)
+    module.max_completion_length = 300
+    with pytest.raises(ValueError, match="max_prompt_length 16 \\+ max_completion_length 300 = 316"):
+        trainer_with(HFRollout(), tmp_path).fit(module, loader())
+
+
+def test_too_little_memory_is_refused_with_the_numbers(tiny_model_path, tmp_path, monkeypatch):
+    available = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr(vllm_rollout.psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MemoryError, match=r"one sequence of 41 tokens needs .* GiB .* lower max_completion_length"):
+        trainer_with(VLLMRollout(), tmp_path).fit(Sampler(tiny_model_path), loader())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VLLMRollout(max_num_seqs=0), "max_num_seqs is 0"),
+        (lambda: VLLMRollout(gpu_memory_utilization=1.5), "gpu_memory_utilization is 1.5"),
+        (lambda: VLLMServerRollout([]), "urls is empty"),
+    ],
+)
+def test_options_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_tensor_parallelism_in_process_is_refused(tiny_model_path, tmp_path):
+    pytest.importorskip("vllm")
+    callback = VLLMRollout(engine_args={"tensor_parallel_size": 2})
+    with pytest.raises(ValueError, match="use VLLMProcessRollout"):
+        trainer_with(callback, tmp_path).fit(Sampler(tiny_model_path), loader())
+
+
+def test_stop_strings_reach_the_engine(callback, tiny_model_path, tmp_path):
+    """A stop string of one frequent character cuts nearly every completion of the same seeds short."""
+    module = Sampler(tiny_model_path, lr=0.0)
+    module.sampling = Sampling(stop=list("0123456789abcdefghijklmnopqrstuvwxyz"))
+    trainer_with(callback, tmp_path, steps=1).fit(module, loader())
+    ((_, groups),) = module.rounds
+    for c in (c for group in groups for c in group):
+        text = module.tokenizer.decode(c.token_ids)
+        assert c.finish_reason in ("stop", "length")
+        assert not any(s in text[:-1] for s in module.sampling.stop)
+    assert any(c.finish_reason == "stop" and c.token_ids[-1] != 1 for group in groups for c in group)
+
+
+def test_every_end_of_sequence_token_counts(tiny_model_path, tokenizer):
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    policy.generation_config.eos_token_id = [1, 5]
+    assert eos_token_ids(policy, tokenizer) == [1, 5]
+    policy.generation_config.eos_token_id = 7
+    assert eos_token_ids(policy, tokenizer) == [1, 7]
+
+
+def test_the_base_class_says_what_is_missing():
+    with pytest.raises(NotImplementedError, match="must define build_engine"):
+        RolloutCallback().build_engine(None, None)
