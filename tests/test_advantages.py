@@ -86,6 +86,10 @@ def test_pass_at_k_is_the_gain_over_all_subsets(k, rewards):
     close(advantages(rewards, len(rewards), estimator="pass_at_k", k=k), expected)
 
 
+def test_pass_at_k_of_fewer_than_k_scored_completions_is_zero():
+    close(advantages([1.0, 0.0, NAN], 3, estimator="pass_at_k", k=3), [0.0, 0.0, 0.0])
+
+
 def test_rewards_are_weighted_and_those_that_do_not_apply_left_out():
     rewards = [[1.0, 2.0], [NAN, 4.0], [3.0, NAN], [NAN, NAN]]
     close(advantages(rewards, 4, weights=[1.0, 0.5]), [2 - 7 / 3, 2 - 7 / 3, 3 - 7 / 3, 0.0])
@@ -268,7 +272,7 @@ def test_contradictions_are_refused_where_they_are_made(options, words):
         ([1.0, 2.0], {"weights": [1.0, 1.0]}, ["weights", "2 values", "1 reward"]),
         ([1.0, 2.0], {"estimator": "opo"}, ["opo", "lengths"]),
         ([1.0, -2.0], {"estimator": "max_rl"}, ["max_rl", "-2"]),
-        ([1.0, NAN], {"estimator": "pass_at_k", "k": 2}, ["k is 2", "1 scored"]),
+        ([1.0, 0.0], {"estimator": "pass_at_k", "k": 3}, ["k is 3", "num_generations is 2"]),
     ],
 )
 def test_rewards_that_do_not_fit_are_refused(rewards, options, words):

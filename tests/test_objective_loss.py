@@ -309,6 +309,17 @@ def test_an_engine_that_could_not_score_a_token_leaves_it_uncorrected():
     assert difference.compute().isfinite()
 
 
+def test_truncated_completions_leave_the_loss_and_stay_in_its_means():
+    inputs = batch() | {"mask": torch.ones(N, T, dtype=torch.bool)}
+    truncated = torch.tensor([True, False, False, True, False, False])
+    for drop, dropped in ((False, torch.zeros(N, dtype=torch.bool)), (True, truncated)):
+        config = ObjectiveConfig(loss_type="grpo", mask_truncated_completions=drop)
+        mask = config.loss_mask(inputs["mask"].int(), truncated)
+        _, gradient, _ = grads(config, inputs | {"mask": mask})
+        _, whole, _ = grads(config, inputs)
+        torch.testing.assert_close(gradient, whole.masked_fill(dropped[:, None], 0.0), **CLOSE)
+
+
 def test_the_top_entropy_mask_keeps_the_share_asked_for():
     inputs = batch() | {"mask": torch.ones(N, T, dtype=torch.bool)}
     config = ObjectiveConfig(loss_type="reinforce", top_entropy_quantile=0.25)

@@ -128,11 +128,13 @@ def group_advantages(
     if rewards.isinf().any():
         raise ValueError("a reward is infinite; return a finite number, or None where the reward does not apply")
     if weights is not None and len(weights) != R:
-        raise ValueError(f"advantage.weights has {len(weights)} values for {R} reward functions; set one for each")
+        raise ValueError(f"weights has {len(weights)} values for {R} reward functions; give one for each")
+    if k is not None and k > G:
+        raise ValueError(f"advantage.k is {k}, but num_generations is {G}; set k ≤ num_generations")
     if estimator == "opo" and lengths is None:
         raise ValueError("advantage.estimator is 'opo', whose baseline weighs by length; give lengths [N]")
     values = rewards.double()
-    weights = torch.ones(R) if weights is None else torch.as_tensor(weights)
+    weights = torch.ones(R) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
     weights = weights.to(values)
 
     if aggregation == "normalize_then_sum":
@@ -232,13 +234,14 @@ def pass_at_k(r: Tensor, lengths: Tensor | None, k: int) -> Tensor:
 
 
 def best_of_k(r: Tensor, k: int) -> Tensor:
-    """(E[max of a k-subset with i] − E[max of any k-subset]) / its standard deviation, [G]; 0 without spread."""
+    """(E[max of a k-subset with i] − E[max of any k-subset]) / its standard deviation, [G].
+
+    0 where the best of k has no spread, so also where fewer than k completions are scored.
+    """
     scored = ~r.isnan()
     n = int(scored.sum())
-    if n == 0:
+    if n < k:
         return torch.zeros_like(r)
-    if k > n:
-        raise ValueError(f"advantage.k is {k}, but a group has {n} scored completions; set k ≤ num_generations")
     value, order = r[scored].sort()
     # the chance that the j-th smallest is the best: alone, and together with a given smaller one
     best = value.new_tensor([comb(j, k - 1) / comb(n, k) for j in range(n)])

@@ -5,10 +5,13 @@ from functools import cached_property
 from typing import Literal, get_args
 from warnings import warn
 
+from torch import Tensor
+
 from .adaptive import AdaptiveBeta, AdaptiveEntropy
 from .aggregation import Aggregation
 from .correction import RolloutCorrection
 from .kl import KLEstimator
+from .masks import loss_mask
 from .presets import PRESETS, Preset, RatioLevel
 from .surrogate import Surrogate
 
@@ -51,6 +54,8 @@ class ObjectiveConfig:
     """Weight of the entropy bonus. Above 0 the entropy needs a gradient, which costs memory and time."""
     adaptive_entropy: AdaptiveEntropy | None = None
     """Moves the entropy bonus towards a target entropy. None: fixed."""
+    mask_truncated_completions: bool = False
+    """Leave completions that ended for their length out of the loss."""
     off_policy_mask_threshold: float | None = None
     """Drop completions with A < 0 whose mean log π_rollout − log π exceeds this. None: keep all."""
     rollout_correction: RolloutCorrection | None = None
@@ -180,6 +185,10 @@ class ObjectiveConfig:
     def global_tokens(self) -> bool:
         """Whether the loss is defined over the whole step's tokens, so that `policy_loss` needs num_tokens."""
         return self.resolved.aggregation == "global_tokens" or self.needs_entropy_grad
+
+    def loss_mask(self, completion_mask: Tensor, truncated: Tensor) -> Tensor:
+        """The tokens that the loss is about, [N, T] bool: `policy_loss` takes them, num_tokens counts them."""
+        return loss_mask(completion_mask, truncated, drop_truncated=self.mask_truncated_completions)
 
     @property
     def skips_zero_advantage(self) -> bool:

@@ -6,6 +6,19 @@ from torch import Tensor
 from .tensors import sequence_mean
 
 
+def loss_mask(completion_mask: Tensor, truncated: Tensor, *, drop_truncated: bool) -> Tensor:
+    """[N, T] bool: the tokens that the loss is about.
+
+    Args:
+        completion_mask: [N, T], the policy's own tokens: no padding, no tool output.
+        truncated: [N] bool, True where the completion ended for its length.
+        drop_truncated: leave those completions out (overlong filtering, arXiv:2503.14476, §3.4): what they would have
+            come to is unknown. They still count in means over completions.
+    """
+    mask = completion_mask.bool()
+    return mask & ~truncated[:, None] if drop_truncated else mask
+
+
 def top_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
     """[N, T] bool: the ``quantile`` of tokens with the highest entropy (arXiv:2506.01939; 0.2 there).
 
@@ -13,7 +26,7 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
     """
     if not mask.any():
         return mask
-    threshold = torch.quantile(entropy[mask].float(), 1 - quantile)
+    threshold = torch.quantile(entropy[mask], 1 - quantile)
     return (entropy >= threshold) & mask
 
 

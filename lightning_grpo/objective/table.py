@@ -58,6 +58,7 @@ model:
 """
 
 OPTIONS = {
+    "mask_truncated_completions": "Leaves completions that ended for their length out of the loss.",
     "top_entropy_quantile": "The policy term keeps this share of tokens, those of highest entropy. Local by intent:"
     " within a micro-batch.",
     "off_policy_mask_threshold": "Drops completions with A < 0 that have drifted this far from their sampler.",
