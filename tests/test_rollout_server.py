@@ -1,10 +1,22 @@
 """vLLM in another process: sampling over HTTP, weights over TCP, faults of endpoints."""
 
+import os
+
 import pytest
 import torch
+from test_rollout_callback import Sampler, loader, trainer_with
 from transformers import AutoModelForCausalLM
 
-from lightning_grpo.rollout import HFEngine, Sampling, SyncedEngine, WeightSyncError, policy_weights, rollout_seeds
+from lightning_grpo.rollout import (
+    HFEngine,
+    Sampling,
+    SyncedEngine,
+    VLLMProcessRollout,
+    VLLMServerRollout,
+    WeightSyncError,
+    policy_weights,
+    rollout_seeds,
+)
 
 pytest.importorskip("vllm")
 from lightning_grpo.rollout.server_engine import ServerEngine
@@ -14,23 +26,23 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 EOS = 1
 PROMPTS = [[4, 60, 16, 5], [4, 60, 16, 5, 8, 9, 10], [7]]
 SEEDS = [[rollout_seeds(1, 0, i, g) for g in range(4)] for i in range(len(PROMPTS))]
-SETTINGS = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "block_size": 32,
-    "kv_cache_memory_bytes": 64 << 20,
-    "max_num_seqs": 64,
-    "max_model_len": 128,
-}
 
 
 @pytest.fixture(scope="module")
 def server(tiny_model_path, tmp_path_factory):
-    log_file = tmp_path_factory.mktemp("log") / "vllm.log"
-    server = ServerProcess(tiny_model_path, engine_args=SETTINGS, log_file=log_file)
+    """The server that `VLLMProcessRollout` starts for a module."""
+    callback = VLLMProcessRollout(dtype="float32", max_num_seqs=64, cores=sorted(os.sched_getaffinity(0)))
+    module = Sampler(tiny_model_path)
+    module.max_prompt_length, module.max_completion_length = 63, 64
+    module.configure_model()
+    trainer = trainer_with(callback, tmp_path_factory.mktemp("run"))
+    built = callback.build_engine(trainer, module)
+    assert built.logprobs([[4, 5, 6]])[0].shape == (2,)
+    built.close()
+    server = callback._server
     yield server
-    server.close()
-    server.close()
+    callback.close()
+    callback.close()
     assert server.process.returncode is not None
 
 
@@ -141,9 +153,23 @@ def test_a_lost_endpoint_is_replaced_by_another(synced, engine, server):
         synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
 
 
+def test_a_module_trains_against_running_servers(server, tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("KEY_OF_THE_SERVERS", server.api_key)
+    module = Sampler(tiny_model_path)
+    callback = VLLMServerRollout([server.url], api_key_variable="KEY_OF_THE_SERVERS")
+    trainer_with(callback, tmp_path).fit(module, loader())
+    assert [report.version for report, _ in module.rounds] == [0, 1, 2]
+    assert all(report.canary.max < 1e-3 and report.compared == 20 for report, _ in module.rounds)
+
+
 def test_a_wrong_api_key_is_refused_at_start(server):
     with pytest.raises(PermissionError, match="api_key"):
         ServerEngine([server.url], eos_token_ids=[EOS], api_key="wrong")
+
+
+def test_a_server_named_twice_is_refused():
+    with pytest.raises(ValueError, match="more than once"):
+        ServerEngine(["http://127.0.0.1:9", "http://127.0.0.1:9/"], eos_token_ids=[EOS])
 
 
 def test_no_server_is_an_error_at_start():

@@ -196,6 +196,30 @@ def test_a_faulty_stream_stops_the_run(synced, policy, fault, named):
         synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
 
 
+@pytest.mark.parametrize("fault", ["none", "adapter not applied", "adapter applied twice"])
+def test_lora_reaches_the_engine_merged_once(synced, engine, tiny_model_path, fault):
+    from peft import LoraConfig, get_peft_model
+
+    policy = get_peft_model(load(tiny_model_path), LoraConfig(r=4, target_modules="all-linear"))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    merged = dict(policy_weights(policy))
+    plain = dict(policy_weights(load(tiny_model_path)))
+    factor = {"none": 1, "adapter not applied": 0, "adapter applied twice": 2}[fault]
+    stream = {name: plain[name] + factor * (merged[name] - plain[name]) for name in merged}
+    reference = HFEngine(policy, eos_token_ids=[EOS], pad_id=0)
+    adapted = SyncedEngine(
+        engine, version=lambda: 0, weights=lambda: iter(stream.items()), score=reference.logprobs, vocab_size=106
+    )
+    if fault == "none":
+        adapted.sync()
+        return
+    with pytest.raises(WeightSyncError, match="differ from the policy"):
+        adapted.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+
+
 @pytest.mark.parametrize("change", [0.02, 1e-5])
 def test_a_forgotten_tied_head_is_named(synced, policy, change, monkeypatch):
     from lightning_grpo.rollout import vllm_weights

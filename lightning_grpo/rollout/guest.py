@@ -70,6 +70,8 @@ def guest() -> Iterator[None]:
 def noise_to(log_file: Path) -> Iterator[None]:
     """Send what is printed and what vLLM logs to `log_file`; afterwards its logger stays there."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
+    # Once for what an earlier engine left, once for what the first import sets up.
+    route_logger(log_file)
     with log_file.open("a", buffering=1) as stream, redirect_stdout(stream), redirect_stderr(stream):
         try:
             yield
@@ -82,6 +84,8 @@ def route_logger(log_file: Path) -> None:
     logger = logging.getLogger("vllm")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
     handler = logging.FileHandler(log_file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)

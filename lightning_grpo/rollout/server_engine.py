@@ -96,6 +96,8 @@ class ServerEngine:
     ) -> None:
         if not urls:
             raise ValueError("urls is empty; name at least one vLLM server, such as http://localhost:8000")
+        if len({url.rstrip("/") for url in urls}) < len(urls):
+            raise ValueError(f"urls {list(urls)} name a server more than once")
         self.eos_token_ids = list(eos_token_ids)
         self.sampling_args = sampling_args or {}
         self.dtype: torch.dtype | None = None

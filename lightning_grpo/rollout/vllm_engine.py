@@ -4,6 +4,7 @@ import gc
 import itertools
 import logging
 import os
+import socket
 import weakref
 from collections.abc import Iterable, Sequence
 from importlib import metadata, util
@@ -99,6 +100,8 @@ class VLLMEngine:
 
             replace_functions()
             self._host_group = torch.distributed.is_initialized()
+            if torch.cuda.is_available():
+                settings |= _on_this_device(self._host_group)
             try:
                 self.llm = LLM(model, **settings)
             except Exception as error:
@@ -238,6 +241,16 @@ class VLLMEngine:
             finish_reason=reason,
             version=self.version,
         )
+
+
+def _on_this_device(host_group: bool) -> dict[str, Any]:
+    """Place the engine on this rank's GPU: vLLM's own choice in process is the first one, on every rank."""
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+    os.environ["RANK"] = str(torch.distributed.get_rank() if host_group else 0)
+    if not host_group:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            os.environ |= {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    return {"distributed_executor_backend": "external_launcher"}
 
 
 def _shutdown(llm: Any, host_group: bool) -> None:

@@ -22,7 +22,8 @@ class VLLMRollout(RolloutCallback):
     """Samples with a vLLM engine that shares the trainer's process and device.
 
     Args:
-        dtype: what the engine computes in: auto (as the checkpoint says), bfloat16, float16 or float32.
+        dtype: what the engine computes in: bfloat16, float16, float32, or auto: the checkpoint's, but bfloat16 for a
+            float32 checkpoint.
         max_num_seqs: completions sampled at once.
         max_num_batched_tokens: tokens of prompts and completions computed in one step of the engine. Empty lets vLLM
             choose.

@@ -8,6 +8,7 @@ import hmac
 import json
 import secrets
 import socket
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,9 +35,12 @@ class WeightOffer:
 
     def accept(self, count: int, *, give_up: Any = lambda: None) -> None:
         """Wait until `count` receivers that know the token are connected. `give_up` is called each second and raises
-        where they will not come."""
+        where they will not come; `ConnectionError` where they did not come in time."""
+        end = time.monotonic() + TIMEOUT
         while len(self._receivers) < count:
             give_up()
+            if time.monotonic() > end:
+                raise ConnectionError(f"{len(self._receivers)} of {count} engines came to {self.host}:{self.port}")
             try:
                 connection, _ = self._listener.accept()
             except TimeoutError:
