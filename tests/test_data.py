@@ -301,10 +301,12 @@ def test_overlong_prompts_are_dropped_with_a_count_or_refused(write, load, caplo
     with caplog.at_level(logging.WARNING):
         data = load(path, max_prompt_length=4)
     assert [p.index for p in data.train] == [0, 2]
-    assert f"2 of 4 prompts of {path} have more than max_prompt_length = 4 tokens and are dropped" in caplog.text
-    with pytest.raises(ValueError, match=r"line 2: the prompt has 5 tokens, above data.max_prompt_length = 4"):
+    assert f"2 of 4 prompts of {path} have more than 4 tokens (max_prompt_length) and are dropped" in caplog.text
+    with pytest.raises(ValueError, match=r"line 2: the prompt has 5 tokens, above max_prompt_length = 4"):
         load(path, max_prompt_length=4, overlong="error")
-    with pytest.raises(ValueError, match=r"no prompts are left of .* \(4 were too long\)"):
+    with pytest.raises(
+        ValueError, match=r"4 of 4 prompts of .* have more than 1 tokens: none is left; raise max_prompt_length"
+    ):
         load(write(*[{"prompt": "long"}] * 4), max_prompt_length=1)
 
 
@@ -602,6 +604,28 @@ def test_resuming_with_other_prompts_is_refused(whole, tokenizer, tmp_path):
     _, folder, sampler = whole
     with pytest.raises(ValueError, match=r"saved with 10 training prompts, and the 10 .* are not the same"):
         fit(tokenizer, tmp_path, ckpt_path=folder / "step=3.ckpt", sampler=sampler, seed=2)
+
+
+def test_validating_a_checkpoint_on_other_data(whole, tokenizer, tmp_path):
+    """And without a rollout's worth of training prompts: only `fit` needs the position."""
+    _, folder, _ = whole
+
+    class Counter(Recorder):
+        def validation_step(self, batch, batch_idx):
+            self.seen += batch.prompt_indices
+
+    module = Counter(STEPS, tokenizer)
+    data = PromptDataModule("letters", size=6, validation_size=5, prompts_per_rollout=4)
+    trainer = lightning.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+    trainer.validate(module, data, ckpt_path=folder / "step=4.ckpt", weights_only=True)
+    assert module.seen == [p.index for p in data.validation] and len(module.seen) == 5
+
+
+def test_longest_prompt_is_the_modules_where_unset(write, tokenizer):
+    data = PromptDataModule(write({"prompt": "a" * 4}, {"prompt": "b" * 5}), tokenizer=tokenizer, prompts_per_rollout=1)
+    attach(data).trainer.lightning_module.max_prompt_length = 4
+    data.setup("fit")
+    assert [p.index for p in data.train] == [0]
 
 
 def test_resuming_within_a_rollout_with_other_batch_sizes_is_refused(whole, tokenizer, tmp_path):

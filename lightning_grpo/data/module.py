@@ -2,21 +2,21 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from lightning_grpo.data.prompts import Prompt, PromptBatch, as_messages, encode, fingerprint, name_columns
+from lightning_grpo.data.prompts import Prompt, PromptBatch, encode_rows, fingerprint
 from lightning_grpo.data.sampling import PassSampler, Sampler
 from lightning_grpo.data.sources import read
 from lightning_grpo.data.stream import Stream
 
-log = logging.getLogger(__name__)
+warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 # procedural sources seed row i with seed + i: far enough that no held-out row is a training row's twin
 VALIDATION_SEED = 1_000_000_000
@@ -77,7 +77,7 @@ class PromptDataModule(lightning.LightningDataModule):
         chat_template: Jinja template, or a file that holds one, in place of the tokenizer's own.
         chat_template_args: Variables for the template, for example ``{enable_thinking: false}``.
         prompts_per_rollout: Prompts of one rollout, over all ranks (B).
-        max_prompt_length: Longest prompt in tokens. Unset: any.
+        max_prompt_length: Longest prompt in tokens. Unset: the module's ``max_prompt_length``.
         overlong: What to do with longer ones: ``drop`` them (their count is logged), or stop with an ``error``.
         shuffle: A new order for every pass over the data, from (seed, pass). Not used where ``sampler`` is set.
         sampler: Which prompts come next, for example ``DifficultySampler``. Unset: each once a pass.
@@ -138,75 +138,65 @@ class PromptDataModule(lightning.LightningDataModule):
         self.tokenizer = tokenizer
         self.train: list[Prompt] = []
         self.validation: list[Prompt] = []
+        self._tokenizer: Any = None
 
     # Rows ---------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, check, split and encode all rows. Errors name the file and the line."""
+        """Read, check, split and encode all rows, once. Errors name the file and the line."""
         tokenizer = self.tokenizer or getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
         if tokenizer is None:
             raise ValueError("no tokenizer: the module needs a `tokenizer` attribute, or pass data.tokenizer")
-        rows = self._prompts(self.source, self.source_args, self.size, tokenizer, seed=self.seed)
-        if self.validation_source is None:
-            rows, self.validation = self._hold_out(rows)
-        else:
-            self.validation = self._prompts(
-                self.validation_source,
-                self.validation_args,
-                self.validation_size or None,
-                tokenizer,
-                seed=self.seed + VALIDATION_SEED,
-            )
-        held_out = {tuple(prompt.ids) for prompt in self.validation}
-        self.train = [prompt for prompt in rows if tuple(prompt.ids) not in held_out]
-        if len(self.train) < len(rows):
-            log.warning("%d training prompts equal a held-out one and are dropped", len(rows) - len(self.train))
+        if tokenizer is not self._tokenizer:
+            self._tokenizer = tokenizer
+            self._read()
+        if stage not in (None, "fit"):
+            return
         if len(self.train) < self.prompts_per_rollout:
             raise ValueError(
                 f"data.prompts_per_rollout is {self.prompts_per_rollout} and {len(self.train)} training prompts are "
                 f"left of {self.source!r}; set it to {len(self.train)} or less, or give more prompts"
             )
-        rank_zero_info(f"{len(self.train)} training and {len(self.validation)} held-out prompts from {self.source}")
-        self._place = {prompt.index: place for place, prompt in enumerate(self.train)}
         if self.trainer is None or self.trainer.global_step == 0:
             self._stream = Stream(len(self.train), seed=self.seed, sampler=self.sampler)
 
-    def _prompts(
-        self, source: str, args: dict[str, Any], size: int | None, tokenizer: Any, *, seed: int
-    ) -> list[Prompt]:
-        template = self.chat_template
-        if template is not None and "{" not in template:
-            if not Path(template).is_file():
-                raise FileNotFoundError(f"data.chat_template is {template!r}, neither a file nor a Jinja template")
-            template = Path(template).read_text(encoding="utf-8")
-        prompts, dropped, names = [], 0, None
-        for index, (where, row) in enumerate(read(source, args=args, size=size, seed=seed)):
-            columns = name_columns(where, row, self.columns)
-            names = names or set(columns)
-            if set(columns) != names:
-                odd = ", ".join(sorted(names.symmetric_difference(columns)))
-                raise ValueError(
-                    f"{where}: differs from the first row in the columns {odd}; give every row the same columns "
-                    "(null where it has no value)"
-                )
-            messages = as_messages(where, columns.pop("prompt"), chat=self.chat, system_prompt=self.system_prompt)
-            ids = encode(where, messages, tokenizer, chat_template=template, chat_template_args=self.chat_template_args)
-            if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
-                if self.overlong == "error":
-                    raise ValueError(
-                        f"{where}: the prompt has {len(ids)} tokens, above data.max_prompt_length = "
-                        f"{self.max_prompt_length}; raise it, or set data.overlong to drop"
-                    )
-                dropped += 1
-                continue
-            prompts.append(Prompt(index=index, ids=ids, messages=messages, columns=columns))
-        if dropped:
-            log.warning(
-                "%d of %d prompts of %s have more than max_prompt_length = %d tokens and are dropped",
-                dropped, dropped + len(prompts), source, self.max_prompt_length,
-            )  # fmt: skip
-        if not prompts:
-            raise ValueError(f"no prompts are left of {source!r} ({dropped} were too long)")
+    def _read(self) -> None:
+        rows = self._prompts(self.source, self.source_args, self.size, seed=self.seed)
+        if self.validation_source is None:
+            rows, self.validation = self._hold_out(rows)
+        else:
+            seed = self.seed + VALIDATION_SEED
+            size = self.validation_size or None
+            self.validation = self._prompts(self.validation_source, self.validation_args, size, seed=seed)
+        held_out = {tuple(prompt.ids) for prompt in self.validation}
+        self.train = [prompt for prompt in rows if tuple(prompt.ids) not in held_out]
+        if len(self.train) < len(rows):
+            warn(f"{len(rows) - len(self.train)} training prompts equal a held-out one and are dropped")
+        rank_zero_info(f"{len(self.train)} training and {len(self.validation)} held-out prompts from {self.source}")
+        self._place = {prompt.index: place for place, prompt in enumerate(self.train)}
+        self._fingerprint = fingerprint(self.train)
+
+    def _prompts(self, source: str, args: dict[str, Any], size: int | None, *, seed: int) -> list[Prompt]:
+        longest = self.max_prompt_length
+        if longest is None:
+            longest = getattr(self.trainer and self.trainer.lightning_module, "max_prompt_length", None)
+        rows = read(source, args=args, size=size, seed=seed)
+        prompts = encode_rows(
+            rows,
+            self._tokenizer,
+            columns=self.columns,
+            chat=self.chat,
+            system_prompt=self.system_prompt,
+            chat_template=self.chat_template,
+            chat_template_args=self.chat_template_args,
+            max_prompt_length=longest,
+            overlong=self.overlong,
+        )
+        if len(prompts) < len(rows):
+            dropped = f"{len(rows) - len(prompts)} of {len(rows)} prompts of {source} have more than {longest} tokens"
+            if not prompts:
+                raise ValueError(f"{dropped}: none is left; raise max_prompt_length")
+            warn(f"{dropped} (max_prompt_length) and are dropped")
         return prompts
 
     def _hold_out(self, rows: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
@@ -314,13 +304,13 @@ class PromptDataModule(lightning.LightningDataModule):
             # a batch fetched and not yet trained, where the save comes from an exception
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             unfinished = progress.ready - progress.processed
-        return {"prompts": len(self.train), "fingerprint": fingerprint(self.train)} | self._stream.state_dict(
-            unfinished
-        )
+        return {"prompts": len(self.train), "fingerprint": self._fingerprint} | self._stream.state_dict(unfinished)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was. Refuses other prompts than it was saved with."""
-        if state_dict["fingerprint"] != fingerprint(self.train):
+        """Go on where the checkpoint was, in ``fit``. Refuses other prompts than it was saved with."""
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        if state_dict["fingerprint"] != self._fingerprint:
             raise ValueError(
                 f"the checkpoint was saved with {state_dict['prompts']} training prompts, and the {len(self.train)} "
                 f"that data.source = {self.source!r} now gives are not the same; restore the data options and the "

@@ -3,7 +3,8 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -174,6 +175,46 @@ def encode(
     if not ids:
         raise ValueError(f"{where}: the prompt {prompt!r} has no tokens")
     return ids
+
+
+def encode_rows(
+    rows: Sequence[tuple[str, dict[str, Any]]],
+    tokenizer: Any,
+    *,
+    columns: dict[str, str],
+    chat: bool,
+    system_prompt: str | None,
+    chat_template: str | None,
+    chat_template_args: dict[str, Any],
+    max_prompt_length: int | None,
+    overlong: Literal["drop", "error"],
+) -> list[Prompt]:
+    """Rows, each with its place for error messages, as prompts; without those that are too long, or refusing them."""
+    if chat_template is not None and "{" not in chat_template:
+        if not Path(chat_template).is_file():
+            raise FileNotFoundError(f"data.chat_template is {chat_template!r}, neither a file nor a Jinja template")
+        chat_template = Path(chat_template).read_text(encoding="utf-8")
+    prompts: list[Prompt] = []
+    names: set[str] | None = None
+    for index, (where, row) in enumerate(rows):
+        named = name_columns(where, row, columns)
+        names = names or set(named)
+        if set(named) != names:
+            odd = ", ".join(sorted(names.symmetric_difference(named)))
+            raise ValueError(
+                f"{where}: differs from the first row in the columns {odd}; give every row the same columns "
+                "(null where it has no value)"
+            )
+        messages = as_messages(where, named.pop("prompt"), chat=chat, system_prompt=system_prompt)
+        ids = encode(where, messages, tokenizer, chat_template=chat_template, chat_template_args=chat_template_args)
+        if max_prompt_length is None or len(ids) <= max_prompt_length:
+            prompts.append(Prompt(index=index, ids=ids, messages=messages, columns=named))
+        elif overlong == "error":
+            raise ValueError(
+                f"{where}: the prompt has {len(ids)} tokens, above max_prompt_length = {max_prompt_length}; raise it, "
+                "or set data.overlong to drop"
+            )
+    return prompts
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
