@@ -4,13 +4,15 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lightning_grpo.configure import calibration
 from lightning_grpo.configure.evidence import TASKS
-from lightning_grpo.configure.hardware import GPUS
+from lightning_grpo.configure.hardware import GPUS, GiB
 from lightning_grpo.configure.planner import PINNABLE, plan
 from lightning_grpo.configure.render import draw
 
@@ -41,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         help=".jsonl or .parquet with a column prompt; its lengths are taken into account, "
         "and its pass rates where it has a column pass_rate (default: none)",
     )
+    add("--reward", help="class of lightning_grpo.rewards, or dotted path of your own function (default: the task's)")
     add(
         "--budget_hours",
         type=float,
@@ -97,18 +100,32 @@ def parse_pins(texts: Sequence[str]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 0, or 2 where the input is wrong or nothing fits."""
     arguments = parser().parse_args(argv)
+    file = Path(arguments.calibration) if arguments.calibration else None
     try:
-        made = plan(
+        choose = partial(
+            plan,
             task=arguments.task,
             model=arguments.model,
             gpu=arguments.gpu,
             num_gpus=arguments.num_gpus,
             lora=arguments.lora,
             prompts=arguments.prompts,
+            reward=arguments.reward,
             budget_hours=arguments.budget_hours,
             pins=parse_pins(arguments.pins),
             preset=arguments.preset,
+            calibration=file,
         )
+        made = choose()
+        if arguments.measure:
+            efficiency, measured = calibration.measure(made.workload, made.hardware)
+            where = calibration.save(made.workload, made.hardware, efficiency, file)
+            print(
+                f"measured: {measured.micro_batch_seconds:.3f} s a micro-batch, {measured.optimizer_seconds:.3f} s an "
+                f"optimizer step, peak {measured.peak_bytes / GiB:.2f} GiB in the update; kept in {where}",
+                file=sys.stderr,
+            )
+            made = choose()
         if arguments.plot:
             files = draw(made, Path(arguments.plot))
             print(f"drawn: {', '.join(map(str, files))}", file=sys.stderr)

@@ -24,6 +24,10 @@ class Efficiency:
     """Of the memory bandwidth, in decoding, element-wise work and the optimizer."""
     token_overhead: float
     """Seconds of one decoding step besides reading weights and cache."""
+    generate_factor: float = 1.0
+    """Seconds that generation took here, over those predicted without this factor."""
+    update_factor: float = 1.0
+    """The same of the update and of scoring."""
     spread: float
     """The truth is expected within a factor of this, up or down."""
     source: str
@@ -150,30 +154,35 @@ def forward_flops(w: Workload) -> float:
     return 2 * w.shape.trunk_linear * tokens + attention
 
 
-def update_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
-    """Seconds of one pass of the update over one rank's completions, optimizer steps included."""
-    local = w.samples / w.ranks
-    _, completion, tokens = _rows(w)
+def micro_batch_work(w: Workload) -> tuple[float, float]:
+    """(floating-point operations, bytes moved besides the matrix products') of one forward and backward."""
+    rows = w.micro_batch_size
+    _, completion, _ = _rows(w)
     backward = 1 if w.lora_rank else 2
     trunk = forward_flops(w) * (1 + backward + w.gradient_checkpointing)
     head = completion * w.shape.head * (4 if w.lora_rank else 8)
-    compute = local * (trunk + head) / rate(w, hardware, efficiency)
 
     kept = activations(w)
-    written = (
-        (kept.layer * w.shape.layers + kept.ends)
-        / w.micro_batch_size
-        * tokens
-        / (w.prompt_length + w.completion_length)
-    )
-    logits = completion * w.shape.vocab * 4
+    full = kept.layer * w.shape.layers + kept.ends
+    written = full * w.mean_length / w.completion_length
+    logits = rows * completion * w.shape.vocab * 4
     copies = 6 * w.shape.trunk_linear if w.precision.endswith("mixed") else 0
     accumulate = 3 * w.trained * w.trained_bytes
-    micro_batches = local / w.micro_batch_size
-    steps = micro_batches / w.accumulate_grad_batches
-    optimizer = steps * w.trained * (w.trained_bytes * 7 + 12) / w.shards
-    traffic = local * (4 * written + 6 * logits) + micro_batches * (copies + accumulate) + optimizer
-    return compute + traffic / (hardware.bandwidth * efficiency.bandwidth)
+    return rows * (trunk + head), 4 * written + 6 * logits + copies + accumulate
+
+
+def optimizer_bytes(w: Workload) -> float:
+    """Bytes moved by clipping and one step of Adam: weight, gradient and two moments read and written."""
+    return w.trained * (7 * w.trained_bytes + 12) / w.shards
+
+
+def update_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
+    """Seconds of one pass of the update over one rank's completions, optimizer steps included."""
+    micro_batches = w.samples / w.ranks / w.micro_batch_size
+    flops, moved = micro_batch_work(w)
+    traffic = micro_batches * moved + micro_batches / w.accumulate_grad_batches * optimizer_bytes(w)
+    seconds = micro_batches * flops / rate(w, hardware, efficiency)
+    return efficiency.update_factor * (seconds + traffic / (hardware.bandwidth * efficiency.bandwidth))
 
 
 def score_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
@@ -182,24 +191,30 @@ def score_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> fl
     local = w.samples / w.ranks
     flops = local * (forward_flops(w) + 2 * completion * w.shape.head)
     traffic = local * completion * w.shape.vocab * 12
-    return flops / rate(w, hardware, efficiency) + traffic / (hardware.bandwidth * efficiency.bandwidth)
+    seconds = flops / rate(w, hardware, efficiency) + traffic / (hardware.bandwidth * efficiency.bandwidth)
+    return efficiency.update_factor * seconds
+
+
+def decode_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency, rows: float, length: float) -> float:
+    """Seconds of one decoding step of ``rows`` sequences of ``length`` tokens, without its fixed overhead."""
+    weights = w.shape.trunk_linear + w.shape.head
+    # The policy itself is read in its own precision, and autocast writes a copy of it besides.
+    size = 2 if w.engine != "hf" or w.weight_bytes == 2 else 4 + 4 * w.precision.endswith("mixed")
+    read = size * weights + rows * length * w.shape.cache_bytes
+    bandwidth = hardware.bandwidth * efficiency.bandwidth
+    return max(read / bandwidth, 2 * weights * rows / rate(w, hardware, efficiency))
 
 
 def _generate(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
-    """Seconds to sample one rank's completions: prefill, then decoding in waves, its tail included."""
+    """Seconds to sample one rank's completions: prefill, then decoding in waves, the tail of long ones included."""
     local = w.samples / w.ranks
-    bandwidth = hardware.bandwidth * efficiency.bandwidth
-    flops = rate(w, hardware, efficiency)
-    weights = w.shape.trunk_linear + w.shape.head
-    prefill = w.prompts_per_rollout / w.ranks * w.prompt_length * 2 * w.shape.trunk_linear / flops
+    prefill = w.prompts_per_rollout / w.ranks * w.prompt_length * 2 * w.shape.trunk_linear
     waves = math.ceil(local / w.engine_sequences)
     rows = local / waves
     alive = alive_shares(w.mean_fill)
     decode = 0.0
     for i, share in enumerate(alive):
-        running = max(1.0, rows * share)
         length = w.prompt_length + w.completion_length * (i + 0.5) / len(alive)
-        read = 2 * weights + running * length * w.shape.cache_bytes
-        step = max(read / bandwidth, 2 * weights * running / flops) + efficiency.token_overhead
+        step = decode_seconds(w, hardware, efficiency, max(1.0, rows * share), length) + efficiency.token_overhead
         decode += step * w.completion_length / len(alive)
-    return prefill + waves * decode
+    return efficiency.generate_factor * (prefill / rate(w, hardware, efficiency) + waves * decode)

@@ -40,9 +40,10 @@ class Task:
     mean_pass_rate: float
     """Share of right completions at the start; assumed where the prompts bring none."""
     reward: dict[str, Any]
+    """For the user's own prompts."""
     source: str
     """Procedural prompts that stand in where none are given."""
-    source_args: dict[str, Any]
+    source_reward: dict[str, Any]
     reward_seconds: float
     """Of one completion, on one worker."""
 
@@ -53,6 +54,10 @@ _NO_REFERENCE = Choice(
     "DAPO, Dr. GRPO, GSPO, ScaleRL, OLMo 3: 0; DeepSeekMath: 0.04",
     "a policy that drifts further",
 )
+
+_NUMBER = {"class_path": "lightning_grpo.rewards.ExactMatch", "init_args": {"extract": "last_number"}}
+_WHOLE = {"class_path": "lightning_grpo.rewards.ExactMatch", "init_args": {"extract": "whole"}}
+_GYM = "lightning_grpo.rewards.ReasoningGym"
 
 TASKS: dict[str, Task] = {
     "math_reasoning": Task(
@@ -73,9 +78,9 @@ TASKS: dict[str, Task] = {
         max_prompt_length=256,
         mean_fill=0.4,
         mean_pass_rate=0.3,
-        reward={"class_path": "lightning_grpo.rewards.MathAnswer"},
+        reward=_NUMBER,
         source="reasoning_gym:gsm_symbolic",
-        source_args={},
+        source_reward={"class_path": _GYM, "init_args": {"extract": "last_number"}},
         reward_seconds=0.003,
     ),
     "code": Task(
@@ -96,9 +101,9 @@ TASKS: dict[str, Task] = {
         max_prompt_length=1024,
         mean_fill=0.4,
         mean_pass_rate=0.3,
-        reward={"class_path": "lightning_grpo.rewards.CodeTests"},
+        reward=_WHOLE,
         source="reasoning_gym:codeio",
-        source_args={},
+        source_reward={"class_path": _GYM},
         reward_seconds=0.5,
     ),
     "instruction_following": Task(
@@ -116,9 +121,9 @@ TASKS: dict[str, Task] = {
         max_prompt_length=512,
         mean_fill=0.6,
         mean_pass_rate=0.4,
-        reward={"class_path": "lightning_grpo.rewards.InstructionChecks"},
+        reward=_WHOLE,
         source="letters",
-        source_args={},
+        source_reward={"class_path": "lightning_grpo.rewards.PrefixMatch"},
         reward_seconds=0.003,
     ),
     "short_answer": Task(
@@ -129,9 +134,9 @@ TASKS: dict[str, Task] = {
         max_prompt_length=128,
         mean_fill=0.5,
         mean_pass_rate=0.4,
-        reward={"class_path": "lightning_grpo.rewards.ExactMatch"},
+        reward=_NUMBER,
         source="arithmetic",
-        source_args={},
+        source_reward=_NUMBER,
         reward_seconds=0.0005,
     ),
     "tool_use": Task(
@@ -142,9 +147,9 @@ TASKS: dict[str, Task] = {
         max_prompt_length=1024,
         mean_fill=0.4,
         mean_pass_rate=0.3,
-        reward={"class_path": "lightning_grpo.rewards.ExactMatch"},
+        reward=_WHOLE,
         source="reasoning_gym:calendar_arithmetic",
-        source_args={},
+        source_reward={"class_path": _GYM},
         reward_seconds=0.2,
     ),
 }

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -12,8 +12,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lightning_grpo.configure.cost import Efficiency, decode_seconds
+from lightning_grpo.configure.hardware import Hardware
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.logprobs import completion_logprobs
+from lightning_grpo.rollout import HFEngine, Sampling
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def measure_update(w: Workload, device: torch.device | str, steps: int = 2) -> M
     model = random_policy(w, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
+    reference = [random_policy(replace(w, gradient_checkpointing=False), device)] if w.needs_reference else []
     batch = random_batch(w, device)
     low = torch.float16 if w.precision.startswith("16") else torch.bfloat16
     mixed = w.precision.endswith("mixed")
@@ -99,6 +103,9 @@ def measure_update(w: Workload, device: torch.device | str, steps: int = 2) -> M
         wait()
         start = time.perf_counter()
         with torch.autocast(device.type, dtype=low) if mixed else contextlib.nullcontext():
+            for frozen in reference:
+                with torch.no_grad():
+                    completion_logprobs(frozen, **batch, share_prompt=w.shares_prompt)
             logprobs, _ = completion_logprobs(model, **batch, share_prompt=w.shares_prompt)
             loss = -logprobs.mean()
         if w.accumulate_grad_batches == 1:
@@ -118,3 +125,25 @@ def measure_update(w: Workload, device: torch.device | str, steps: int = 2) -> M
 def environment() -> dict[str, str]:
     """Of a fresh process whose resident memory follows what it really holds."""
     return os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+def measure_decoding(w: Workload, hardware: Hardware, efficiency: Efficiency, device: str, steps: int = 8) -> float:
+    """Seconds of one decoding step beyond what reading weights and cache explains, with the planned number of rows."""
+    policy = random_policy(replace(w, gradient_checkpointing=False, lora_rank=0), device)
+    low = torch.float16 if w.precision.startswith("16") else torch.bfloat16
+    mixed = w.precision.endswith("mixed")
+    context = (lambda: torch.autocast(device, dtype=low)) if mixed else contextlib.nullcontext
+    engine = HFEngine(policy, eos_token_ids=[], pad_id=0, max_num_seqs=w.engine_sequences, context=context)
+    rows = min(w.engine_sequences, w.samples // w.ranks)
+    groups = ceil(rows / w.num_generations)
+    prompts = torch.randint(w.shape.vocab, (groups, w.prompt_length)).tolist()
+    seeds = [list(range(w.num_generations)) for _ in prompts]
+
+    def seconds(tokens: int) -> float:
+        start = time.perf_counter()
+        engine.generate(prompts, Sampling(), max_tokens=tokens, seeds=seeds)
+        return time.perf_counter() - start
+
+    seconds(1)
+    step = (seconds(1 + steps) - seconds(1)) / steps
+    return max(0.0, step - decode_seconds(w, hardware, efficiency, rows, w.prompt_length))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lightning_grpo.configure.activations import activations
 from lightning_grpo.configure.hardware import GiB, Hardware
 from lightning_grpo.configure.workload import STATE_BYTES, Workload
-from lightning_grpo.kernels.linear import BLOCK_BYTES
+from lightning_grpo.kernels.linear import BLOCK_BYTES, KEEP_BYTES
 
 Parts = dict[str, float]
 
@@ -49,7 +49,7 @@ def predict_memory(w: Workload, hardware: Hardware) -> Memory:
     return Memory(
         {
             "generate": _states(w) | _generate(w) | awake | context,
-            "score": _states(w) | _score(w) | asleep | context,
+            "score": _states(w) | _score(w, hardware) | asleep | context,
             "update": _update(w, hardware) | asleep | context,
         }
     )
@@ -77,11 +77,19 @@ def _weight_copies(w: Workload) -> float:
     return 2 * w.shape.trunk_linear if w.precision.endswith("mixed") and w.dtype == "float32" and not w.lora_rank else 0
 
 
-def _logits(w: Workload) -> float:
-    """The log-prob kernel's block of logits and its temporaries: never the whole [tokens, V]."""
-    tokens = w.micro_batch_size * w.completion_length
-    block = min(max(BLOCK_BYTES, 512 * tokens * w.compute_bytes), tokens * w.shape.vocab * w.compute_bytes)
-    return 2 * block + 8 * tokens * w.shape.hidden
+def _head(w: Workload, hardware: Hardware, trained: bool) -> float:
+    """The log-prob kernel's blocks: logits [n, W] of W ids of the vocabulary, and what it multiplies them with.
+
+    A trained head keeps blocks for the backward up to a budget, and multiplies for the others again.
+    """
+    n, H, V, size = w.micro_batch_size * w.completion_length, w.shape.hidden, w.shape.vocab, w.compute_bytes
+    logit = size if hardware.is_cpu else 4
+    W = min(max(BLOCK_BYTES // (n * logit), 512), V)
+    block = n * W * logit
+    kept = min(n * V * logit, KEEP_BYTES // block * block) if trained and not w.lora_rank else 0
+    scratch = 0 if logit == size else n * W * size
+    products = (w.weight_bytes != size) + (trained and not w.lora_rank)
+    return block + kept + scratch + size * W * H * products + 8 * n * H
 
 
 def _generate(w: Workload) -> Parts:
@@ -94,7 +102,7 @@ def _generate(w: Workload) -> Parts:
     return {"KV cache": cache, "weight copies": _weight_copies(w), "sampling": 12 * rows * w.shape.vocab}
 
 
-def _score(w: Workload) -> Parts:
+def _score(w: Workload, hardware: Hardware) -> Parts:
     """Old and reference log-probs, without gradients: one layer's activations at a time."""
     if not (w.needs_old_logprobs or w.needs_reference):
         return {}
@@ -102,7 +110,7 @@ def _score(w: Workload) -> Parts:
     return {
         "activations": activations(w).layer + 2 * tokens * w.shape.hidden * w.weight_bytes,
         "weight copies": _weight_copies(w),
-        "logits chunk": _logits(w),
+        "logits blocks": _head(w, hardware, trained=False),
     }
 
 
@@ -121,10 +129,16 @@ def _update(w: Workload, hardware: Hardware) -> Parts:
     else:
         body = {"activations": w.shape.layers * kept.layer + kept.ends}
     head_gradient = 0 if w.lora_rank else w.shape.head * w.weight_bytes
-    loss = body | {"hidden states": 2 * residual, "logits chunk": _logits(w), "head gradient": head_gradient}
+    loss = body | {
+        "hidden states": 2 * residual,
+        "logits blocks": _head(w, hardware, trained=True),
+        "head gradient": head_gradient,
+    }
     last = {"head gradient": 2 * head_gradient}
-    # On a GPU, PyTorch's AdamW works on all parameters at once and holds one temporary of their size.
-    step = {"optimizer temporaries": 0 if hardware.is_cpu else w.trained * w.trained_bytes / w.shards}
+    # On a GPU, PyTorch's AdamW works on all parameters at once and holds one temporary of their size; on a CPU, on one
+    # after another, the largest being the head.
+    at_once = 2 * head_gradient if hardware.is_cpu else w.trained * w.trained_bytes / w.shards
+    step = {"optimizer temporaries": at_once}
     return states | max((loss, last, step), key=lambda parts: sum(parts.values()))
 
 

@@ -3,9 +3,11 @@
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning_grpo.configure import evidence
+from lightning_grpo.configure.calibration import load as load_calibration
 from lightning_grpo.configure.cost import Cost, Efficiency, pass_rate_grid, predict_cost
 from lightning_grpo.configure.evidence import CLASSIC, FIXED, TASKS, Choice
 from lightning_grpo.configure.hardware import GB, Hardware, cores, find_gpu
@@ -69,6 +71,7 @@ class Plan:
     levers: tuple[str, ...]
     """What was pulled to make the run fit."""
     prompts: str | None
+    reward: str | None
     prompt_statistics: PromptStatistics | None
     budget_hours: float | None
     notes: tuple[str, ...] = field(default=())
@@ -114,10 +117,12 @@ def plan(
     num_gpus: int = 1,
     lora: bool = False,
     prompts: str | None = None,
+    reward: str | None = None,
     budget_hours: float | None = None,
     pins: Mapping[str, Any] = {},
     preset: Literal["evidence", "classic"] = "evidence",
     efficiency: Efficiency | None = None,
+    calibration: Path | None = None,
 ) -> Plan:
     """Choose every hyperparameter of a run and predict its memory, time and cost.
 
@@ -128,10 +133,12 @@ def plan(
         num_gpus: devices, one rank on each.
         lora: train adapters.
         prompts: .jsonl or .parquet file whose lengths (and pass rates) are taken into account.
+        reward: name of a class in lightning_grpo.rewards, or dotted path of a reward function of your own.
         budget_hours: hours on the clock; decides the number of steps.
         pins: options with fixed values, of `PINNABLE`; the rest is planned around them.
         preset: evidence, or classic for the founding presets.
-        efficiency: measured shares of the device's peak rates; None assumes them.
+        efficiency: measured shares of the device's peak rates; None takes those in ``calibration``, or assumes them.
+        calibration: file of measurements; None takes the user's.
 
     Raises:
         ValueError: unknown task, GPU, model, preset or pin; an unreadable file; pins that contradict each other; or
@@ -160,7 +167,7 @@ def plan(
     cost = predict_cost(
         run,
         hardware,
-        efficiency,
+        efficiency or load_calibration(run, hardware, calibration),
         reward_seconds=TASKS[task].reward_seconds,
         reward_workers=cores(),
         pass_rates=rates,
@@ -178,9 +185,10 @@ def plan(
         max_steps=steps,
         levers=levers,
         prompts=prompts,
+        reward=reward,
         prompt_statistics=statistics,
         budget_hours=budget_hours,
-        notes=_notes(run, task, statistics, hardware),
+        notes=_notes(run, task, statistics, reward),
     )
 
 
@@ -442,11 +450,13 @@ def _steps(budget_hours: float | None, step_seconds: float) -> int:
     return steps
 
 
-def _notes(w: Workload, task: str, statistics: PromptStatistics | None, hardware: Hardware) -> tuple[str, ...]:
+def _notes(w: Workload, task: str, statistics: PromptStatistics | None, reward: str | None) -> tuple[str, ...]:
     notes = []
     if statistics is None:
         notes.append(f"no --prompts given: {TASKS[task].source} stands in; set data.source to your own")
-    elif statistics.count < w.prompts_per_rollout:
+    elif not reward and task in ("code", "instruction_following", "tool_use"):
+        notes.append("the reward compares with the column answer; name one that judges your task with --reward")
+    if statistics and statistics.count < w.prompts_per_rollout:
         notes.append(f"{statistics.count} prompts are fewer than one rollout's {w.prompts_per_rollout}")
     if w.optimizer == "adamw_8bit":
         notes.append("8-bit Adam needs the package bitsandbytes")

@@ -31,8 +31,10 @@ def config(plan: Plan) -> dict[str, Any]:
         "accumulate_grad_batches": c["accumulate_grad_batches"],
         "precision": c["precision"],
         "gradient_clip_val": c["gradient_clip_val"],
+        "max_epochs": -1,
         "accelerator": "cpu" if plan.hardware.is_cpu else "gpu",
         "devices": w.ranks,
+        "default_root_dir": f"runs/{plan.task}",
     }
     if w.shards > 1:
         trainer["strategy"] = {
@@ -65,15 +67,13 @@ def config(plan: Plan) -> dict[str, Any]:
             "epsilon_high": c["epsilon_high"],
         },
         "advantage": {"scale_rewards": c["scale_rewards"]},
-        "rewards": [task.reward],
+        "rewards": [_reward(plan)],
         "optimizer": {"class_path": OPTIMIZERS[w.optimizer], "init_args": optimizer},
         "lr_schedule": c["lr_schedule"],
         "warmup_steps": c["warmup_steps"],
         "seed": c["seed"],
     }
-    source = {"source": plan.prompts} if plan.prompts else {"source": task.source}
-    if not plan.prompts and task.source_args:
-        source["source_args"] = task.source_args
+    source = {"source": plan.prompts} if plan.prompts else {"source": task.source, "chat": True}
     return {
         "seed_everything": c["seed"].value,
         "trainer": trainer,
@@ -84,6 +84,15 @@ def config(plan: Plan) -> dict[str, Any]:
         },
         "rollout": {"class_path": Choice(ENGINES[w.engine], c["engine"].why), "init_args": _engine(plan)},
     }
+
+
+def _reward(plan: Plan) -> dict[str, Any]:
+    task = TASKS[plan.task]
+    if plan.reward is None:
+        return task.reward if plan.prompts else task.source_reward
+    if "." in plan.reward:
+        return {"class_path": "lightning_grpo.rewards.FunctionReward", "init_args": {"function": plan.reward}}
+    return {"class_path": f"lightning_grpo.rewards.{plan.reward}"}
 
 
 def _steps_reason(plan: Plan) -> str:

@@ -1,0 +1,102 @@
+"""Efficiencies measured on this machine, and where they are kept for the next plan."""
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from lightning_grpo.configure.cost import Efficiency, micro_batch_work, optimizer_bytes
+from lightning_grpo.configure.hardware import Hardware
+from lightning_grpo.configure.measure import Measured, measure_decoding, measure_update
+from lightning_grpo.configure.workload import Workload
+
+
+def default_file() -> Path:
+    """``$LIGHTNING_GRPO_CALIBRATION``, else lightning_grpo/calibration.json in the user's cache folder."""
+    if given := os.environ.get("LIGHTNING_GRPO_CALIBRATION"):
+        return Path(given)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "lightning_grpo" / "calibration.json"
+
+
+def key(w: Workload, hardware: Hardware) -> str:
+    """What a measurement holds for: device, precision, whole weights or adapters, engine."""
+    return f"{hardware.name} | {w.precision} | {'lora' if w.lora_rank else 'full'} | {w.engine}"
+
+
+def load(w: Workload, hardware: Hardware, file: Path | None = None) -> Efficiency | None:
+    """What was measured for runs like ``w`` on this device; None where nothing was.
+
+    Raises:
+        ValueError: the file is there and isn't what `save` writes.
+    """
+    entry = _read(file or default_file()).get(key(w, hardware))
+    return None if entry is None else Efficiency(**entry)
+
+
+def save(w: Workload, hardware: Hardware, efficiency: Efficiency, file: Path | None = None) -> Path:
+    """Keep ``efficiency`` for runs like ``w`` on this device."""
+    file = file or default_file()
+    entries = _read(file) | {key(w, hardware): asdict(efficiency)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps(entries, indent=2))
+    draft.replace(file)
+    return file
+
+
+def _read(file: Path) -> dict[str, dict]:
+    if not file.is_file():
+        return {}
+    try:
+        entries = json.loads(file.read_text())
+        for entry in entries.values():
+            Efficiency(**entry)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is no calibration ({error}); delete it, or name another with --calibration"
+        ) from error
+    return entries
+
+
+def from_update(w: Workload, hardware: Hardware, measured: Measured, before: Efficiency) -> Efficiency:
+    """Efficiencies that explain a measured update; decoding keeps those of ``before``.
+
+    The optimizer step shows the bandwidth, except where it is too short to time (adapters); the rest of the
+    micro-batch then shows the matrix products.
+    """
+    flops, moved = micro_batch_work(w)
+    bandwidth = before.bandwidth
+    if measured.optimizer_seconds > 0.05 * measured.micro_batch_seconds:
+        bandwidth = optimizer_bytes(w) / (measured.optimizer_seconds * hardware.bandwidth)
+    elsewhere = moved / (hardware.bandwidth * bandwidth)
+    products = max(measured.micro_batch_seconds - elsewhere, 0.2 * measured.micro_batch_seconds)
+    peak = hardware.flops_fp32 if w.compute_bytes == 4 else hardware.flops
+    return replace(
+        before,
+        flops=flops / (products * peak),
+        bandwidth=bandwidth,
+        update_factor=1.0,
+        spread=1.3,
+        source="measured here",
+    )
+
+
+def measure(w: Workload, hardware: Hardware) -> tuple[Efficiency, Measured]:
+    """Two real updates at the shapes of ``w`` and, where the policy samples for itself, some decoding.
+
+    Raises:
+        ValueError: ``hardware`` is not what is in this machine.
+    """
+    device = "cpu" if hardware.is_cpu else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--measure: there is no GPU in this machine to measure {hardware.name}; leave --gpu out")
+    full = replace(w, mean_fill=1.0)
+    measured = measure_update(full, device)
+    before = Efficiency.assumed(hardware, w.engine)
+    efficiency = from_update(full, hardware, measured, before)
+    if w.engine == "hf":
+        efficiency = replace(efficiency, token_overhead=measure_decoding(w, hardware, efficiency, device))
+    return efficiency, measured

@@ -1,0 +1,220 @@
+"""During ``fit``: a summary before the first step, prediction against reality after some, and what to learn from it."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_grpo.configure import calibration
+from lightning_grpo.configure.cost import Efficiency, predict_cost
+from lightning_grpo.configure.hardware import GiB, Hardware, this_machine
+from lightning_grpo.configure.measure import reset_peak, resident
+from lightning_grpo.configure.memory import Memory, predict_memory
+from lightning_grpo.configure.shape import ModelShape
+from lightning_grpo.configure.summary import describe_run
+from lightning_grpo.configure.workload import Workload
+
+log = logging.getLogger(__name__)
+
+
+class Prediction(Callback):
+    """Says before the first step what a run will need, refuses what cannot fit, and compares with what it then needs.
+
+    Args:
+        refuse: stop a run that is predicted not to fit; otherwise only warn.
+        tolerance: relative difference between predicted and real peak memory, or time, from which to warn.
+        after: optimizer steps before the comparison; the first ones compile and allocate.
+        calibration: file in which measured efficiencies are kept. None takes the user's cache folder.
+    """
+
+    def __init__(
+        self, *, refuse: bool = True, tolerance: float = 0.3, after: int = 3, calibration: str | None = None
+    ) -> None:
+        if tolerance <= 0:
+            raise ValueError(f"tolerance is {tolerance}; set a relative difference above 0, such as 0.3")
+        if after < 1:
+            raise ValueError(f"after is {after}; set 1 or more optimizer steps")
+        self.refuse = refuse
+        self.tolerance = tolerance
+        self.after = after
+        self.file = Path(calibration) if calibration else None
+        self.peaks: dict[str, float] = {}
+        self.seconds: dict[str, list[float]] = {}
+        self.lengths: list[float] = []
+        self.report = ""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary, or refuse.
+
+        Raises:
+            ValueError: the run cannot fit; the message has the three cheapest ways out.
+        """
+        self.hardware = this_machine() if trainer.strategy.root_device.type == "cuda" else _cpu(trainer)
+        self.workload = workload_of(trainer, pl_module, self.hardware)
+        efficiency = calibration.load(self.workload, self.hardware, self.file)
+        self.efficiency = efficiency or Efficiency.assumed(self.hardware, self.workload.engine)
+        text = describe_run(
+            self.workload,
+            self.hardware,
+            max_steps=trainer.max_steps,
+            efficiency=self.efficiency,
+            refuse=self.refuse,
+        )
+        rank_zero_only(log.info)("%s", text)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """A rollout begins where the module has no experience left."""
+        self._rolls_out = pl_module.experience is None
+        self._restart()
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
+        """After the forward, before the backward: what came before it was the rollout, if there was one."""
+        if self._rolls_out:
+            self._note("rollout")
+            self._restart()
+            self._rolls_out = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Collect; after enough optimizer steps, compare once."""
+        self._note("update")
+        metrics = trainer.callback_metrics
+        closed = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if closed and "step_time" in metrics and trainer.global_step > 1:
+            for name in ("rollout", "reward", "score", "update"):
+                self.seconds.setdefault(name, []).append(float(metrics.get(f"time/{name}", 0.0)))
+            if "completions/mean_length" in metrics:
+                self.lengths.append(float(metrics["completions/mean_length"]))
+        if closed and trainer.global_step == self.after + 1:
+            self.compare()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run too short for the comparison is compared at its end."""
+        if not self.report and self.seconds:
+            self.compare()
+
+    @rank_zero_only
+    def compare(self) -> None:
+        """Predicted against measured, in the log; warns where it is off, and keeps the factors for the next plan."""
+        w = self.workload
+        if self.lengths:
+            fill = sum(self.lengths) / len(self.lengths) / w.completion_length
+            w = replace(w, mean_fill=min(1.0, max(fill, 1e-3)))
+        predicted = predict_cost(w, self.hardware, self.efficiency).seconds
+        updates = w.updates_per_rollout
+        took = {name: updates * sum(values) / len(values) for name, values in self.seconds.items()}
+        pairs = {
+            "generate": (predicted["generate"] + predicted["sync"], took["rollout"]),
+            "score and update": (predicted["score"] + predicted["update"], took["score"] + took["update"]),
+        }
+        lines = [f"{name} {_pair(*pair, 's a rollout')}" for name, pair in pairs.items()]
+        memory = predict_memory(self.workload, self.hardware)
+        peaks = {"rollout": _rollout_peak(memory), "update": memory.total("update")}
+        pairs |= {f"memory of {name}": (peaks[name], self.peaks[name]) for name in self.peaks}
+        lines += [
+            f"memory of {name} {_pair(peaks[name] / GiB, peak / GiB, 'GiB')}" for name, peak in self.peaks.items()
+        ]
+        self.report = "predicted → measured: " + "; ".join(lines)
+        log.info("%s", self.report)
+        # Less memory than predicted is what short completions give; more is a fault of the model.
+        off = [
+            name
+            for name, (guess, real) in pairs.items()
+            if real > (1 + self.tolerance) * guess or (guess > (1 + self.tolerance) * real and "memory" not in name)
+        ]
+        if off:
+            log.warning("the prediction was off by more than %.0f %% in: %s", 100 * self.tolerance, ", ".join(off))
+        learned = replace(
+            self.efficiency,
+            generate_factor=self.efficiency.generate_factor * _factor(*pairs["generate"]),
+            update_factor=self.efficiency.update_factor * _factor(*pairs["score and update"]),
+            spread=1.3,
+            source="measured here",
+        )
+        calibration.save(self.workload, self.hardware, learned, self.file)
+
+    def _restart(self) -> None:
+        if self.hardware.is_cpu:
+            reset_peak()
+        else:
+            torch.cuda.reset_peak_memory_stats()
+
+    def _note(self, phase: str) -> None:
+        peak = resident("VmHWM") if self.hardware.is_cpu else torch.cuda.max_memory_reserved() + self.hardware.context
+        self.peaks[phase] = max(self.peaks.get(phase, 0.0), peak)
+
+
+def workload_of(trainer: Trainer, pl_module: LightningModule, hardware: Hardware) -> Workload:
+    """The run that a trainer and a GRPOModule describe; prompts are as long as the longest there is."""
+    data = trainer.datamodule
+    optimizer = type(trainer.optimizers[0]).__name__ if trainer.optimizers else "AdamW"
+    sharded = type(trainer.strategy).__name__ in ("ModelParallelStrategy", "FSDPStrategy")
+    lora = pl_module.lora
+    targets = lora.target_modules if lora else "all-linear"
+    w = Workload(
+        shape=ModelShape.from_config(pl_module.policy.config, str(pl_module.model_path)),
+        prompts_per_rollout=data.prompts_per_rollout,
+        num_generations=pl_module.num_generations,
+        micro_batch_size=pl_module.micro_batch_size,
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        num_iterations=pl_module.num_iterations,
+        prompt_length=max((len(row.ids) for row in data.train), default=pl_module.max_prompt_length),
+        completion_length=pl_module.max_completion_length,
+        precision=str(trainer.precision),
+        dtype=pl_module.dtype_name,
+        lora_rank=lora.rank if lora else 0,
+        lora_targets=targets if isinstance(targets, str) else tuple(targets),
+        gradient_checkpointing=pl_module.gradient_checkpointing,
+        share_prompt=pl_module.share_prompt,
+        beta=float(pl_module.needs_reference),
+        optimizer="adamw_8bit" if "8bit" in optimizer else "sgd" if optimizer == "SGD" else "adamw",
+        ranks=pl_module.data_ranks,
+        shards=trainer.world_size if sharded else 1,
+    )
+    return _with_engine(w, trainer, hardware)
+
+
+def _with_engine(w: Workload, trainer: Trainer, hardware: Hardware) -> Workload:
+    """Add what the run's rollout callback says about its engine."""
+    kinds = ("HFRollout", "VLLMRollout", "VLLMProcessRollout")
+    rollout = next((c for c in trainer.callbacks if type(c).__name__ in kinds), None)
+    if rollout is None:
+        return replace(w, engine="remote")
+    sequences = rollout.max_num_seqs
+    if type(rollout).__name__ == "HFRollout":
+        return replace(w, engine="hf", engine_sequences=sequences)
+    cache = rollout.kv_cache_memory_bytes
+    if cache is None and hardware.is_cpu:
+        # As VLLMRollout reckons it: four bytes an element, blocks rounded up.
+        row = 2 * w.shape.cache_bytes * (w.prompt_length + w.completion_length + 128)
+        cache = min(sequences * row, hardware.memory / 2)
+    elif cache is None:
+        share = rollout.engine_args["gpu_memory_utilization"]
+        cache = max(0.0, share * hardware.memory - 2 * w.shape.params)
+    return replace(
+        w, engine="vllm", engine_sequences=sequences, engine_cache=float(cache), engine_sleep=rollout.sleep_level > 0
+    )
+
+
+def _cpu(trainer: Trainer) -> Hardware:
+    """The host, shared by the ranks that run on it."""
+    cpu = this_machine()
+    ranks = max(1, trainer.world_size // trainer.num_nodes)
+    return replace(cpu, memory=cpu.memory / ranks)
+
+
+def _rollout_peak(memory: Memory) -> float:
+    return max(memory.total("generate"), memory.total("score"))
+
+
+def _pair(predicted: float, measured: float, unit: str) -> str:
+    return f"{predicted:.2f} → {measured:.2f} {unit} (×{measured / predicted:.2f})" if predicted else f"{measured:.2f}"
+
+
+def _factor(predicted: float, measured: float) -> float:
+    return measured / predicted if predicted > 0 and measured > 0 else 1.0
