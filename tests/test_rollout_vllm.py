@@ -1,7 +1,9 @@
 """A real vLLM engine in this process: samples, log-probs, manners, and every fault of a weight sync."""
 
+import gc
 import os
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -59,9 +61,12 @@ def engine(tiny_model_path, tmp_path_factory):
     assert process_state() == before
     assert "vLLM" in log_file.read_text() or "vllm" in log_file.read_text()
     yield engine
+    model = weakref.ref(engine._worker.get_model())
     engine.close()
     engine.close()
     assert not torch.distributed.is_initialized()
+    gc.collect()
+    assert model() is None, "the engine's memory must come back"
 
 
 @pytest.fixture
@@ -141,6 +146,16 @@ def test_samples_follow_the_policy(synced, policy):
             assert c.version == 1
             scored = synced.reference.logprobs([prompt + c.token_ids])[0][len(prompt) - 1 :]
             torch.testing.assert_close(torch.tensor(c.logprobs), scored, atol=1e-4, rtol=0)
+
+
+def test_weights_lost_in_sleep_are_sent_again(synced, engine):
+    """What a sleep at level 2 leaves: no weights, though the policy's version has not moved."""
+    engine.weights_lost = True
+    with pytest.raises(WeightSyncError, match="slept at level 2"):
+        engine.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+    before = synced.last_sync
+    synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+    assert synced.last_sync is not before and not engine.weights_lost
 
 
 def test_an_unmoved_policy_is_not_synced_again(synced):

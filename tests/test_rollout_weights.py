@@ -1,9 +1,15 @@
 """The stream of weights from the policy: names, values, ties, adapters, shards."""
 
+import os
+import socket
+
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo.rollout import policy_weights
@@ -77,6 +83,34 @@ def test_adapters_that_are_no_sum_are_refused(settings, untied_model_path):
     policy = adapted(untied_model_path, target_modules=["q_proj"], **settings)
     with pytest.raises(NotImplementedError, match="not plain LoRA"):
         list(policy_weights(policy))
+
+
+def stream_shards(rank, path, port, saved):
+    """One of two ranks: shard a policy with an adapter, then gather its weights one by one."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= group
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    policy = adapted(path, target_modules=["q_proj", "down_proj"])
+    for layer in policy.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(policy)
+    assert any(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in policy.parameters())
+    torch.save({name: weight.clone() for name, weight in policy_weights(policy)}, f"{saved}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_shards_are_gathered_on_every_rank(untied_model_path, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(stream_shards, (untied_model_path, port, str(tmp_path)), nprocs=2)
+    expected = dict(policy_weights(adapted(untied_model_path, target_modules=["q_proj", "down_proj"])))
+    for rank in range(2):
+        gathered = torch.load(tmp_path / f"{rank}.pt")
+        assert list(gathered) == list(expected)
+        for name, weight in gathered.items():
+            assert not isinstance(weight, DTensor)
+            torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-6)
 
 
 def test_the_stream_makes_no_second_copy(tiny_model_path):

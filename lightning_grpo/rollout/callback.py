@@ -66,7 +66,7 @@ class RolloutCallback(L.Callback):
             score=pl_module.score_tokens,
             vocab_size=min(config.vocab_size, len(pl_module.tokenizer)),
             dtypes=(getattr(engine, "dtype", torch.float32), _trainer_dtype(trainer, pl_module)),
-            canary_length=min(32, max_model_len(pl_module) - 1),
+            canary_length=min(16, max_model_len(pl_module) - 1),
             tolerance=self.tolerance,
             sleep=self.sleeps,
         )

@@ -101,14 +101,15 @@ class HFEngine:
         self.version = version
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        out = []
+        # Padding on the right is out of sight of all tokens before it.
+        ids = torch.full((len(sequences), max(map(len, sequences))), self.pad_id)
+        for line, sequence in zip(ids, sequences, strict=True):
+            line[: len(sequence)] = torch.tensor(list(sequence))
+        ids = ids.to(self._device)
         with self._inference():
-            for sequence in sequences:
-                ids = torch.tensor([list(sequence)], device=self._device)
-                logits = self.policy(input_ids=ids, use_cache=False).logits[0, :-1].float()
-                picked = logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-                out.append(picked.cpu())
-        return out
+            logits = self.policy(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            scored = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1).cpu()
+        return [row[: len(sequence) - 1] for row, sequence in zip(scored, sequences, strict=True)]
 
     def sleep(self) -> None:
         """Nothing to give back: the key-value cache lives only while `generate` runs."""

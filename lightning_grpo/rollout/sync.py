@@ -73,7 +73,7 @@ class SyncedEngine:
         score: Callable[[Sequence[Sequence[int]]], list[Tensor]],
         vocab_size: int,
         dtypes: Sequence[torch.dtype] = (torch.float32,),
-        canary_length: int = 32,
+        canary_length: int = 16,
         tolerance: Tolerance | None = None,
         sleep: bool = False,
     ) -> None:
