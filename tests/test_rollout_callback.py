@@ -174,6 +174,16 @@ def test_too_little_memory_is_refused_with_the_numbers(tiny_model_path, tmp_path
         trainer_with(VLLMRollout(), tmp_path).fit(Sampler(tiny_model_path), loader())
 
 
+@pytest.mark.vllm
+@pytest.mark.parametrize("size", [1 << 50, 1])
+def test_a_cache_that_does_not_fit_is_refused_with_the_setting(size, tiny_model_path, tmp_path):
+    pytest.importorskip("vllm")
+    callback = VLLMRollout(kv_cache_memory_bytes=size)
+    with pytest.raises(MemoryError, match=f"kv_cache_memory_bytes={size}.*max_completion_length.*vllm-0.log"):
+        trainer_with(callback, tmp_path).fit(Sampler(tiny_model_path), loader())
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -154,7 +154,7 @@ class HFEngine:
             mask[line, P - len(prompts[i]) :] = 1
         ids, mask = ids.to(self._device), mask.to(self._device)
 
-        cache = DynamicCache()
+        cache = DynamicCache(config=self.policy.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = self._forward(ids, mask, positions, cache)
 

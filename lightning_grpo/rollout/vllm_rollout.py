@@ -101,8 +101,8 @@ class VLLMRollout(RolloutCallback):
                 f"engine_args.tensor_parallel_size is {settings['tensor_parallel_size']}: an engine in the trainer's "
                 "process uses that process's device alone; use VLLMProcessRollout"
             )
-        if pl_module.sampling.stop:
-            settings["skip_tokenizer_init"] = False
+        if _stop_strings(pl_module) or self.sampling_args:
+            settings.setdefault("skip_tokenizer_init", False)
         return VLLMEngine(
             pl_module.model_path,
             eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
@@ -232,11 +232,16 @@ class VLLMServerRollout(RolloutCallback):
         )
 
 
+def _stop_strings(pl_module: L.LightningModule) -> list[str]:
+    held_out = getattr(pl_module, "validation_sampling", pl_module.sampling)
+    return [*pl_module.sampling.stop, *held_out.stop]
+
+
 def _refuse_stop_strings(callback: RolloutCallback, pl_module: L.LightningModule) -> None:
-    if pl_module.sampling.stop:
+    if stop := _stop_strings(pl_module):
         raise ValueError(
-            f"sampling.stop is {pl_module.sampling.stop}, but {type(callback).__name__}'s servers work on token ids "
-            "and know no stop strings; use VLLMRollout, or end completions with an end-of-sequence token"
+            f"sampling.stop is {stop}, but {type(callback).__name__}'s servers work on token ids and know no stop "
+            "strings; use VLLMRollout, or end completions with an end-of-sequence token"
         )
 
 
