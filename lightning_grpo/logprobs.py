@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -122,13 +123,12 @@ class _Head:
     @property
     def linear(self) -> bool:
         """Whether the module is hidden @ weight.T + bias and nothing else."""
-        return type(self.module).forward is nn.Linear.forward or (
-            isinstance(self.module, FSDPModule) and isinstance(self.module, nn.Linear)
-        )
+        return type(self.module).forward is nn.Linear.forward
 
     def logprobs(self, forward: Callable, hidden: Tensor, options: dict) -> tuple[Tensor, Tensor]:
         """Of ``hidden`` [A, H]; ``forward`` is the module's own."""
-        if self.linear:
+        # A weight that stays sharded while its module runs (tensor parallelism) is the module's own business.
+        if self.linear and not isinstance(self.module.weight, DTensor):
             weight, bias = self.module.weight, self.module.bias
             if self.vocabulary < len(weight):
                 weight, bias = weight[: self.vocabulary], None if bias is None else bias[: self.vocabulary]
@@ -292,7 +292,7 @@ def _shared_prompts(model: nn.Module, batch: _Batch) -> _Shared | None:
 
 
 def _shared(model, head: _Head, batch: _Batch, entropy_grad: bool, shared: _Shared) -> tuple[Tensor, Tensor]:
-    """Each different prompt once into a key-value cache, with its graph; then the completions against their prompt's."""
+    """Each different prompt once into a key-value cache, with its graph; then all completions against theirs."""
     last = None
 
     def forward(hidden: Tensor) -> Tensor:

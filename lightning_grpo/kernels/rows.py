@@ -1,4 +1,4 @@
-"""Row arithmetic on one block of the vocabulary, in plain torch: what the Triton kernels do on a GPU.
+"""Row arithmetic on one block of the vocabulary, in plain torch; `triton_rows` does the same on a GPU.
 
 A block a [N, ≥ W] holds the head's output for W neighbouring ids of the vocabulary; columns past W are padding. z are
 the logits of the sampled distribution. The softmax over the whole vocabulary is put together block by block from
@@ -107,6 +107,10 @@ def accumulate(
     With ``weights`` [N, W] (may be ``a``), these are set to w ∝ exp(z)·∂z/∂a of the tokens other than the target, and
     the factors (old, new) [2, N] are returned by which a sum over the vocabulary goes on: sum·old + new·Σ w·x.
     """
+    if a.is_cuda:
+        from lightning_grpo.kernels import triton_rows
+
+        return triton_rows.accumulate(a, ids, targets, transform, stats, weights)
     width = ids.stop - ids.start
     joins = None if weights is None else torch.empty(2, len(a), device=a.device)
     for i in _cached_rows(a):
@@ -146,6 +150,10 @@ def gradient(
     From c_logprob = ∂loss/∂logprob and c_entropy = ∂loss/∂entropy, [N] each:
     ∂loss/∂z = c_logprob·(onehot − p) − c_entropy·p·(log p + entropy).
     """
+    if a.is_cuda:
+        from lightning_grpo.kernels import triton_rows
+
+        return triton_rows.gradient(a, out, ids, targets, transform, softmax, c_logprob, c_entropy)
     width = ids.stop - ids.start
     for i in _cached_rows(a):
         some, row, c = transform.rows(i), softmax.rows(i), c_logprob[i]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_grpo.kernels.rows import FLOOR, Softmax, Statistics, Transform
 
-# Columns a program holds in registers, and its warps, by the bytes of a logit.
-TILE = {2: (4096, 8), 4: (2048, 8)}
+WARPS = 8
+# Columns that a program holds in registers: eight a lane, which are whole 128-bit accesses at 2 bytes as at 4.
+TILE = 8 * WARPS * (64 if torch.version.hip else 32)
 
 
 @triton.jit
@@ -60,15 +61,16 @@ def _accumulate_kernel(
     target = (tl.load(targets_ptr + row) - first).to(tl.int32)
     factor = tl.load(factor_ptr + row)
     cap = tl.load(cap_ptr + row) if CAPPED else 1.0
+    # Read ahead of the loops: with weights, the second overwrites the block.
+    if (target >= 0) & (target < width):
+        tl.store(y_ptr + row, _logits(a_ptr, target, width, room, factor, cap, FLOOR, CAPPED))
     before = tl.load(m_ptr + row)
     m = before
     s = tl.zeros([TILE], tl.float32)
     t = tl.zeros([TILE], tl.float32)
-    y = tl.zeros([TILE], tl.float32)
     for start in range(0, width, TILE):
         columns = start + tl.arange(0, TILE)
         z = _logits(a_ptr, columns, width, room, factor, cap, FLOOR, CAPPED)
-        y += tl.where(columns == target, z, 0.0)
         z = tl.where(columns == target, FLOOR, z)
         largest = tl.maximum(m, tl.max(z, 0))
         shrink = tl.exp(m - largest)
@@ -80,8 +82,6 @@ def _accumulate_kernel(
     tl.store(m_ptr + row, m)
     tl.store(s_ptr + row, tl.load(s_ptr + row) * old + tl.sum(s, 0))
     tl.store(t_ptr + row, tl.load(t_ptr + row) * old + tl.sum(t, 0))
-    if (target >= 0) & (target < width):
-        tl.store(y_ptr + row, tl.sum(y, 0))
     if WEIGHTS:
         tl.store(old_ptr + row, old)
         w_ptr += row * w_stride
@@ -142,7 +142,6 @@ def accumulate(
 ) -> Tensor | None:
     """`rows.accumulate`."""
     n = len(a)
-    tile, warps = TILE[a.element_size()]
     joins = None if weights is None else torch.ones(2, n, device=a.device)
     target = a if weights is None else weights
     if n:
@@ -162,8 +161,8 @@ def accumulate(
             FLOOR=FLOOR,
             CAPPED=transform.cap is not None,
             WEIGHTS=weights is not None,
-            TILE=tile,
-            num_warps=warps,
+            TILE=TILE,
+            num_warps=WARPS,
         )
     return joins
 
@@ -180,7 +179,6 @@ def gradient(
 ) -> None:
     """`rows.gradient`."""
     n = len(a)
-    tile, warps = TILE[a.element_size()]
     if n:
         _gradient_kernel[(n,)](
             a,
@@ -201,6 +199,6 @@ def gradient(
             FLOOR=FLOOR,
             CAPPED=transform.cap is not None,
             ENTROPY=c_entropy is not None,
-            TILE=tile,
-            num_warps=warps,
+            TILE=TILE,
+            num_warps=WARPS,
         )

@@ -1,0 +1,148 @@
+"""Compile every variant of the Triton row kernels ahead of time, without a GPU, and read what the compilers made of it.
+
+For NVIDIA sm_80, sm_90, sm_100 and AMD gfx942: registers, spills, shared memory, and the width in bits of the narrowest
+load and store of a row. `--check` fails unless nothing spills and every row access is 128 bits wide.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lightning_grpo.kernels import triton_rows
+from lightning_grpo.kernels.rows import FLOOR
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# (logits, what is written): fp32 logits from a head that the kernel multiplies itself, else a model's own logits.
+DTYPES = [("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16")]
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def variants(quick: bool) -> list[dict]:
+    """Every (kernel, dtypes, flags) that the package can launch; the two in use most, with flags all off or all on."""
+    kernels = {"accumulate": "WEIGHTS", "gradient": "ENTROPY"}
+    every = [
+        {"kernel": kernel, "logits": logits, "out": out, "capped": capped, flag.lower(): on}
+        for (kernel, flag), (logits, out), capped, on in itertools.product(
+            kernels.items(), DTYPES, (False, True), (False, True)
+        )
+    ]
+    if not quick:
+        return every
+    return [v for v in every if v["out"] == "bf16" and v["capped"] == v.get("weights", v.get("entropy"))]
+
+
+def compile_variant(variant: dict, target: GPUTarget):
+    function = getattr(triton_rows, f"_{variant['kernel']}_kernel")
+    names = function.arg_names
+    pointers = {"a_ptr": variant["logits"], "w_ptr": variant["out"], "out_ptr": variant["out"], "targets_ptr": "i64"}
+    signature = {
+        name: "constexpr" if name.isupper() else f"*{pointers.get(name, 'fp32')}" if name.endswith("_ptr") else "i32"
+        for name in names
+    }
+    constants = {"FLOOR": FLOOR, "CAPPED": variant["capped"], "TILE": 8 * triton_rows.WARPS * target.warp_size}
+    constants |= {k.upper(): v for k, v in variant.items() if k in ("weights", "entropy")}
+    # What the package allocates: rows at multiples of 64 columns, blocks that begin at one; the width is any.
+    even = [i for i, name in enumerate(names) if name.endswith(("_ptr", "_stride")) or name in ("first", "room")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in even}
+    return triton.compile(
+        ASTSource(function, signature, constants, attributes), target, {"num_warps": triton_rows.WARPS}
+    )
+
+
+def whole(variant: dict) -> tuple[int, int]:
+    """How many 128-bit loads and stores move a lane's eight columns, in all loops together."""
+    accesses = lambda dtype: 8 * BYTES[dtype] // 16
+    if variant["kernel"] == "accumulate":
+        loops = 1 + variant["weights"]
+        return loops * accesses(variant["logits"]), variant["weights"] * accesses(variant["out"])
+    return accesses(variant["logits"]), accesses(variant["out"])
+
+
+def audit(job: tuple[str, dict]) -> dict:
+    arch, variant = job
+    kernel = compile_variant(variant, TARGETS[arch])
+    found = read_amd(kernel.asm["amdgcn"]) if arch.startswith("gfx") else read_nvidia(kernel.asm["cubin"])
+    counts = [found.pop(op)[128] for op in ("loads", "stores")]
+    split = sum(max(expected - n, 0) for n, expected in zip(counts, whole(variant), strict=True))
+    wide = {"loads_128": counts[0], "stores_128": counts[1], "split": split}
+    return {"arch": arch, **variant, **found, "shared": kernel.metadata.shared, **wide}
+
+
+def read_nvidia(cubin: bytes) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = lambda tool, *args: (
+            subprocess.run([TOOLS / tool, *args, file.name], capture_output=True, text=True, check=True).stdout
+        )
+        usage, sass = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c")
+    number = lambda name: int(re.search(rf"{name}:(\d+)", usage)[1])
+    widths = lambda op: Counter(
+        next((int(part) for part in name.split(".") if part in ("64", "128")), 32)
+        for name in re.findall(rf"\b({op}\.[\w.]+)", sass)
+    )
+    spills = number("STACK") + number("LOCAL") + len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return {"registers": number("REG"), "spills": spills, "loads": widths("LDG"), "stores": widths("STG")}
+
+
+def read_amd(assembly: str) -> dict:
+    number = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+    bits = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+    widths = lambda op: Counter(bits.get(name, 16) for name in re.findall(rf"(?:global|buffer)_{op}_(\w+)", assembly))
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    return {"registers": number("vgpr_count"), "spills": spills, "loads": widths("load"), "stores": widths("store")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only bfloat16 outputs, flags all off or all on")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 where a kernel spills or splits a row's access"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is 1, which compiles nothing; unset it")
+    jobs = list(itertools.product(TARGETS, variants(args.quick)))
+    results = []
+    columns = f"{'regs':>5}{'spills':>7}{'shared':>7} 128-bit split"
+    print(f"{'arch':7}{'kernel':11}{'logits':7}{'out':5}{'flags':17}{columns}")
+    for job in jobs:
+        row = audit(job)
+        results.append(row)
+        flags = " ".join(name for name in ("capped", "weights", "entropy") if row.get(name))
+        print(
+            f"{row['arch']:7}{row['kernel']:11}{row['logits']:7}{row['out']:5}{flags:17}{row['registers']:5}"
+            f"{row['spills']:7}{row['shared']:7}{row['loads_128']:5} + {row['stores_128']:<2}{row['split']:3}",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+    bad = [row for row in results if row["spills"] or row["split"]]
+    most = {arch: max(row["registers"] for row in results if row["arch"] == arch) for arch in TARGETS}
+    registers = ", ".join(f"{n} on {arch}" for arch, n in most.items())
+    print(
+        f"{len(results)} kernels compiled, {len(bad)} with a spill or a split row access; most registers: {registers}"
+    )
+    return int(bool(bad) and args.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

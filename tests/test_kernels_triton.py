@@ -1,0 +1,126 @@
+"""The Triton row kernels: run by Triton's interpreter against their torch twins, and compiled ahead of time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_grpo.kernels import linear, linear_logprob, rows, triton_rows
+
+ROOT = Path(__file__).parent.parent
+
+
+# Triton decides when it is imported whether it interprets: these tests run in a process of their own.
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_in_the_interpreter")
+
+
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-k", "row_kernels", __file__]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout + done.stderr
+
+
+def results(module, dtype, softcap, entropy_grad):
+    """All that the row functions give for two blocks, with padding, of 1,100 ids, one logit −∞ and one large."""
+    g = torch.Generator().manual_seed(0)
+    a = (torch.randn(5, 1100, generator=g) * 3).to(dtype)
+    a[1, 5], a[2, 9] = -torch.inf, 80.0
+    targets = torch.tensor([0, 7, 300, 1000, 1099])
+    transform = rows.Transform.build(targets, 1100, torch.rand(5, generator=g) + 0.5, softcap, 1.2)
+    stats = rows.Statistics.empty(5, a.device)
+    found = []
+    blocks = [
+        (slice(0, 1029), torch.nn.functional.pad(a[:, :1029], (0, 59), value=7.0)),
+        (slice(1029, 1100), a[:, 1029:]),
+    ]
+    for ids, block in blocks:
+        weights = torch.empty_like(block)
+        joins = module.accumulate(block, ids, targets, transform, stats, weights)
+        found += [joins[0], weights[:, : ids.stop - ids.start] * joins[1][:, None]]
+    softmax = stats.finish()
+    c = torch.randn(2, 5, generator=g)
+    for ids, block in blocks:
+        out = torch.empty_like(block)
+        module.gradient(block, out, ids, targets, transform, softmax, c[0], c[1] if entropy_grad else None)
+        found.append(out[:, : ids.stop - ids.start])
+    return [*softmax, *found]
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("entropy_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_kernels_equal_their_torch_twins(dtype, entropy_grad, softcap):
+    ours, twins = (results(module, dtype, softcap, entropy_grad) for module in (triton_rows, rows))
+    for i, (x, y) in enumerate(zip(ours, twins, strict=True)):
+        assert x.isfinite().all()
+        # What is written to a block is rounded to its dtype; the interpreter cuts a bfloat16 short instead.
+        rounded = i >= 4 and dtype == torch.bfloat16
+        torch.testing.assert_close(x, y, rtol=2e-2 if rounded else 1e-5, atol=5e-6)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("trainable", [False, True])
+def test_linear_logprob_on_the_row_kernels(monkeypatch, trainable):
+    """The whole Function on the Triton kernels equals itself on their twins."""
+    monkeypatch.setattr(linear, "BLOCK_BYTES", 1)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 16, generator=g), torch.randn(1100, 16, generator=g)
+    targets, c = torch.tensor([0, 7, 300, 600, 1000, 1099]), torch.randn(6, generator=g)
+
+    def solve():
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trainable)]
+        logprobs, entropy = linear_logprob(*leaves, targets, temperature=0.7, softcap=15.0)
+        (c * logprobs).sum().backward()
+        return [logprobs, entropy, *(x.grad for x in leaves if x.requires_grad)]
+
+    expected = solve()
+    monkeypatch.setattr(rows, "accumulate", triton_rows.accumulate)
+    monkeypatch.setattr(rows, "gradient", triton_rows.gradient)
+    for x, y in zip(solve(), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_kernels_neither_spill_nor_split_rows(tmp_path):
+    """For every architecture, without a GPU: no spill, and 128-bit access to rows as the package lays them out."""
+    out = tmp_path / "audit.json"
+    script = ROOT / "benchmarks" / "kernel_audit.py"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, script, "--quick", "--json", out],
+        capture_output=True,
+        text=True,
+        env=env | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    audited = json.loads(out.read_text())
+    assert {row["arch"] for row in audited} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    for row in audited:
+        assert row["spills"] == row["split"] == 0 and row["loads_128"] > 0, row
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_gpu_equals_cpu(dtype, trainable):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(200, 64, generator=g).to(dtype), torch.randn(50_257, 64, generator=g).to(dtype) / 4
+    targets, c = torch.randint(0, 50_257, (200,), generator=g), torch.randn(200, generator=g)
+
+    def solve(device):
+        leaves = [x.to(device, copy=True).requires_grad_(i == 0 or trainable) for i, x in enumerate((hidden, weight))]
+        logprobs, entropy = linear_logprob(*leaves, targets.to(device))
+        (c.to(device) * logprobs).sum().backward()
+        return [x.float().cpu() for x in (logprobs, entropy, *(x.grad for x in leaves if x.requires_grad))]
+
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+    for x, y in zip(solve("cuda"), solve("cpu"), strict=True):
+        assert (x - y).norm() <= tolerance * y.norm()
