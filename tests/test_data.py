@@ -446,7 +446,7 @@ def test_difficulty_sampler_refuses(options):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_any_number_of_ranks_sees_the_same_windows(load, sampler):
     """With K updates a rollout, update k has the prompts [k·B/K, (k+1)·B/K) of one process, whatever the ranks."""
-    B, K, extra = 12, 2, 5
+    B, K, extra = 12, 2, 6
     made = {}
     for W in (1, 2, 3, 6):
         ranks = [
@@ -466,6 +466,17 @@ def test_any_number_of_ranks_sees_the_same_windows(load, sampler):
         made[W] = windows, extras
         assert all(len(window) == B // K for window in windows) and all(len(more) == extra for more in extras)
     assert all(made[W] == made[1] for W in made)
+
+
+@pytest.mark.parametrize(("count", "share"), [(0, 0), (1, 1), (3, 1), (4, 2), (21, 7), (26, 7), (99, 7)])
+def test_every_rank_gets_as_many_further_prompts(load, count, share):
+    """So that all of them go on, or none does. 26 prompts, 3 ranks, 3 prompts in the rollout: 23 are left."""
+    ranks = [attach(load("letters", prompts_per_rollout=3), W=3, rank=rank) for rank in range(3)]
+    first = [next(iter(data.train_dataloader())) for data in ranks]
+    more = [data.more_prompts(count) for data in ranks]
+    assert [len(batch) for batch in more] == [share] * 3
+    indices = [i for batch in first + more for i in batch.prompt_indices]
+    assert len(set(indices)) == len(indices)
 
 
 def test_prompts_that_ranks_cannot_share(load):

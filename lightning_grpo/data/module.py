@@ -236,13 +236,15 @@ class PromptDataModule(lightning.LightningDataModule):
         return Loader(length, batches)
 
     def more_prompts(self, count: int) -> PromptBatch:
-        """This rank's share of ``count`` further prompts for the rollout at hand, none of which it holds already.
+        """This rank's share of ``count`` further prompts (over all ranks), none of which the rollout holds already.
 
-        For dynamic sampling: in place of groups whose rewards are all equal. Every rank calls it with the same count
-        (over all ranks); rank r gets every W-th from its r-th on, so shares may differ by one. Fewer come back where
-        the data set has no others. The draw comes from the same order as the rollouts, which go on after it.
+        For dynamic sampling: in place of groups whose rewards are all equal. Every rank calls it with the same count,
+        and gets as many as every other, which may take up to W − 1 more in all; rank r has every W-th from its r-th
+        on. Fewer come back, down to none, where the data set has no others. They are drawn from the same order as the
+        rollouts, which go on after them.
         """
-        return self._share(self._stream.more(count), step=self._stream.step - 1)
+        W, _ = self._shard
+        return self._share(self._stream.more(count, multiple=W), step=self._stream.step - 1)
 
     def observe(self, prompt_indices: Sequence[int], mean_rewards: Sequence[float] | Tensor) -> None:
         """Tell a difficulty-aware sampler the mean reward of each group of a rollout, for the draws after it.

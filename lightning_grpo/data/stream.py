@@ -51,10 +51,18 @@ class Stream:
         self.rows = self.more(count)
         self._cursor_at_start = self._cursor
 
-    def more(self, count: int) -> list[int]:
-        """Up to ``count`` further rows that this rollout doesn't hold yet; fewer where there are no more."""
+    def more(self, count: int, *, multiple: int = 1) -> list[int]:
+        """``count`` further rows, rounded up to a ``multiple``, that this rollout doesn't hold yet; where there aren't
+        as many, the largest multiple there is.
+        """
+        left = self.size - len(self._taken)
         rows, self._cursor = self.sampler.draw(
-            count, size=self.size, seed=self.seed, cursor=self._cursor, rates=self.rates, taken=self._taken
+            min(-(-count // multiple), left // multiple) * multiple,
+            size=self.size,
+            seed=self.seed,
+            cursor=self._cursor,
+            rates=self.rates,
+            taken=self._taken,
         )
         self._taken.update(rows)
         return rows
