@@ -1,6 +1,6 @@
 """Choosing an objective: presets, contradictions, YAML."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -240,5 +240,4 @@ def test_fixed_coefficients_stay():
     config = ObjectiveConfig(loss_type="grpo", entropy_coef=0.02)
     coefficients = Coefficients(config)
     coefficients.step(kl=9.0, entropy=9.0)
-    assert coefficients.config.resolved == config.resolved
-    assert coefficients.config == replace(config, beta=0.04)
+    assert coefficients.config is config

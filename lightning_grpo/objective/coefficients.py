@@ -17,6 +17,8 @@ class Coefficients:
     @property
     def config(self) -> ObjectiveConfig:
         """The objective with the coefficients in force: what `policy_loss` is given."""
+        if self.base.adaptive_beta is None and self.base.adaptive_entropy is None:
+            return self.base
         return replace(
             self.base,
             beta=self.beta,

@@ -26,6 +26,8 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
     """
     if not mask.any():
         return mask
+    # both sides of the comparison in one precision: a token that is the threshold itself stays
+    entropy = entropy.float()
     threshold = torch.quantile(entropy[mask], 1 - quantile)
     return (entropy >= threshold) & mask
 
