@@ -61,6 +61,22 @@ def test_draw_at_the_ends_never_takes_an_excluded_token():
         assert draw(logprobs, torch.tensor([u], dtype=torch.float64)).item() == 1
 
 
+@pytest.mark.parametrize("size", [256, 300, 1000])
+def test_draws_invert_the_distribution_function(size):
+    """Against a plain float64 sum over all tokens, in rows of which most are excluded."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(200, size, generator=generator)
+    logprobs = logits.masked_fill(torch.rand(200, size, generator=generator) < 0.8, -math.inf).log_softmax(-1)
+    uniforms = torch.rand(200, generator=generator, dtype=torch.float64)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-53])
+    tokens = draw(logprobs, uniforms)
+    p = logprobs.double().exp()
+    after = p.cumsum(-1).gather(1, tokens[:, None])[:, 0]
+    own = p.gather(1, tokens[:, None])[:, 0]
+    assert (own > 0).all()
+    assert (after - own - 1e-6 <= uniforms).all() and (uniforms <= after + 1e-6).all()
+
+
 def test_greedy_takes_the_most_likely():
     logprobs = torch.randn(3, 7)
     assert draw(logprobs, torch.rand(3), greedy=True).tolist() == logprobs.argmax(-1).tolist()
