@@ -368,6 +368,18 @@ def test_a_batch_without_a_single_token_gives_zero():
         assert loss == 0 and (gradient == 0).all() and (d_entropy == 0).all()
 
 
+def test_a_batch_without_a_single_completion_gives_zero_and_metrics_that_merge():
+    empty = {name: x[:0] for name, x in batch().items()}
+    for loss_type in PRESETS:
+        config = full(loss_type, top_entropy_quantile=0.5)
+        loss, gradient, _ = grads(config, empty)
+        assert loss == 0 and gradient.shape == (0, T)
+        _, nothing = policy_loss(config, **empty)
+        _, something = policy_loss(config, **batch())
+        for name, metric in something.items():
+            assert nothing[name].merge(metric).compute() == metric.compute()
+
+
 @pytest.mark.parametrize("loss_type", PRESETS)
 @pytest.mark.parametrize("gap", [60.0, -60.0, 1e4, -1e4])
 def test_a_wild_ratio_leaves_loss_and_gradient_finite(loss_type, gap):

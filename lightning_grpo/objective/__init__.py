@@ -1,15 +1,15 @@
 """The objective, in pure tensors: advantages from rewards, a loss from log-probs."""
 
-from .adaptive import AdaptiveBeta, AdaptiveEntropy
-from .advantages import AdvantageConfig, group_advantages, total_rewards
-from .coefficients import Coefficients
-from .config import ObjectiveConfig
-from .correction import RolloutCorrection
-from .kl import kl_divergence, kl_penalty
-from .loss import policy_loss
-from .presets import PRESETS, Preset
-from .surrogate import CISPO, DPPO, GMPO, SAPO, VESPO, Clipped, Reinforce, Surrogate, Terms
-from .tensors import Max, Metric, Min, Sum
+from lightning_grpo.objective.adaptive import AdaptiveBeta, AdaptiveEntropy
+from lightning_grpo.objective.advantages import AdvantageConfig, group_advantages, total_rewards
+from lightning_grpo.objective.coefficients import Coefficients
+from lightning_grpo.objective.config import ObjectiveConfig
+from lightning_grpo.objective.correction import RolloutCorrection
+from lightning_grpo.objective.kl import kl_divergence, kl_penalty
+from lightning_grpo.objective.loss import policy_loss
+from lightning_grpo.objective.presets import PRESETS, Preset
+from lightning_grpo.objective.surrogate import CISPO, DPPO, GMPO, SAPO, VESPO, Clipped, Reinforce, Surrogate, Terms
+from lightning_grpo.objective.tensors import Max, Metric, Min, Sum
 
 __all__ = [
     "CISPO",

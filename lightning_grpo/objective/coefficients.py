@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from .config import ObjectiveConfig
+from lightning_grpo.objective.config import ObjectiveConfig
 
 
 class Coefficients:

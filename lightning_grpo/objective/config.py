@@ -7,13 +7,13 @@ from warnings import warn
 
 from torch import Tensor
 
-from .adaptive import AdaptiveBeta, AdaptiveEntropy
-from .aggregation import Aggregation
-from .correction import RolloutCorrection
-from .kl import KLEstimator
-from .masks import loss_mask
-from .presets import PRESETS, Preset, RatioLevel
-from .surrogate import Surrogate
+from lightning_grpo.objective.adaptive import AdaptiveBeta, AdaptiveEntropy
+from lightning_grpo.objective.aggregation import Aggregation
+from lightning_grpo.objective.correction import RolloutCorrection
+from lightning_grpo.objective.kl import KLEstimator
+from lightning_grpo.objective.masks import loss_mask
+from lightning_grpo.objective.presets import PRESETS, Preset, RatioLevel
+from lightning_grpo.objective.surrogate import Surrogate
 
 CLIP_OPTIONS = ("epsilon", "epsilon_high", "delta", "dual_clip")
 

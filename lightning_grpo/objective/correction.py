@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .tensors import LOG_LIMIT, sequence_mean
+from lightning_grpo.objective.tensors import LOG_LIMIT, sequence_mean
 
 
 @dataclass(frozen=True, kw_only=True)

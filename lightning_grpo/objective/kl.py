@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .tensors import exp, fill
+from lightning_grpo.objective.tensors import exp, fill
 
 KLEstimator = Literal["k1", "abs", "k2", "k3"]
 

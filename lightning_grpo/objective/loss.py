@@ -1,14 +1,15 @@
 """The objective: surrogate × masks × rollout weight + β·KL, aggregated, less the entropy bonus."""
 
+import torch
 from torch import Tensor
 
-from .aggregation import aggregate
-from .config import ObjectiveConfig
-from .correction import bound, rollout_ratio
-from .kl import kl_divergence
-from .masks import off_policy_mask, top_entropy_mask
-from .surrogate import Surrogate, Terms
-from .tensors import Metric, exp, extremes, fill, mean_metric, rows, sequence_mean
+from lightning_grpo.objective.aggregation import aggregate
+from lightning_grpo.objective.config import ObjectiveConfig
+from lightning_grpo.objective.correction import bound, rollout_ratio
+from lightning_grpo.objective.kl import kl_divergence
+from lightning_grpo.objective.masks import off_policy_mask, top_entropy_mask
+from lightning_grpo.objective.surrogate import Surrogate, Terms
+from lightning_grpo.objective.tensors import Metric, exp, extremes, fill, mean_metric, rows, sequence_mean
 
 
 def policy_loss(
@@ -114,11 +115,11 @@ def policy_loss(
     num_tokens = tokens if num_tokens is None else num_tokens
     num_tokens = num_tokens + (num_tokens == 0)
     total = aggregate(
-        loss * mask,
+        torch.where(mask, loss, 0.0),
         mask,
         parts.aggregation,
         num_tokens=num_tokens,
-        num_sequences=mask.shape[0] if num_sequences is None else num_sequences,
+        num_sequences=max(1, mask.shape[0]) if num_sequences is None else num_sequences,
         max_completion_length=config.max_completion_length,
     )
     if config.entropy_coef != 0:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .tensors import sequence_mean
+from lightning_grpo.objective.tensors import sequence_mean
 
 
 def loss_mask(completion_mask: Tensor, truncated: Tensor, *, drop_truncated: bool) -> Tensor:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .aggregation import Aggregation
-from .kl import KLEstimator
-from .surrogate import CISPO, DPPO, GMPO, SAPO, VESPO, Clipped, Reinforce, Surrogate
+from lightning_grpo.objective.aggregation import Aggregation
+from lightning_grpo.objective.kl import KLEstimator
+from lightning_grpo.objective.surrogate import CISPO, DPPO, GMPO, SAPO, VESPO, Clipped, Reinforce, Surrogate
 
 RatioLevel = Literal["token", "sequence"]
 

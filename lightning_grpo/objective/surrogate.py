@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .tensors import LOG_LIMIT, exp, sequence_mean
+from lightning_grpo.objective.tensors import LOG_LIMIT, exp, sequence_mean
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,11 @@
 from dataclasses import fields
 from inspect import getdoc
 
-from .advantages import ESTIMATORS
-from .aggregation import aggregate
-from .kl import kl_divergence
-from .presets import PRESETS
-from .surrogate import CISPO, DPPO, GMPO, SAPO, VESPO, Clipped, Reinforce, Surrogate
+from lightning_grpo.objective.advantages import ESTIMATORS
+from lightning_grpo.objective.aggregation import aggregate
+from lightning_grpo.objective.kl import kl_divergence
+from lightning_grpo.objective.presets import PRESETS
+from lightning_grpo.objective.surrogate import CISPO, DPPO, GMPO, SAPO, VESPO, Clipped, Reinforce, Surrogate
 
 TOP = """\
 # Objectives

@@ -85,5 +85,9 @@ def extremes(x: Tensor, mask: Tensor) -> tuple[Min, Max]:
     """Smallest and largest of ``x`` [N, T] over tokens, or of ``x`` [N, 1] over the completions that have tokens."""
     if x.shape[1] == 1:
         mask = rows(mask)
+    inf = x.new_full((1,), float("inf"))
     x = x.detach()
-    return Min(fill(x, mask, float("inf")).amin()), Max(fill(x, mask, float("-inf")).amax())
+    return (
+        Min(torch.cat([fill(x, mask, float("inf")).flatten(), inf]).amin()),
+        Max(torch.cat([fill(x, mask, float("-inf")).flatten(), -inf]).amax()),
+    )
