@@ -20,7 +20,7 @@ from rollout import random_model
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo.rollout import Engine, HFEngine, ServerEngine, SyncedEngine, VLLMEngine, policy_weights
-from lightning_grpo.rollout.proof import WeightStream
+from lightning_grpo.rollout.proof import WeightStream, canary_sequences
 from lightning_grpo.rollout.server_process import ServerProcess
 
 GOAL = 2.0
@@ -97,10 +97,12 @@ def measure(name: str, engine: Engine, policy: torch.nn.Module, size: int) -> di
     reports = [synced.sync(force=True) for _ in range(6)][1:]
     assert all(report.compared == report.tensors for report in reports)
     load = statistics.median(report.seconds for report in reports)
+    canary = canary_sequences(policy.config.vocab_size, length=16)
     return {
         f"{name}: load, s": load,
         f"{name}: load, GB/s": size / 1e9 / load,
         f"{name}: canary, s": statistics.median(report.proof_seconds for report in reports),
+        f"{name}: canary mean |log p|": torch.cat(reference.logprobs(canary)).abs().mean().item(),
         f"{name}: canary mean |Δ|": reports[-1].canary.mean,
         f"{name}: canary max |Δ|": reports[-1].canary.max,
     }

@@ -123,6 +123,25 @@ def test_validation_alone_gets_an_engine(tiny_model_path, tmp_path):
     assert len(module.rounds) == 1
 
 
+def test_dropout_does_not_disturb_the_proof(tiny_model_path, tmp_path):
+    class WithDropout(Sampler):
+        def configure_model(self):
+            super().configure_model()
+            for layer in self.policy.model.layers:
+                layer.self_attn.attention_dropout = 0.5
+            self.policy.train()
+
+        @torch.no_grad()
+        def score_tokens(self, sequences):
+            logits = [self.policy(torch.tensor([s])).logits[0, :-1] for s in sequences]
+            ids = [torch.tensor(s[1:])[:, None] for s in sequences]
+            return [z.log_softmax(-1).gather(-1, i)[:, 0] for z, i in zip(logits, ids, strict=True)]
+
+    module = WithDropout(tiny_model_path)
+    trainer_with(HFRollout(), tmp_path).fit(module, loader())
+    assert len(module.rounds) == 3 and module.policy.training
+
+
 def test_a_policy_that_lies_about_its_weights_stops_the_run(tiny_model_path, tmp_path):
     class Liar(Sampler):
         def score_tokens(self, sequences):

@@ -56,12 +56,15 @@ def test_kl_estimates_the_divergence():
     assert mismatch(p[tokens], q[tokens]).kl == pytest.approx((p.exp() * (p - q)).sum().item(), rel=0.03)
 
 
-def test_tolerance_follows_the_coarser_dtype_and_what_was_measured():
-    fp32 = Tolerance.of([torch.float32])
-    bf16 = Tolerance.of([torch.float32, torch.bfloat16])
+def test_tolerance_follows_the_coarser_dtype_the_level_and_what_was_measured():
+    fp32 = Tolerance.of([torch.float32], level=10)
+    bf16 = Tolerance.of([torch.float32, torch.bfloat16], level=10)
     assert fp32.mean < 1e-3 < bf16.mean < 0.5
+    assert Tolerance.of([torch.bfloat16], level=20).mean == pytest.approx(2 * bf16.mean)
     seen = Mismatch(mean=0.01, max=0.1, p99=0.1, kl=0.0)
-    assert Tolerance.of([torch.bfloat16], seen) == Tolerance(mean=0.04, max=0.4)
+    assert bf16.narrowed(seen) == Tolerance(mean=0.04, max=0.4)
+    assert bf16.narrowed(seen, growth=2) == Tolerance(mean=0.08, max=0.8)
+    assert bf16.narrowed(Mismatch(mean=1.0, max=9.0, p99=1.0, kl=0.0)) == bf16
     assert bf16.exceeded_by(Mismatch(mean=float("nan"), max=0.0, p99=0.0, kl=0.0))
     assert not bf16.exceeded_by(seen)
 

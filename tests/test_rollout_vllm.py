@@ -128,10 +128,12 @@ def test_finish_reasons_and_streaming(synced):
 
 
 def test_generation_leaves_the_process_alone(synced):
-    before = process_state()
-    synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+    before, during = process_state(), []
+    synced.generate(
+        PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS, on_group=lambda i, g: during.append(process_state())
+    )
     synced.sync(force=True)
-    assert process_state() == before
+    assert [process_state(), *during] == [before] * 4
 
 
 def test_samples_follow_the_policy(synced, policy):

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from lightning_grpo.rollout import policy_weights
+from lightning_grpo.rollout import HFEngine, policy_weights
 
 
 def load(path):
@@ -96,6 +96,8 @@ def stream_shards(rank, path, port, saved):
         fully_shard(layer)
     fully_shard(policy)
     assert any(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in policy.parameters())
+    with pytest.raises(ValueError, match="use VLLMRollout"):
+        HFEngine(policy, eos_token_ids=[1], pad_id=0)
     torch.save({name: weight.clone() for name, weight in policy_weights(policy)}, f"{saved}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,13 +1,14 @@
 """Callbacks that build an engine for a module, keep it in step with the policy, and take it down with the run."""
 
 import time
+from collections.abc import Sequence
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from lightning_grpo.rollout.hf import HFEngine
+from lightning_grpo.rollout.hf import HFEngine, eval_mode
 from lightning_grpo.rollout.proof import Tolerance
 from lightning_grpo.rollout.sync import SyncedEngine
 from lightning_grpo.rollout.types import Engine, Sampling
@@ -59,11 +60,16 @@ class RolloutCallback(L.Callback):
         start = time.perf_counter()
         engine = self.build_engine(trainer, pl_module)
         config = pl_module.policy.config.get_text_config()
+
+        def score(sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+            with eval_mode(pl_module.policy):
+                return pl_module.score_tokens(sequences)
+
         self._engine = pl_module.engine = SyncedEngine(
             engine,
             version=lambda: pl_module.policy_version,
             weights=pl_module.policy_weights,
-            score=pl_module.score_tokens,
+            score=score,
             vocab_size=min(config.vocab_size, len(pl_module.tokenizer)),
             dtypes=(getattr(engine, "dtype", torch.float32), _trainer_dtype(trainer, pl_module)),
             canary_length=min(16, max_model_len(pl_module) - 1),

@@ -17,6 +17,18 @@ from lightning_grpo.rollout.seeds import uniform
 from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Sampling
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout for a while; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @dataclass
 class _Row:
     """One completion in the making."""
@@ -126,14 +138,8 @@ class HFEngine:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.policy.modules()]
-        self.policy.eval()
-        try:
-            with torch.no_grad(), self.context():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        with torch.no_grad(), eval_mode(self.policy), self.context():
+            yield
 
     def _batches(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> Iterator[list[_Row]]:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

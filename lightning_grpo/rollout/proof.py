@@ -59,17 +59,26 @@ class Tolerance:
     max: float
 
     @classmethod
-    def of(cls, dtypes: Iterable[torch.dtype], measured: Mismatch | None = None) -> "Tolerance":
-        """What the dtypes of both sides allow, narrowed to four times what was measured on weights known as equal.
+    def of(cls, dtypes: Iterable[torch.dtype], level: float) -> "Tolerance":
+        """What the dtypes of both sides allow.
 
-        Rounding enters a log-prob as a relative error of the logits, which are of order ten: measured on a
-        135M-parameter model, the mean is below 10 eps. 32 eps is where the benefit of the doubt ends.
+        The rounding of a logit is relative to its size, and unlikely tokens have large ones: on SmolLM2-135M in
+        bfloat16 the mean |Δ| of random tokens, whose mean |log p| is 11, is about eps times that. Four times the mean
+        and 32 times the largest is where the benefit of the doubt ends.
+
+        Args:
+            dtypes: those that the two sides compute in.
+            level: mean |log p| of the tokens compared, in nats.
         """
-        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-        mean, largest = max(2e-4, 32 * eps), max(2e-3, 256 * eps)
-        if measured is not None:
-            mean, largest = min(mean, max(2e-4, 4 * measured.mean)), min(largest, max(2e-3, 4 * measured.max))
-        return cls(mean=mean, max=largest)
+        rounding = max(torch.finfo(dtype).eps for dtype in dtypes) * max(level, 8.0)
+        return cls(mean=max(2e-4, 4 * rounding), max=max(2e-3, 32 * rounding))
+
+    def narrowed(self, measured: Mismatch, growth: float = 1.0) -> "Tolerance":
+        """At most four times what was measured on weights known as equal; `growth` is that of the level since then."""
+        return Tolerance(
+            mean=min(self.mean, max(2e-4, 4 * growth * measured.mean)),
+            max=min(self.max, max(2e-3, 4 * growth * measured.max)),
+        )
 
     def exceeded_by(self, seen: Mismatch) -> bool:
         # Written so that a NaN on either side exceeds.

@@ -85,8 +85,8 @@ class SyncedEngine:
         self._sleep = sleep
         self._dtypes = dtypes
         self._canary = canary_sequences(vocab_size, length=canary_length)
-        self._tolerance = tolerance or Tolerance.of(dtypes)
-        self._tolerance_measured = tolerance is not None
+        self._tolerance = tolerance
+        self._measured: tuple[Mismatch, float] | None = None
         self._fingerprints: dict[str, Fingerprint] | None = None
         self._synced_version: int | None = None
         self._ahead: Future | None = None
@@ -184,23 +184,29 @@ class SyncedEngine:
 
     def _prove(self, version: int, moved: Sequence[str]) -> Mismatch:
         expected = self._score(self._canary)
+        level = torch.cat(expected).abs().mean().item()
+        tolerance = self._tolerance or self._tolerance_at(level)
         replicas = getattr(self.engine, "replica_logprobs", lambda sequences: {"": self.engine.logprobs(sequences)})
         seen = []
         for place, logprobs in replicas(self._canary).items():
             canary = check_canary(logprobs, expected)
             seen.append(canary)
-            if self._tolerance.exceeded_by(canary):
+            if tolerance.exceeded_by(canary):
                 raise WeightSyncError(
                     f"after the sync to policy version {version} the engine's log-probs{place and ' at '}{place} "
                     f"differ from the policy's by {canary.mean:.3g} nats on average and {canary.max:.3g} at most; "
-                    f"{self._tolerance.mean:.3g} and {self._tolerance.max:.3g} would be rounding. "
-                    f"{self._suspects(moved)}"
+                    f"{tolerance.mean:.3g} and {tolerance.max:.3g} would be rounding. {self._suspects(moved)}"
                 )
         canary = max(seen, key=lambda m: m.mean)
-        if not self._tolerance_measured:
-            self._tolerance = Tolerance.of(self._dtypes, canary)
-            self._tolerance_measured = True
+        self._measured = self._measured or (canary, level)
         return canary
+
+    def _tolerance_at(self, level: float) -> Tolerance:
+        tolerance = Tolerance.of(self._dtypes, level)
+        if self._measured is None:
+            return tolerance
+        measured, then = self._measured
+        return tolerance.narrowed(measured, growth=max(1.0, level / then))
 
     def _suspects(self, moved: Sequence[str]) -> str:
         shown = ", ".join(moved[:8]) + (f" and {len(moved) - 8} more" if len(moved) > 8 else "")

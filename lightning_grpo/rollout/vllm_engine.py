@@ -128,25 +128,28 @@ class VLLMEngine:
         groups: list[list[Completion | None]] = [[None] * len(group) for group in seeds]
         places: dict[str, tuple[int, int]] = {}
         engine = self.llm.llm_engine
-        with guest():
-            try:
+        try:
+            with guest():
                 for i, (prompt, group) in enumerate(zip(prompts, seeds, strict=True)):
                     for g, seed in enumerate(group):
                         request_id = str(next(self._request_ids))
                         params = self._params(sampling, max_tokens, seed)
                         internal_id = engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params)
                         places[request_id] = places[internal_id] = (i, g)
-                while engine.has_unfinished_requests():
-                    for output in engine.step():
-                        if not output.finished:
-                            continue
-                        i, g = places[output.request_id]
-                        groups[i][g] = self._completion(output.outputs[0])
-                        if on_group is not None and all(groups[i]):
-                            on_group(i, groups[i])
-            except BaseException:
+            while engine.has_unfinished_requests():
+                with guest():
+                    outputs = engine.step()
+                for output in outputs:
+                    if not output.finished:
+                        continue
+                    i, g = places[output.request_id]
+                    groups[i][g] = self._completion(output.outputs[0])
+                    if on_group is not None and all(groups[i]):
+                        on_group(i, groups[i])
+        except BaseException:
+            with guest():
                 engine.abort_request(list(places), internal=True)
-                raise
+            raise
         return groups
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
