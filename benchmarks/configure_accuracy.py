@@ -10,14 +10,28 @@ shapes of SmolLM2-135M and two smaller models with random weights; time after ca
 
 import argparse
 import json
+import random
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 
 from transformers import LlamaConfig, Qwen3Config
 
-from lightning_grpo.configure import ModelShape, Workload, find_gpu, find_model, predict_memory
+from lightning_grpo.configure import (
+    Efficiency,
+    Hardware,
+    ModelShape,
+    Workload,
+    calibration,
+    find_gpu,
+    find_model,
+    predict_cost,
+    predict_memory,
+    zero_variance_share,
+)
+from lightning_grpo.configure.cost import decode_seconds, score_seconds, update_seconds
 from lightning_grpo.configure.measure import Measured, environment, measure_update
 
 MODELS = {
@@ -87,11 +101,19 @@ def workload(model: str, changes: dict) -> Workload:
     )
 
 
-def measured(model: str, changes: dict) -> Measured:
-    """In a fresh process."""
+# Shapes that calibrate the time: one for each of whole weights in bf16, in fp32, and adapters, none of them held out.
+CALIBRATION = [
+    {"micro_batch_size": 4, "prompt_length": 96, "completion_length": 80},
+    {"micro_batch_size": 4, "prompt_length": 96, "completion_length": 80, "precision": "32-true"},
+    {"micro_batch_size": 4, "prompt_length": 96, "completion_length": 80, "lora_rank": 16, "dtype": "bfloat16"},
+]
+
+
+def measured(model: str, changes: dict, what: str) -> Measured:
+    """In a fresh process: its ``memory``, with an allocator that returns what is freed at once, or its ``time``."""
     out = subprocess.run(
         [sys.executable, __file__, "--worker", json.dumps([model, changes])],
-        env=environment(),
+        env=environment() if what == "memory" else None,
         capture_output=True,
         text=True,
     )
@@ -100,11 +122,298 @@ def measured(model: str, changes: dict) -> Measured:
     return Measured(**json.loads(out.stdout.splitlines()[-1]))
 
 
+def worker(model: str, changes: dict) -> None:
+    """Measure one shape and print it. Libraries load and compile on first use: that is not the model's memory."""
+    warm_up = {"micro_batch_size": 2, "prompt_length": 8, "completion_length": 8}
+    measure_update(workload("Qwen3-18M", changes | warm_up), "cpu", steps=1)
+    print(json.dumps(asdict(measure_update(workload(model, changes), "cpu"))))
+
+
+def calibrated(hardware: Hardware) -> dict[str, Efficiency]:
+    """Efficiencies by kind of run, from the calibration shapes."""
+    found = {}
+    for changes in CALIBRATION:
+        w = workload("SmolLM2-135M", changes)
+        seen = measured("SmolLM2-135M", changes, "time")
+        found[kind(changes)] = calibration.from_update(w, hardware, seen, Efficiency.assumed(hardware, "hf"))
+    return found
+
+
+def kind(changes: dict) -> str:
+    if changes.get("lora_rank"):
+        return "adapters"
+    return "fp32" if changes.get("precision") == "32-true" else "bf16"
+
+
+def held_out(quick: bool) -> list[dict]:
+    """Peak memory and seconds of an update's micro-batch and optimizer step, predicted and measured, by shape."""
+    hardware = find_gpu("cpu")
+    efficiencies = calibrated(hardware)
+    rows = []
+    for model, changes in HELD_OUT[:: 3 if quick else 1]:
+        w = workload(model, changes)
+        parts = predict_memory(w, hardware).phases["update"]
+        peak = sum(parts.values()) - parts["context"]
+        seconds = update_seconds(w, hardware, efficiencies[kind(changes)])
+        if w.needs_reference:
+            seconds += score_seconds(w, hardware, efficiencies[kind(changes)])
+        memory, clock = measured(model, changes, "memory"), measured(model, changes, "time")
+        took = 4 * clock.micro_batch_seconds + clock.optimizer_seconds
+        rows.append(
+            {
+                "shape": f"{model} {describe(changes)}",
+                "peak_mib": [peak / 2**20, memory.peak_bytes / 2**20],
+                "seconds": [seconds, took],
+            }
+        )
+        print(
+            f"{rows[-1]['shape']:<72} {peak / 2**20:7.0f} {memory.peak_bytes / 2**20:7.0f} MiB "
+            f"{peak / memory.peak_bytes:5.2f}   {seconds:6.2f} {took:6.2f} s {seconds / took:5.2f}",
+            flush=True,
+        )
+    return rows
+
+
+def describe(changes: dict) -> str:
+    short = {"micro_batch_size": "mb", "prompt_length": "P", "completion_length": "T", "gradient_checkpointing": "ckpt"}
+    return " ".join(f"{short.get(name, name)}={value}" for name, value in changes.items()) or "as BASE"
+
+
+def published() -> list[dict]:
+    """Other projects' figures beside the formulas' answer, whether they meet or not."""
+    rows: list[dict] = []
+
+    def add(what: str, unit: str, predicted: float, observed: float, limit: float) -> None:
+        rows.append({"what": what, "unit": unit, "predicted": predicted, "observed": observed, "limit": limit})
+
+    llama, qwen7 = find_model("meta-llama/Llama-3.1-8B-Instruct"), find_model("Qwen/Qwen2.5-7B-Instruct")
+    add("KV cache a token, Llama-3.1-8B", "bytes", llama.cache_bytes, 131_072, 1.01)
+    add("KV cache a token, Qwen2.5-7B", "bytes", qwen7.cache_bytes, 57_344, 1.01)
+    add("KV cache a token, Qwen3-0.6B", "bytes", find_model("Qwen3-0.6B").cache_bytes, 114_688, 1.01)
+    add("Unsloth: KV cache of Llama-8B at 20k", "GB", 20_000 * llama.cache_bytes / 1e9, 2.5, 1.1)
+    add("TRL + FA2: logits of 8 × 20k tokens, Llama-8B", "GiB", 8 * 20_480 * llama.vocab * 4 / 2**30, 78.3, 1.1)
+
+    a100 = find_gpu("a100-40")
+    alone = run_of(llama, engine_sequences=1, prompts_per_rollout=1, prompt_length=512, engine="vllm")
+    fast = Efficiency.assumed(a100, "vllm")
+    step = decode_seconds(alone, a100, fast, 1, 512) + fast.token_overhead
+    add("decoding Llama-8B alone on an A100 40 GB", "tokens/s", 1 / step, 75, 1.5)
+    h100 = find_gpu("h100")
+    fast = Efficiency.assumed(h100, "vllm")
+    many = decode_seconds(alone, h100, fast, 256, 768) + fast.token_overhead
+    add("decoding Llama-8B on an H100, 256 at once", "tokens/s", 256 / many, 12_500, 1.5)
+
+    # EasyR1's tables: 512 prompts × 5, Qwen2.5-7B (VL), responses to 2,048 tokens on geometry questions.
+    easy = run_of(
+        qwen7,
+        ranks=8,
+        shards=8,
+        prompts_per_rollout=512,
+        num_generations=5,
+        micro_batch_size=4,
+        precision="bf16-mixed",
+        accumulate_grad_batches=80,
+        prompt_length=1024,
+        completion_length=2048,
+        mean_fill=0.15,
+        engine="vllm",
+        beta=0.01,
+        gradient_checkpointing=True,
+    )
+    add("EasyR1 7B-VL, 8×H100, 512×5 a step", "s", predict_cost(easy, h100).total, 145, 2.0)
+    add("EasyR1 7B, 8×H100, 512×5 a step", "s", predict_cost(easy, h100).total, 120, 2.0)
+    add("EasyR1 7B, 8×L20, 512×5 a step", "s", predict_cost(easy, find_gpu("l20")).total, 580, 2.0)
+    one_b = run_of(
+        find_model("meta-llama/Llama-3.2-1B-Instruct"),
+        ranks=8,
+        prompts_per_rollout=32,
+        num_generations=16,
+        micro_batch_size=4,
+        accumulate_grad_batches=16,
+        prompt_length=256,
+        completion_length=512,
+        engine="vllm",
+    )
+    add("NeMo-RL Llama-1B, 32×16, 8×H100: below", "s", predict_cost(one_b, h100).total, 10, 4.0)
+
+    for length, observed in ((4096, 9), (8192, 12), (16384, 19), (32768, 32)):
+        w = run_of(
+            qwen7,
+            prompt_length=16,
+            completion_length=length - 16,
+            lora_rank=8,
+            dtype="bfloat16",
+            micro_batch_size=1,
+            gradient_checkpointing=True,
+            engine="remote",
+        )
+        parts = predict_memory(w, a100).phases["update"]
+        # their frozen weights have four bits, and their logits are whole
+        quantised = sum(parts.values()) - 1.5 * qwen7.params
+        add(f"LLaMA-Factory 7B QLoRA FA2, {length:,} tokens", "GB", quantised / 1e9, observed, 1.3)
+    return rows
+
+
+def run_of(shape: ModelShape, **changes) -> Workload:
+    numbers = {
+        "prompts_per_rollout": 16,
+        "num_generations": 8,
+        "micro_batch_size": 1,
+        "prompt_length": 512,
+        "completion_length": 1024,
+        "engine": "vllm",
+        "engine_cache": 8e9,
+        "share_prompt": False,
+    }
+    return Workload(shape=shape, **numbers | changes)
+
+
+def verdicts() -> list[dict]:
+    """(run, devices, whether it is reported to fit) against the plan's answer; sharded over the devices."""
+    qwen = {size: find_model(f"Qwen/Qwen2.5-{size}-Instruct") for size in ("1.5B", "3B", "7B")}
+    a100, l40 = find_gpu("a100"), find_gpu(40)
+    ckpt = {"gradient_checkpointing": True, "prompt_length": 1024, "completion_length": 1024, "engine_cache": 2e9}
+    lora = ckpt | {"lora_rank": 16}
+    cases = [
+        (
+            "nano-aha-moment 3B full, 32,768 tokens a device, 4×A100-80",
+            qwen["3B"],
+            a100,
+            True,
+            {"ranks": 4, "shards": 4, "micro_batch_size": 16, **ckpt, "dtype": "bfloat16", "precision": "bf16-true"},
+        ),
+        (
+            "nano-aha-moment 7B full, 16,384 tokens a device, 4×A100-80",
+            qwen["7B"],
+            a100,
+            True,
+            {"ranks": 4, "shards": 4, "micro_batch_size": 8, **ckpt, "dtype": "bfloat16", "precision": "bf16-true"},
+        ),
+        ("EasyR1 7B full AMP, 8×40 GB", qwen["7B"], l40, True, {"ranks": 8, "shards": 8, **ckpt}),
+        ("EasyR1 7B full AMP, 2×40 GB", qwen["7B"], l40, False, {"ranks": 2, "shards": 2, **ckpt}),
+        (
+            "EasyR1 7B full bf16, 4×40 GB",
+            qwen["7B"],
+            l40,
+            True,
+            {"ranks": 4, "shards": 4, **ckpt, "precision": "bf16-true"},
+        ),
+        ("EasyR1 7B full bf16, 1×40 GB", qwen["7B"], l40, False, {**ckpt, "precision": "bf16-true"}),
+        ("EasyR1 3B LoRA AMP, 1×24 GB", qwen["3B"], find_gpu(24), True, {**lora}),
+        ("EasyR1 7B LoRA AMP, 2×32 GB", qwen["7B"], find_gpu(32), True, {"ranks": 2, "shards": 2, **lora}),
+        ("EasyR1 1.5B LoRA AMP, 1×12 GB", qwen["1.5B"], find_gpu(12), True, {**lora, "engine_cache": 1e9}),
+        (
+            "verl 7B LoRA, 1×H100",
+            qwen["7B"],
+            find_gpu("h100"),
+            True,
+            {**lora, "dtype": "bfloat16", "micro_batch_size": 8},
+        ),
+        ("7B full fp32 states, 1×H100 (16 bytes a parameter)", qwen["7B"], find_gpu("h100"), False, ckpt),
+    ]
+    rows = []
+    for what, shape, gpu, observed, changes in cases:
+        memory = predict_memory(run_of(shape, prompts_per_rollout=16, **{"engine": "vllm", **changes}), gpu)
+        rows.append(
+            {
+                "what": what,
+                "predicted_gb": memory.peak / 1e9,
+                "available_gb": gpu.memory / 1e9,
+                "predicted": memory.peak <= gpu.memory,
+                "observed": observed,
+            }
+        )
+    return rows
+
+
+def zero_variance(seed: int = 0) -> list[dict]:
+    """Two plans' groups sampled from a population of prompts, against the share predicted from measured pass rates.
+
+    The pass rates are themselves measured, from 64 samples a prompt, as a user would.
+    """
+    rng = random.Random(seed)
+    rows = []
+    for mean in (0.1, 0.3, 0.6):
+        truth = [rng.betavariate(mean * 0.8, (1 - mean) * 0.8) for _ in range(400)]
+        rates = [sum(rng.random() < p for _ in range(64)) / 64 for p in truth]
+        for G in (8, 16):
+            groups = [sum(rng.random() < p for _ in range(G)) for p in truth for _ in range(20)]
+            rows.append(
+                {
+                    "pass_rate": mean,
+                    "num_generations": G,
+                    "predicted": zero_variance_share(rates, G),
+                    "measured": sum(solved in (0, G) for solved in groups) / len(groups),
+                }
+            )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="every third held-out shape")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a goal falls short")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    arguments = parser.parse_args()
+
+    print("(b) published figures: predicted, observed, ratio")
+    points = published()
+    for row in points:
+        print(
+            f"{row['what']:<52} {row['predicted']:11,.2f} {row['observed']:11,.2f} {row['unit']:<9}"
+            f"{row['predicted'] / row['observed']:5.2f}{'' if within(row) else '   off'}"
+        )
+    print("\n(b) does it fit: predicted GB of GB, verdict, reported")
+    fit = verdicts()
+    for row in fit:
+        words = {True: "fits", False: "does not fit"}
+        print(
+            f"{row['what']:<60} {row['predicted_gb']:6.1f} of {row['available_gb']:5.1f}  {words[row['predicted']]:<13}"
+            f" {words[row['observed']]}{'' if row['predicted'] == row['observed'] else '   WRONG'}"
+        )
+    print("\n(c) share of groups with equal rewards: predicted from pass rates, measured")
+    shares = zero_variance()
+    for row in shares:
+        print(
+            f"mean pass rate {row['pass_rate']:.1f}, G {row['num_generations']:>2}: "
+            f"{row['predicted']:.3f} {row['measured']:.3f}"
+        )
+    print("\n(a) update on this machine: peak MiB predicted, measured, ratio; seconds predicted, measured, ratio")
+    rows = held_out(arguments.quick)
+
+    memory = sorted(abs(row["peak_mib"][0] / row["peak_mib"][1] - 1) for row in rows)
+    clock = sorted(abs(row["seconds"][0] / row["seconds"][1] - 1) for row in rows)
+    right = sum(row["predicted"] == row["observed"] for row in fit)
+    share = max(abs(row["predicted"] - row["measured"]) for row in shares)
+    goals = {
+        "peak memory within 10 % (median)": median(memory) <= 0.10,
+        "peak memory within 20 % (worst)": memory[-1] <= 0.20,
+        "time within 20 % (median)": median(clock) <= 0.20,
+        "every fit verdict right": right == len(fit),
+        "zero-variance share within 0.03": share <= 0.03,
+    }
+    if arguments.json:
+        figures = {"update": rows, "published": points, "verdicts": fit, "zero_variance": shares, "goals": goals}
+        Path(arguments.json).write_text(json.dumps(figures, indent=2))
+    for goal, met in goals.items():
+        if not met:
+            print(f"FALLS SHORT: {goal}")
+    print(
+        f"configure_accuracy: {len(rows)} shapes, peak memory off by {median(memory):.1%} (median), {memory[-1]:.1%} "
+        f"(worst); time by {median(clock):.1%} (median), {clock[-1]:.1%} (worst); {right} of {len(fit)} fit verdicts right; "
+        f"{sum(map(within, points))} of {len(points)} published figures within their bounds; zero-variance share off "
+        f"by {share:.3f} at most"
+    )
+    return int(arguments.check and not all(goals.values()))
+
+
+def within(row: dict) -> bool:
+    ratio = row["predicted"] / row["observed"]
+    return 1 / row["limit"] <= ratio <= row["limit"]
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        model, changes = json.loads(sys.argv[2])
-        # Libraries load and compile on first use: that is the process's own, and not the model's.
-        warm_up = {"micro_batch_size": 2, "prompt_length": 8, "completion_length": 8}
-        measure_update(workload("Qwen3-18M", changes | warm_up), "cpu", steps=1)
-        print(json.dumps(asdict(measure_update(workload(model, changes), "cpu"))))
-        sys.exit()
+        worker(*json.loads(sys.argv[2]))
+    else:
+        sys.exit(main())

@@ -1,5 +1,6 @@
 """The right hyperparameters for a task, a model and a device, with predicted memory, time and cost."""
 
+from lightning_grpo.configure.callback import Prediction
 from lightning_grpo.configure.cost import Cost, Efficiency, predict_cost, zero_variance_share
 from lightning_grpo.configure.hardware import GPUS, Hardware, find_gpu, this_machine
 from lightning_grpo.configure.memory import Memory, predict_memory
@@ -16,6 +17,7 @@ __all__ = [
     "Memory",
     "ModelShape",
     "Plan",
+    "Prediction",
     "Workload",
     "check_batch_arithmetic",
     "describe_run",

@@ -6,6 +6,7 @@ token forward, 4 backward (2 with frozen weights), attention 2 · query width ·
 """
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,16 +74,9 @@ def pass_rate_grid(mean: float, count: int = 32, spread: float = 0.8) -> list[fl
     Below 2 the distribution is U-shaped: most prompts are nearly always or nearly never solved, as is seen where
     pass rates are measured.
     """
-    a, b = mean * spread, (1 - mean) * spread
-    # Midpoint quantiles by summing the density on a fine grid that is dense at both ends.
-    grid = [(1 - math.cos(math.pi * (i + 0.5) / 2000)) / 2 for i in range(2000)]
-    weights = [p ** (a - 0.5) * (1 - p) ** (b - 0.5) for p in grid]  # density × √(p(1−p)), the grid's spacing
-    total, done, out = sum(weights), 0.0, []
-    for p, weight in zip(grid, weights, strict=True):
-        done += weight
-        while len(out) < count and done >= (len(out) + 0.5) / count * total:
-            out.append(p)
-    return out
+    draws = random.Random(0)
+    rates = sorted(draws.betavariate(mean * spread, (1 - mean) * spread) for _ in range(128 * count))
+    return rates[64::128]
 
 
 def alive_shares(mean_fill: float, points: int = 32) -> list[float]:

@@ -173,6 +173,8 @@ def ways_to_fit(
     if fits(predict_memory(w, hardware), hardware):
         return [(w, [])]
     levers = [lever for lever in LEVERS if not set(lever.pins) & set(pins) and not (lever.gpu_only and hardware.is_cpu)]
+    if _pull(w, hardware, levers) is None:
+        return []
     sets = [chosen for size in range(1, len(levers) + 1) for chosen in combinations(levers, size)]
     found: list[tuple[Workload, list[Lever]]] = []
     for chosen in sorted(sets, key=lambda chosen: sum(lever.price for lever in chosen)):

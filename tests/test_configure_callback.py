@@ -1,0 +1,141 @@
+"""Calibration on the machine at hand, and prediction against reality in a real fit of a tiny model."""
+
+import json
+import logging
+from dataclasses import replace
+
+import lightning as L
+import torch
+from pytest import approx, fixture, mark, raises
+
+from lightning_grpo import GRPOModule, PromptDataModule
+from lightning_grpo.configure import (
+    Efficiency,
+    Prediction,
+    Workload,
+    calibration,
+    find_gpu,
+    find_model,
+    plan,
+    predict_cost,
+)
+from lightning_grpo.configure.command import main
+from lightning_grpo.configure.measure import Measured
+from lightning_grpo.rewards import PrefixMatch
+from lightning_grpo.rollout import HFRollout
+
+
+@fixture
+def file(tmp_path):
+    return tmp_path / "calibration.json"
+
+
+def run(**changes) -> Workload:
+    numbers = {
+        "shape": find_model("SmolLM2-135M-Instruct"),
+        "prompts_per_rollout": 2,
+        "num_generations": 4,
+        "micro_batch_size": 4,
+        "accumulate_grad_batches": 2,
+        "prompt_length": 64,
+        "completion_length": 64,
+        "mean_fill": 1.0,
+    }
+    return Workload(**numbers | changes)
+
+
+def test_efficiencies_from_a_measurement_predict_that_measurement():
+    cpu = replace(find_gpu("cpu"), flops=4e11, bandwidth=4e10)
+    measured = Measured(micro_batch_seconds=2.0, optimizer_seconds=0.3, peak_bytes=0.0)
+    found = calibration.from_update(run(), cpu, measured, Efficiency.assumed(cpu, "hf"))
+    assert predict_cost(run(), cpu, found).seconds["update"] == approx(2 * 2.0 + 0.3, rel=0.01)
+    assert found.source == "measured here"
+
+
+def test_measurements_are_kept_per_device_precision_adapters_and_engine(file):
+    cpu, learned = find_gpu("cpu"), replace(Efficiency.assumed(find_gpu("cpu"), "hf"), flops=0.123)
+    calibration.save(run(), cpu, learned, file)
+    assert calibration.load(run(), cpu, file) == learned
+    assert calibration.load(run(precision="32-true"), cpu, file) is None
+    assert calibration.load(run(), find_gpu("h100"), file) is None
+    assert calibration.load(run(lora_rank=4), cpu, file) is None
+    calibration.save(run(lora_rank=4), cpu, replace(learned, flops=0.2), file)
+    assert calibration.load(run(), cpu, file) == learned
+    made = plan(task="short_answer", model="SmolLM2-135M-Instruct", gpu="cpu", pins={"engine": "hf"}, calibration=file)
+    assert made.cost.efficiency == (learned if made.workload.precision == "bf16-mixed" else made.cost.efficiency)
+
+
+def test_a_broken_calibration_is_an_error(file):
+    file.write_text('{"a": {"speed": 1}}')
+    with raises(ValueError, match="is no calibration"):
+        calibration.load(run(), find_gpu("cpu"), file)
+
+
+def test_measure_runs_and_the_next_plan_uses_it(file, tiny_model_path, capsys):
+    arguments = ["--task", "short_answer", "--model", tiny_model_path, "--gpu", "cpu", "--calibration", str(file)]
+    arguments += ["--set", "engine=hf", "--set", "max_prompt_length=16", "--set", "max_completion_length=16"]
+    assert main([*arguments, "--measure"]) == 0
+    printed = capsys.readouterr()
+    assert "measured: " in printed.err
+    assert "efficiencies measured here" in printed.out
+    assert main(arguments) == 0
+    assert "efficiencies measured here" in capsys.readouterr().out
+
+
+def test_measuring_a_gpu_that_is_not_here_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with raises(ValueError, match="no GPU in this machine to measure H100"):
+        calibration.measure(run(), find_gpu("h100"))
+
+
+def fit(path, root, prediction, **changes) -> L.Trainer:
+    module = GRPOModule(
+        path,
+        rewards=[PrefixMatch()],
+        **{"num_generations": 4, "max_completion_length": 8, "max_prompt_length": 32, "micro_batch_size": 4} | changes,
+    )
+    data = PromptDataModule("letters", size=16, prompts_per_rollout=2)
+    trainer = L.Trainer(
+        max_steps=5,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=root,
+        callbacks=[prediction, HFRollout()],
+    )
+    trainer.fit(module, data)
+    return trainer
+
+
+def test_fit_is_described_compared_and_learned_from(tmp_path, file, tiny_model_path, caplog):
+    prediction = Prediction(calibration=str(file))
+    with caplog.at_level(logging.INFO, logger="lightning_grpo"):
+        fit(tiny_model_path, tmp_path, prediction)
+    assert "2 prompts × 4 generations = 8 completions a rollout = 4 (micro-batch) × 2 (accumulation)" in caplog.text
+    assert "predicted → measured: generate" in caplog.text
+    assert prediction.report in caplog.text
+    assert set(prediction.peaks) == {"rollout", "update"}
+    assert all(10e6 < peak < 1e11 for peak in prediction.peaks.values())
+    (learned,) = json.loads(file.read_text()).values()
+    assert learned["source"] == "measured here"
+    # what was learned explains what was measured
+    w = replace(prediction.workload, mean_fill=sum(prediction.lengths) / len(prediction.lengths) / 8)
+    seconds = predict_cost(w, prediction.hardware, Efficiency(**learned)).seconds
+    assert seconds["update"] == approx(sum(prediction.seconds["update"]) / len(prediction.seconds["update"]), rel=0.3)
+
+
+def test_fit_refuses_what_cannot_fit(tmp_path, tiny_model_path, monkeypatch):
+    tiny = replace(find_gpu("cpu"), memory=1e6)
+    monkeypatch.setattr("lightning_grpo.configure.callback.this_machine", lambda: tiny)
+    with raises(ValueError, match="this run cannot fit CPU"):
+        fit(tiny_model_path, tmp_path, Prediction())
+
+
+@mark.parametrize(("option", "value"), [("tolerance", 0.0), ("after", 0)])
+def test_bad_options_are_named(option, value):
+    with raises(ValueError, match=f"{option} is {value}; set"):
+        Prediction(**{option: value})

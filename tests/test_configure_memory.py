@@ -1,0 +1,163 @@
+"""The memory model, against published formulas, against autograd itself, and against what PyTorch really allocates."""
+
+import torch
+from pytest import approx, mark, raises
+from transformers import LlamaConfig, Qwen3Config
+
+from lightning_grpo.configure import ModelShape, Workload, find_gpu, find_model, predict_memory
+from lightning_grpo.configure.activations import activations
+from lightning_grpo.configure.measure import random_batch, random_policy
+from lightning_grpo.logprobs import completion_logprobs
+
+
+def small(kind=LlamaConfig, **changes) -> ModelShape:
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "vocab_size": 512,
+        "tie_word_embeddings": True,
+    }
+    return ModelShape.from_config(kind(**sizes | changes))
+
+
+def run(shape: ModelShape, **changes) -> Workload:
+    numbers = {
+        "prompts_per_rollout": 4,
+        "num_generations": 4,
+        "micro_batch_size": 4,
+        "accumulate_grad_batches": 4,
+        "prompt_length": 32,
+        "completion_length": 32,
+        "share_prompt": False,
+    }
+    return Workload(shape=shape, **numbers | changes)
+
+
+def test_parameters_are_counted_exactly():
+    model = random_policy(run(small()), "cpu")
+    assert small().params == sum(p.numel() for p in model.parameters())
+    assert small().trunk_linear == 3 * (4 * 128 * 128 + 3 * 128 * 384)
+    assert small(tie_word_embeddings=False).params - small().params == 512 * 128
+    # the model cards' figures
+    assert find_model("Qwen/Qwen2.5-1.5B-Instruct").params == 1_543_714_304
+    assert find_model("meta-llama/Llama-3.1-8B-Instruct").params == 8_030_261_248
+
+
+def test_cache_per_token_matches_the_published_figures():
+    names = {"Llama-3.1-8B-Instruct": 131_072, "Qwen2.5-7B-Instruct": 57_344, "Qwen3-0.6B": 114_688}
+    assert {name: find_model(name).cache_bytes for name in names} == names
+
+
+@mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+def test_adapters_are_counted_exactly(targets):
+    w = run(small(), lora_rank=8, lora_targets=targets)
+    model = random_policy(w, "cpu")
+    assert w.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_unknown_adapter_targets_are_refused_with_the_names_there_are():
+    with raises(ValueError, match=r"names no linear layer.*q_proj"):
+        small().lora_params(8, ("query",))
+
+
+@mark.parametrize(("kind", "dtype"), [(LlamaConfig, "float32"), (LlamaConfig, "bfloat16"), (Qwen3Config, "bfloat16")])
+def test_kept_activations_are_those_of_the_closed_form(kind, dtype):
+    """Bytes a token and layer, from reading the layers: h hidden, f MLP, q and kv attention widths, n query heads.
+
+    The mask costs the layer's type once for every pair of positions besides.
+    """
+    shape = small(kind)
+    length, rows = 64, 4
+    h, f, q, kv, n = 128, 384, 128, 128, 4
+    forms = {
+        (LlamaConfig, "bfloat16"): 16 * h + 8 * f + 4 * q + 4 * kv + 4 * n + 8,
+        (LlamaConfig, "float32"): 24 * h + 16 * f + 8 * q + 8 * kv + 4 * n + 8,
+        (Qwen3Config, "bfloat16"): 16 * h + 8 * f + 10 * q + 10 * kv + 12 * n,
+    }
+    w = run(shape, precision="bf16-true" if dtype == "bfloat16" else "32-true")
+    mask = rows * length**2 * (2 if dtype == "bfloat16" else 4)
+    assert activations(w).layer == approx(forms[kind, dtype] * rows * length + mask, rel=0.02)
+
+
+@mark.parametrize(
+    "changes",
+    [
+        {"precision": "32-true"},
+        {"precision": "bf16-mixed", "share_prompt": True},
+        {"precision": "bf16-mixed", "share_prompt": True, "lora_rank": 4, "dtype": "bfloat16"},
+    ],
+)
+def test_fake_tensors_keep_what_the_trainer_keeps(changes):
+    w = run(small(), **changes)
+    model, batch = random_policy(w, "cpu"), random_batch(w, "cpu")
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage()._cdata not in weights:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=w.precision == "bf16-mixed"):
+        completion_logprobs(model, **batch, share_prompt=w.shares_prompt)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    expected = activations(w).layer * w.shape.layers + activations(w).ends
+    head = 4 * 32 * 512 * w.compute_bytes + 6 * 4 * 32 * 128 * 4
+    assert 0.97 * expected <= real <= 1.03 * expected + head
+
+
+def test_states_follow_precision_optimizer_shards_and_adapters():
+    cpu = find_gpu("cpu")
+    N = small().params
+    parts = lambda **changes: predict_memory(run(small(), **changes), cpu).phases["update"]
+    full = parts()
+    assert (full["weights"], full["gradients"], full["optimizer"]) == (4 * N, 4 * N, 8 * N)
+    low = parts(precision="bf16-true")
+    assert (low["weights"], low["gradients"], low["optimizer"]) == (2 * N, 2 * N, 4 * N)
+    sharded = parts(ranks=4, shards=4, engine="remote")
+    assert sharded["optimizer"] == 2 * N
+    assert parts(optimizer="adamw_8bit")["optimizer"] == approx(2.06 * N)
+    adapters = parts(lora_rank=8, dtype="bfloat16", beta=0.1)
+    n = small().lora_params(8)
+    assert (adapters["weights"], adapters["gradients"], adapters["optimizer"]) == (2 * N, 4 * n, 8 * n)
+    assert "reference" not in adapters
+    assert parts(beta=0.1)["reference"] == 4 * N
+    assert "reference" not in full
+
+
+def test_the_peak_is_the_larger_of_generating_and_training_when_the_engine_sleeps():
+    shape, h100 = find_model("Qwen/Qwen2.5-1.5B-Instruct"), find_gpu("h100")
+    w = run(shape, prompt_length=256, completion_length=256, engine="vllm", engine_cache=20e9)
+    asleep = predict_memory(w, h100)
+    awake = predict_memory(run(shape, **{**_numbers(w), "engine_sleep": False}), h100)
+    assert awake.total("update") - asleep.total("update") > 20e9
+    assert awake.total("generate") == asleep.total("generate")
+
+
+def _numbers(w: Workload) -> dict:
+    return {name: getattr(w, name) for name in ("prompt_length", "completion_length", "engine", "engine_cache")}
+
+
+def test_checkpointing_saves_and_its_cost_grows_with_layers_only_by_the_residual_stream():
+    deep, cpu = small(num_hidden_layers=12), find_gpu("cpu")
+    numbers = {"micro_batch_size": 16, "completion_length": 256}
+    plain = predict_memory(run(deep, **numbers), cpu).phases["update"]
+    saved = predict_memory(run(deep, gradient_checkpointing=True, **numbers), cpu).phases["update"]
+    assert saved["activations (checkpoints)"] < 0.2 * plain["activations"]
+
+
+@mark.gpu
+@mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_on_a_gpu_is_within_ten_percent():
+    from lightning_grpo.configure.measure import measure_update
+
+    shape = find_model("Qwen/Qwen2.5-0.5B-Instruct")
+    w = run(shape, micro_batch_size=8, prompt_length=256, completion_length=512, share_prompt=True)
+    gpu = find_gpu("auto")
+    parts = predict_memory(w, gpu).phases["update"]
+    assert sum(parts.values()) - parts["context"] == approx(measure_update(w, "cuda").peak_bytes, rel=0.1)
