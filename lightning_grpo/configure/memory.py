@@ -49,8 +49,8 @@ def predict_memory(w: Workload, hardware: Hardware) -> Memory:
     return Memory(
         {
             "generate": _states(w) | _generate(w) | awake | context,
-            "score": _states(w) | _score(w, hardware) | asleep | context,
-            "update": _update(w, hardware) | asleep | context,
+            "score": _states(w) | _score(w, hardware) | _gathered(w) | asleep | context,
+            "update": _update(w, hardware) | _gathered(w) | asleep | context,
         }
     )
 
@@ -70,6 +70,15 @@ def _states(w: Workload) -> Parts:
     if w.needs_reference and not w.lora_rank:
         parts["reference"] = w.shape.params * w.weight_bytes
     return {part: size / w.shards for part, size in parts.items()}
+
+
+def _gathered(w: Workload) -> Parts:
+    """FSDP's whole weights: those of the layer at work and the next one, embedding and head."""
+    if w.shards == 1:
+        return {}
+    ends = w.shape.head * (1 if w.shape.tied else 2)
+    layer = w.shape.trunk_linear / w.shape.layers
+    return {"gathered weights": (2 * layer + ends) * w.compute_bytes}
 
 
 def _weight_copies(w: Workload) -> float:
@@ -128,7 +137,7 @@ def _update(w: Workload, hardware: Hardware) -> Parts:
         }
     else:
         body = {"activations": w.shape.layers * kept.layer + kept.ends}
-    head_gradient = 0 if w.lora_rank else w.shape.head * w.weight_bytes
+    head_gradient = 0 if w.lora_rank else w.shape.head * w.weight_bytes / w.shards
     loss = body | {
         "hidden states": 2 * residual,
         "logits blocks": _head(w, hardware, trained=True),
@@ -146,7 +155,7 @@ def _engine(w: Workload, hardware: Hardware) -> tuple[Parts, Parts]:
     """What the engine holds (awake, asleep)."""
     if w.engine != "vllm":
         return {}, {}
-    awake = {"engine weights": 2 * w.shape.params, "KV cache": w.engine_cache}
+    awake = {"engine weights": 2 * w.shape.params / w.engine_shards, "KV cache": w.engine_cache}
     if hardware.is_cpu:
         return awake, awake
     awake |= {"engine workspace": VLLM_WORKSPACE + VLLM_GRAPHS * w.engine_graphs}

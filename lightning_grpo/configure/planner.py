@@ -156,6 +156,9 @@ def plan(
     statistics = prompt_statistics(prompts, model) if prompts else None
     lora = lora or pins.get("lora_rank", 0) > 0
     choices = _choose(task, preset, shape, hardware, num_gpus, lora, statistics)
+    if "loss_type" in pins:
+        # The name's published form has its own clip range.
+        choices = {name: choice for name, choice in choices.items() if name not in ("epsilon", "epsilon_high")}
     choices |= {name: Choice(value, "pinned") for name, value in pins.items()}
     run = _workload(choices, pins, task, shape, hardware, num_gpus, lora)
     run, levers = _make_it_fit(run, hardware, pins, preset)

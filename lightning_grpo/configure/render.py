@@ -60,12 +60,7 @@ def config(plan: Plan) -> dict[str, Any]:
     optimizer["weight_decay"] = c["weight_decay"]
     module |= {
         "sampling": {"temperature": c["temperature"]},
-        "objective": {
-            "loss_type": c["loss_type"],
-            "beta": c["beta"],
-            "epsilon": c["epsilon"],
-            "epsilon_high": c["epsilon_high"],
-        },
+        "objective": {name: c[name] for name in ("loss_type", "beta", "epsilon", "epsilon_high") if name in c},
         "advantage": {"scale_rewards": c["scale_rewards"]},
         "rewards": [_reward(plan)],
         "optimizer": {"class_path": OPTIMIZERS[w.optimizer], "init_args": optimizer},

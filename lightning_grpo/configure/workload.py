@@ -55,6 +55,8 @@ class Workload:
     """Bytes reserved for vLLM's key-value cache."""
     engine_sequences: int = 128
     """Completions that the engine samples at once."""
+    engine_shards: int = 1
+    """Ranks that share one engine (tensor parallelism)."""
     engine_sleep: bool = True
     """vLLM gives weights and cache back while the policy trains (GPU only)."""
     engine_graphs: bool = True
