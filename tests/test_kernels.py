@@ -199,6 +199,36 @@ def test_retained_graph_and_double_use(blocks, trainable):
         torch.testing.assert_close(z, 4 * x)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize("bias", [False, True])
+def test_coefficient_known_ahead(monkeypatch, bias, factor):
+    """The gradients of the forward, for chunks of 64 tokens, are used, and are right."""
+    monkeypatch.setattr(linear, "KEEP_BYTES", 1)
+    hidden, weight, b, targets, c = problem(150, 64, 1537)
+    c[:, 5:9] = 0
+    b = b if bias else None
+    expected = solve(naive_logprob, hidden, weight, b, targets, factor * c, dtype=torch.float64, temperature=0.7)
+    ahead = lambda *args, **kwargs: linear_logprob(*args, coefficient=c[0].float(), **kwargs)
+    calls = []
+    gradients = linear._gradients
+    monkeypatch.setattr(linear, "_gradients", lambda *args: calls.append(len(args[0])) or gradients(*args))
+    found = solve(ahead, hidden, weight, b, targets, factor * c, dtype=torch.float32, temperature=0.7)
+    assert calls == [64, 64, 22]
+    assert_close(found, expected, values=5e-6, gradients=2e-6)
+
+
+def test_coefficient_that_the_loss_does_not_have():
+    """The loss's own gradient wins; and a retained graph gives the same again."""
+    hidden, weight, _, targets, c = problem(20, 64, 1537)
+    leaves = [hidden.float().requires_grad_(), weight.float().requires_grad_()]
+    for coefficient in (c[0], c[0] + 1, c[0] * torch.linspace(1, 1.01, 20), torch.zeros(20)):
+        expected = torch.autograd.grad((c[0] * linear_logprob(*leaves, targets)[0]).sum(), leaves)
+        loss = (c[0] * linear_logprob(*leaves, targets, coefficient=coefficient.float())[0]).sum()
+        for _ in range(2):
+            for x, y in zip(torch.autograd.grad(loss, leaves, retain_graph=True), expected, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
 def test_same_values_with_and_without_gradients(blocks):
     """Scoring and updating must agree to the bit, or the first ratio is not 1."""
     hidden, weight, _, targets, _ = problem(20, 64, 1537)

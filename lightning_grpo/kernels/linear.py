@@ -1,5 +1,6 @@
 """The log-probability boundary: hidden states in, log-probs and entropy out, never [N, V] logits in between."""
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -9,9 +10,9 @@ from torch.autograd.function import once_differentiable
 from lightning_grpo.kernels import rows
 
 # Bytes of one block of logits: enough for the matrix products to run at full speed, small beside a model.
-BLOCK_BYTES = 64 << 20
-# Bytes of logits that a trainable head's forward keeps, so that the backward need not multiply again.
-KEEP_BYTES = 256 << 20
+BLOCK_BYTES = 16 << 20
+# Bytes of logits that a trainable head's forward keeps at a time, so that they need not be made again.
+KEEP_BYTES = 128 << 20
 
 
 def linear_logprob(
@@ -24,6 +25,7 @@ def linear_logprob(
     bias: Tensor | None = None,
     scale: float = 1.0,
     entropy_grad: bool = False,
+    coefficient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target, and the entropy, under softmax(softcap(scale·(hidden @ weight.T + bias)) / temperature).
 
@@ -36,6 +38,9 @@ def linear_logprob(
         bias: [V].
         scale: factor of the head's output.
         entropy_grad: let gradients flow from the entropy too; it costs a frozen head a second pass.
+        coefficient: [N], ∂loss/∂logprob up to a common factor, where it is known before the loss, as on-policy without
+            a KL term: −advantage × weight. The forward then finds a trainable head's gradients, too, and multiplies
+            nothing twice. The backward checks it against the loss's own gradient, which wins where they differ.
 
     Returns:
         (logprobs, entropy), [N] each, fp32, in nats.
@@ -61,38 +66,29 @@ def linear_logprob(
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or run under autocast")
     transform = rows.Transform.build(targets, len(weight), temperature, softcap, scale)
     with torch.autocast(kind, enabled=False):
-        return _LinearLogprob.apply(hidden, weight, bias, targets, transform, entropy_grad, torch.is_grad_enabled())
+        return _LinearLogprob.apply(
+            hidden, weight, bias, targets, transform, entropy_grad, coefficient, torch.is_grad_enabled()
+        )
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, transform, entropy_grad, recording):
-        ctx.frozen = recording and not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2] or entropy_grad)
-        stats = rows.Statistics.empty(len(hidden), hidden.device)
-        expected = torch.zeros(hidden.shape, device=hidden.device) if ctx.frozen else None
-        width = _width(hidden, weight)
-        memory = _memory(hidden, width, _dtype(hidden))
-        scratch = memory if memory.dtype == hidden.dtype or not ctx.frozen else _memory(hidden, width, hidden.dtype)
-        keep = KEEP_BYTES // memory.nbytes if recording and not ctx.frozen and memory.numel() else 0
-        kept = []
-        for i, ids in enumerate(_ids(weight, width)):
-            if 0 < i <= keep:
-                memory = _memory(hidden, width, memory.dtype)
-            w, a = _head(hidden, weight, bias, ids, memory)
-            g = _view(scratch, a.shape) if ctx.frozen else None
-            joins = rows.accumulate(a, ids, targets, transform, stats, weights=g)
-            if ctx.frozen:
-                expected.mul_(joins[0][:, None]).add_((g[:, : len(w)] @ w).mul_(joins[1][:, None]))
-            if i < keep:
-                kept.append(a)
-        softmax = stats.finish()
+    def forward(ctx, hidden, weight, bias, targets, transform, entropy_grad, coefficient, recording):
+        needs = ctx.needs_input_grad[:3]
+        ctx.frozen = recording and not (needs[1] or needs[2] or entropy_grad)
+        ctx.ahead = None
         if ctx.frozen:
-            at_target = transform.chain_(softmax.rest.clone()[:, None], stats.y[:, None])
-            expected.mul_(-(stats.m - softmax.lse).exp()[:, None]).addcmul_(at_target, weight[targets])
-            ctx.save_for_backward(expected.mul_(transform.factor[:, None]).to(hidden.dtype))
-        elif recording:
-            ctx.transform, ctx.width = transform, width
-            ctx.save_for_backward(hidden, weight, bias, targets, *softmax, *kept)
+            softmax, slope = _frozen(hidden, weight, bias, targets, transform)
+            ctx.save_for_backward(slope)
+        elif recording and coefficient is not None and not entropy_grad:
+            softmax, *ctx.ahead = _ahead(hidden, weight, bias, targets, transform, coefficient, needs)
+            ctx.transform, ctx.coefficient = transform, coefficient
+            ctx.save_for_backward(hidden, weight, bias, targets, *softmax)
+        else:
+            softmax, kept = _softmax(hidden, weight, bias, targets, transform, KEEP_BYTES if recording else 0)
+            ctx.transform = transform
+            if recording:
+                ctx.save_for_backward(hidden, weight, bias, targets, *softmax, *kept)
         ctx.set_materialize_grads(False)
         if not entropy_grad:
             ctx.mark_non_differentiable(softmax.entropy)
@@ -104,48 +100,156 @@ class _LinearLogprob(torch.autograd.Function):
         if ctx.frozen:
             (slope,) = ctx.saved_tensors
             grads = (slope * c_logprob[:, None]).masked_fill_(c_logprob[:, None] == 0, 0).to(slope.dtype), None, None
-        else:
-            with torch.autocast(ctx.transform.factor.device.type, enabled=False):
-                grads = _recompute(ctx, c_logprob, c_entropy)
-        return (*grads, *[None] * 4)
+            return (*grads, *[None] * 5)
+        # Handed over, not copied; a second backward through a retained graph computes them anew.
+        ahead, ctx.ahead = ctx.ahead, None
+        scale = None if ahead is None else _multiple(c_logprob, ctx.coefficient)
+        if scale is not None:
+            return (*(None if x is None else x if scale == 1 else x.mul_(scale) for x in ahead), *[None] * 5)
+        hidden, weight, bias, targets, logprob, entropy, lse, rest, *kept = ctx.saved_tensors
+        softmax = rows.Softmax(logprob, entropy, lse, rest)
+        c_logprob = torch.zeros_like(lse) if c_logprob is None else c_logprob
+        with torch.autocast(hidden.device.type, enabled=False):
+            grads = _gradients(
+                hidden, weight, bias, targets, ctx.transform, softmax, kept, c_logprob, c_entropy, ctx.needs_input_grad
+            )
+        return (*grads, *[None] * 5)
 
 
-def _recompute(ctx, c_logprob: Tensor | None, c_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias, from the loss's gradients of log-probs and entropy [N]."""
-    hidden, weight, bias, targets, logprob, entropy, lse, rest, *kept = ctx.saved_tensors
-    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    c_logprob = torch.zeros_like(lse) if c_logprob is None else c_logprob
+def _multiple(c: Tensor, coefficient: Tensor) -> float | None:
+    """s where c = s·coefficient, to rounding; else None."""
+    scale = (c * coefficient).sum() / coefficient.square().sum()
+    same = torch.isfinite(scale) & ((c - scale * coefficient).abs() <= 1e-6 * c.abs().amax()).all() if len(c) else None
+    return float(scale) if same else None
+
+
+def _softmax(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: rows.Transform, keep: int
+) -> tuple[rows.Softmax, list[Tensor]]:
+    """The rows' softmax, and the first blocks of the head's output, as many as ``keep`` bytes hold."""
+    stats = rows.Statistics.empty(len(hidden), hidden.device)
+    width = _width(hidden, weight)
+    memory = _memory(hidden, width, _dtype(hidden))
+    keep = keep // memory.nbytes if memory.numel() else 0
+    kept = []
+    for i, ids in enumerate(_ids(weight, width)):
+        if 0 < i <= keep:
+            memory = _memory(hidden, width, memory.dtype)
+        _, a = _head(hidden, weight, bias, ids, memory)
+        rows.accumulate(a, ids, targets, transform, stats)
+        if i < keep:
+            kept.append(a)
+    return stats.finish(), kept
+
+
+def _frozen(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: rows.Transform
+) -> tuple[rows.Softmax, Tensor]:
+    """The rows' softmax, and ∂logprob/∂hidden [N, H], which a loss has only to scale."""
+    stats = rows.Statistics.empty(len(hidden), hidden.device)
+    expected = torch.zeros(hidden.shape, device=hidden.device)
+    width = _width(hidden, weight)
+    memory = _memory(hidden, width, _dtype(hidden))
+    scratch = memory if memory.dtype == hidden.dtype else _memory(hidden, width, hidden.dtype)
+    for ids in _ids(weight, width):
+        w, a = _head(hidden, weight, bias, ids, memory)
+        g = _view(scratch, a.shape)
+        old, new = rows.accumulate(a, ids, targets, transform, stats, weights=g)
+        expected.mul_(old[:, None]).add_((g[:, : len(w)] @ w).mul_(new[:, None]))
+    softmax = stats.finish()
+    at_target = transform.chain_(softmax.rest.clone()[:, None], stats.y[:, None])
+    expected.mul_(-(stats.m - softmax.lse).exp()[:, None]).addcmul_(at_target, weight[targets])
+    return softmax, expected.mul_(transform.factor[:, None]).to(hidden.dtype)
+
+
+def _ahead(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: rows.Transform,
+    coefficient: Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[rows.Softmax, Tensor | None, Tensor | None, Tensor | None]:
+    """The rows' softmax and all gradients, tokens chunk by chunk, so that no block of logits is made twice."""
+    step = max(KEEP_BYTES // (len(weight) * _dtype(hidden).itemsize), 64)
+    found, grad_hidden = [], torch.empty_like(hidden) if needs[0] else None
+    grad_weight, grad_bias = (
+        torch.zeros_like(x) if need else None for x, need in zip((weight, bias), needs[1:], strict=True)
+    )
+    for start in range(0, max(len(hidden), 1), step):
+        i = slice(start, start + step)
+        softmax, kept = _softmax(hidden[i], weight, bias, targets[i], transform.rows(i), sys.maxsize)
+        found.append(softmax)
+        some = hidden[i], weight, bias, targets[i], transform.rows(i), softmax, kept
+        part, _, _ = _gradients(*some, coefficient[i], None, needs, (grad_weight, grad_bias))
+        # Or two chunks of logits would be held while the next is made.
+        del some, kept
+        if grad_hidden is not None:
+            grad_hidden[i] = part
+    return rows.Softmax(*map(torch.cat, zip(*found, strict=True))), grad_hidden, grad_weight, grad_bias
+
+
+def _gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: rows.Transform,
+    softmax: rows.Softmax,
+    kept: list[Tensor],
+    c_logprob: Tensor,
+    c_entropy: Tensor | None,
+    needs: tuple[bool, ...],
+    onto: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias from the loss's of log-probs and entropy [N]; the last two go ``onto``."""
     size = c_logprob.abs() if c_entropy is None else c_logprob.abs() + c_entropy.abs()
     active = size.nonzero().squeeze(1)
-    every = len(active) == len(hidden)
-    h, targets, size, transform = hidden[active], targets[active], size[active], ctx.transform.rows(active)
-    softmax = rows.Softmax(logprob, entropy, lse, rest).rows(active)
+    every, width = len(active) == len(hidden), _width(hidden, weight)
+    h, targets, size, transform = hidden[active], targets[active], size[active], transform.rows(active)
+    softmax = softmax.rows(active)
     # The size of the loss's gradient stays out of the block, where in half precision it could vanish.
     c_logprob = c_logprob[active] / size
     c_entropy = None if c_entropy is None else c_entropy[active] / size
     factor = (size * transform.factor)[:, None]
     scaled = (h * factor).to(h.dtype)
-    kept = kept if every else [a[active] for a in kept]
-    grad_hidden = torch.zeros(h.shape, device=h.device) if needs_hidden else None
-    grad_weight = torch.empty_like(weight) if needs_weight else None
-    grad_bias = torch.empty_like(bias) if needs_bias else None
-    memory = _memory(h, ctx.width, _dtype(h))
-    scratch = memory if memory.dtype == h.dtype else _memory(h, ctx.width, h.dtype)
-    for i, ids in enumerate(_ids(weight, ctx.width)):
-        w, a = (weight[ids].to(h.dtype), kept[i]) if i < len(kept) else _head(h, weight, bias, ids, memory)
+    grad_hidden = torch.zeros(h.shape, device=h.device) if needs[0] else None
+    grad_weight, grad_bias = onto
+    if needs[1] and grad_weight is None:
+        grad_weight = torch.empty_like(weight)
+    if needs[2] and grad_bias is None:
+        grad_bias = torch.empty_like(bias)
+    memory = _memory(h, width, _dtype(h))
+    scratch = memory if memory.dtype == h.dtype else _memory(h, width, h.dtype)
+    for i, ids in enumerate(_ids(weight, width)):
+        if i < len(kept):
+            w, a = weight[ids].to(h.dtype), kept[i] if every else kept[i][active]
+        else:
+            w, a = _head(h, weight, bias, ids, memory)
         g = _view(scratch, a.shape)
         rows.gradient(a, g, ids, targets, transform, softmax, c_logprob, c_entropy)
         g = g[:, : len(w)]
-        if needs_hidden:
+        if needs[0]:
             grad_hidden += g @ w
-        if needs_weight:
-            grad_weight[ids] = g.T @ scaled
-        if needs_bias:
-            grad_bias[ids] = (g.T @ factor.to(g.dtype)).squeeze(1)
-    if needs_hidden:
+        if needs[1]:
+            _write(grad_weight[ids], g.T, scaled, add=onto[0] is not None)
+        if needs[2]:
+            _write(grad_bias[ids, None], g.T, factor.to(g.dtype), add=onto[1] is not None)
+    if needs[0]:
         grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
         grad_hidden = grad_hidden if every else torch.zeros_like(hidden).index_copy_(0, active, grad_hidden)
     return grad_hidden, grad_weight, grad_bias
+
+
+def _write(out: Tensor, x: Tensor, y: Tensor, *, add: bool) -> None:
+    """out = x @ y, or out += x @ y."""
+    if out.dtype != x.dtype:
+        out.copy_(out + x @ y if add else x @ y)
+    elif add:
+        out.addmm_(x, y)
+    else:
+        torch.mm(x, y, out=out)
 
 
 def _width(hidden: Tensor, weight: Tensor) -> int:

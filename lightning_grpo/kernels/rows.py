@@ -18,8 +18,8 @@ from torch import Tensor
 
 # Stands for −inf: 0 · FLOOR is 0, and the softmax of a block without a finite logit is no NaN.
 FLOOR = -1e30
-# fp32 elements of a few rows that stay in a core's second-level cache from one pass to the next.
-CACHED = 1 << 17
+# fp32 elements of some rows that stay in a core's cache from one pass to the next.
+CACHED = 1 << 19
 
 
 class Transform(NamedTuple):
