@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lightning_grpo.rollout import (
     HFEngine,
@@ -107,6 +107,30 @@ def test_every_step_samples_from_the_moved_policy(callback, tiny_model_path, tmp
     assert module.engine is None
     assert not torch.distributed.is_initialized()
     callback.teardown(None, module, "fit")
+
+
+@pytest.fixture
+def gpt2_path(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=64, n_layer=2, n_head=2, **ids)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    return str(tmp_path / "gpt2")
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("path", "all_compared"), [("untied_model_path", True), ("gpt2_path", False)])
+def test_other_models_are_synced_and_compared_as_far_as_they_can_be(path, all_compared, request, tmp_path, caplog):
+    """An untied head and biases in fused layers; and a model whose matrices vLLM transposes."""
+    pytest.importorskip("vllm")
+    module = Sampler(request.getfixturevalue(path))
+    trainer_with(VLLMRollout(max_num_seqs=8, dtype="float32"), tmp_path, steps=2).fit(module, loader())
+    assert [report.version for report, _ in module.rounds] == [0, 1]
+    for report, _ in module.rounds:
+        assert report.canary.max < 1e-3
+        assert report.compared == (report.tensors if all_compared else 0)
+    assert ("the proof is the canary alone" in caplog.text) is not all_compared
 
 
 def test_an_exception_in_training_closes_the_engine(callback, tiny_model_path, tmp_path):

@@ -22,6 +22,7 @@ from lightning_grpo.rollout.wire import WeightOffer, own_address
 
 log = logging.getLogger(__name__)
 RECEIVER = "lightning_grpo.rollout.receiver.WeightReceiver"
+SERVER_COMMAND = "python -m vllm.entrypoints.openai.api_server --model MODEL"
 SERVER_FLAGS = (
     "--tokens-only",
     "--logprobs-mode",
@@ -31,7 +32,7 @@ SERVER_FLAGS = (
     "--worker-extension-cls",
     RECEIVER,
 )
-"""What `vllm serve` needs beside the model, together with VLLM_SERVER_DEV_MODE=1 in its environment."""
+"""What a server needs beside the model, together with VLLM_SERVER_DEV_MODE=1 in its environment."""
 
 
 class Endpoint:
@@ -311,7 +312,7 @@ class ServerEngine:
             await endpoint.call("/health", method="GET")
         except httpx.HTTPError as error:
             raise ConnectionError(f"{endpoint.url} can't be reached ({error}); is the vLLM server up?") from error
-        flags = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL {' '.join(SERVER_FLAGS)}"
+        flags = f"VLLM_SERVER_DEV_MODE=1 {SERVER_COMMAND} {' '.join(SERVER_FLAGS)}"
         try:
             info = await endpoint.call("/server_info?config_format=json", method="GET")
         except ValueError as error:

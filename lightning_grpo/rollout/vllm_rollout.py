@@ -35,8 +35,8 @@ class VLLMRollout(RolloutCallback):
         enable_prefix_caching: compute what prompts have in common once.
         block_size: tokens in a block of the key-value cache; shorter prompts can't share. Empty is 32 on a CPU (where
             vLLM's own 128 is longer than most prompts) and vLLM's choice on a GPU.
-        enforce_eager: don't compile. Compiling takes about a minute at each start and samples about 1.4 times as fast
-            on a CPU. Empty compiles on GPUs only.
+        enforce_eager: don't compile. On a CPU compiling takes about a minute at each start, and samples faster
+            afterwards. Empty compiles on GPUs only.
         quantization: how vLLM quantizes the weights it is given, such as fp8. Empty doesn't.
         sleep_level: what the engine gives back on a GPU while the policy trains: 0 nothing, 1 the key-value cache
             (weights move to host memory), 2 the weights too.

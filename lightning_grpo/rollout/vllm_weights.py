@@ -23,14 +23,13 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Hel
 
     Returns:
         What the engine holds now, for every tensor whose place in the engine is known: plain, fused and tied linear
-        layers, embeddings and norms, as far as they are not quantized.
+        layers, embeddings and norms of models built like Llama, as far as they are not quantized. Nothing for models
+        whose tensors vLLM transposes or reorders (GPT-2, Falcon).
 
     Raises:
         WeightSyncError: where a parameter of the engine got no value.
     """
     model = worker.get_model()
-    if not hasattr(model, "packed_modules_mapping"):
-        model.packed_modules_mapping = {}
     packed: dict[nn.Module, dict[str, Fingerprint]] = {}
     loaded: set[str] = set()
     load = model.load_weights
@@ -55,7 +54,12 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Hel
         raise WeightSyncError(
             f"no weights came for {len(missing)} parameters of the engine: {', '.join(sorted(missing)[:8])}"
         )
-    return list(_held(model, packed))
+    return list(_held(model, packed)) if "qkv_proj" in _fusions(model) else []
+
+
+def _fusions(model: nn.Module) -> dict[str, list[str]]:
+    """Names of vLLM's fused layers, with the checkpoint's names of their parts."""
+    return getattr(model, "packed_modules_mapping", {})
 
 
 def replace_functions() -> None:
@@ -135,9 +139,9 @@ def _pieces(model: nn.Module, layer: nn.Module, prefix: str | None = None) -> di
 def _checkpoint_pieces(model: nn.Module, prefix: str, layer: nn.Module, name: str) -> list[tuple[str, int | None]]:
     """The checkpoint's names of what makes up a parameter, with the rows of each; None stands for all rows."""
     parent, _, leaf = prefix.rpartition(".")
-    parts, sizes = model.packed_modules_mapping.get(leaf), getattr(layer, "output_sizes", None)
+    parts, sizes = _fusions(model).get(leaf), getattr(layer, "output_sizes", None)
     if parts and sizes and len(parts) == len(sizes):
         return [(f"{parent}.{part}.{name}", rows) for part, rows in zip(parts, sizes, strict=True)]
-    if prefix == "lm_head" and name == "weight" and model.config.tie_word_embeddings:
+    if prefix == "lm_head" and name == "weight" and getattr(model.config, "tie_word_embeddings", False):
         prefix = next(name for name, module in model.named_modules() if hasattr(module, "org_vocab_size"))
     return [(f"{prefix}.{name}", getattr(layer, "org_vocab_size", None) if name == "weight" else None)]
