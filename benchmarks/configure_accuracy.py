@@ -1,7 +1,8 @@
 """How far `lightning-grpo configure` is off.
 
 (a) Peak memory and time of the update, predicted from the config alone against measured in a fresh process each, for
-shapes of SmolLM2-135M and two smaller models with random weights; time after calibration on three other shapes.
+shapes of SmolLM2-135M and two smaller models with random weights; time after calibration on SmolLM2-135M at one other
+shape for each precision, with whole weights and with adapters.
 (b) Published observations of other projects, each with prediction and ratio.
 (c) The share of groups whose rewards are all equal, predicted from pass rates against sampled.
 
@@ -101,11 +102,16 @@ def workload(model: str, changes: dict) -> Workload:
     )
 
 
-# Shapes that calibrate the time: one for each of whole weights in bf16, in fp32, and adapters, none of them held out.
+# What calibrates the time: one shape, not held out, for each precision with whole weights and with adapters.
 CALIBRATION = [
-    {"micro_batch_size": 4, "prompt_length": 96, "completion_length": 80},
-    {"micro_batch_size": 4, "prompt_length": 96, "completion_length": 80, "precision": "32-true"},
-    {"micro_batch_size": 4, "prompt_length": 96, "completion_length": 80, "lora_rank": 16, "dtype": "bfloat16"},
+    {"micro_batch_size": 8, "prompt_length": 96, "completion_length": 80} | changes
+    for changes in (
+        {},
+        {"precision": "32-true"},
+        {"precision": "bf16-true"},
+        {"lora_rank": 16, "dtype": "bfloat16"},
+        {"lora_rank": 16, "precision": "32-true"},
+    )
 ]
 
 
@@ -129,7 +135,7 @@ def worker(model: str, changes: dict) -> None:
     print(json.dumps(asdict(measure_update(workload(model, changes), "cpu"))))
 
 
-def calibrated(hardware: Hardware) -> dict[str, Efficiency]:
+def calibrated(hardware: Hardware) -> dict[tuple, Efficiency]:
     """Efficiencies by kind of run, from the calibration shapes."""
     found = {}
     for changes in CALIBRATION:
@@ -139,10 +145,8 @@ def calibrated(hardware: Hardware) -> dict[str, Efficiency]:
     return found
 
 
-def kind(changes: dict) -> str:
-    if changes.get("lora_rank"):
-        return "adapters"
-    return "fp32" if changes.get("precision") == "32-true" else "bf16"
+def kind(changes: dict) -> tuple:
+    return changes.get("precision", BASE["precision"]), "lora_rank" in changes
 
 
 def held_out(quick: bool) -> list[dict]:

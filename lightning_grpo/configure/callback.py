@@ -13,7 +13,7 @@ from lightning_grpo.configure import calibration
 from lightning_grpo.configure.cost import Efficiency, predict_cost
 from lightning_grpo.configure.hardware import GiB, Hardware, this_machine
 from lightning_grpo.configure.measure import reset_peak, resident
-from lightning_grpo.configure.memory import Memory, predict_memory
+from lightning_grpo.configure.memory import predict_memory
 from lightning_grpo.configure.shape import ModelShape
 from lightning_grpo.configure.summary import describe_run
 from lightning_grpo.configure.workload import Workload
@@ -114,7 +114,8 @@ class Prediction(Callback):
         }
         lines = [f"{name} {_pair(*pair, 's a rollout')}" for name, pair in pairs.items()]
         memory = predict_memory(self.workload, self.hardware)
-        peaks = {"rollout": _rollout_peak(memory), "update": memory.total("update")}
+        # The rollout's window ends after the first forward of the update.
+        peaks = {"rollout": memory.peak, "update": memory.total("update")}
         pairs |= {f"memory of {name}": (peaks[name], self.peaks[name]) for name in self.peaks}
         lines += [
             f"memory of {name} {_pair(peaks[name] / GiB, peak / GiB, 'GiB')}" for name, peak in self.peaks.items()
@@ -206,10 +207,6 @@ def _cpu(trainer: Trainer) -> Hardware:
     cpu = this_machine()
     ranks = max(1, trainer.world_size // trainer.num_nodes)
     return replace(cpu, memory=cpu.memory / ranks)
-
-
-def _rollout_peak(memory: Memory) -> float:
-    return max(memory.total("generate"), memory.total("score"))
 
 
 def _pair(predicted: float, measured: float, unit: str) -> str:

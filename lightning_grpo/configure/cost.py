@@ -37,7 +37,8 @@ class Efficiency:
     def assumed(cls, hardware: Hardware, engine: str) -> "Efficiency":
         """Before anything was measured here."""
         if hardware.is_cpu:
-            return cls(flops=0.5, bandwidth=0.4, token_overhead=0.02, spread=2.0, source="assumed")
+            overhead = 0.02 if engine != "hf" else 0.1
+            return cls(flops=0.5, bandwidth=0.4, token_overhead=overhead, spread=2.0, source="assumed")
         overhead = 0.003 if engine != "hf" else 0.03
         return cls(flops=0.4, bandwidth=0.7, token_overhead=overhead, spread=2.0, source="assumed")
 
