@@ -1,7 +1,10 @@
 """The command ``lightning-grpo``: fit, validate, test and predict by LightningCLI, and configure."""
 
+import json
 import logging
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,9 @@ from lightning_grpo.monitor.terminal import RunSummary, StepProgressBar
 from lightning_grpo.policy_module import PolicyModule
 from lightning_grpo.rollout import RolloutCallback
 
-COMMANDS = {
-    "fit": "train a policy with GRPO",
-    "validate": "sample and judge held-out prompts",
-    "test": "the same, logged as test",
-    "predict": "sample held-out prompts and write the completions to predictions.jsonl",
-    "configure": "choose hyperparameters for a task, a model and a GPU; predict memory, time and cost",
-}
+DESCRIPTION = """Group Relative Policy Optimization: fit trains a policy, validate and test sample and judge held-out
+prompts, predict writes the completions down, configure chooses hyperparameters for a task, a model and a GPU and
+predicts memory, time and cost (lightning-grpo configure --help)."""
 
 
 class GRPOCommand(LightningCLI):
@@ -66,24 +65,53 @@ class GRPOCommand(LightningCLI):
         return super()._instantiate_trainer(config, [*callbacks, RunSummary()])
 
     def after_predict(self) -> None:
-        """Write the completions beside the logs."""
+        """Write this rank's completions beside the logs, one a line."""
+        path = Path(self.trainer.log_dir) / f"predictions-{self.trainer.global_rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for batch in self.trainer.predict_loop.predictions:
+                for record in batch:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        print(f"completions: {path}")
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line ``args``; those of the process where None."""
-    given = sys.argv[1:] if args is None else args
-    if given[:1] == ["configure"]:
-        from lightning_grpo.configure import command as configure
+    """Run the command line ``args``; those of the process where None.
 
-        raise SystemExit(configure.main(given[1:]))
-    set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=False)
-    logging.getLogger("lightning_grpo").setLevel(logging.INFO)
-    GRPOCommand(
-        PolicyModule,
-        PromptDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        args=args,
-        parser_kwargs={"default_env": True, "env_prefix": "LIGHTNING_GRPO"},
-        save_config_kwargs={"overwrite": True},
-    )
+    An error that this package raises ends as its message and exit status 1; LIGHTNING_GRPO_TRACEBACK=1 shows where it
+    came from.
+    """
+    given = sys.argv[1:] if args is None else args
+    try:
+        if given[:1] == ["configure"]:
+            from lightning_grpo.configure import command as configure
+
+            raise SystemExit(configure.main(given[1:]))
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        logging.getLogger("lightning_grpo").setLevel(logging.INFO)
+        GRPOCommand(
+            PolicyModule,
+            PromptDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=args,
+            parser_kwargs={"description": DESCRIPTION, "default_env": True, "env_prefix": "LIGHTNING_GRPO"},
+        )
+    except Exception as error:
+        message = own_message(error)
+        if message is None or os.environ.get("LIGHTNING_GRPO_TRACEBACK"):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def own_message(error: BaseException | None) -> str | None:
+    """What this package says of an error or of what caused it; None where others raised it."""
+    while error is not None:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        if frames and frames[-1][0].f_globals.get("__name__", "").startswith("lightning_grpo"):
+            notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+            return f"{error}{notes}"
+        error = error.__cause__
+    return None

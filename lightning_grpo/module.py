@@ -12,6 +12,7 @@ Lightning accumulates, clips, steps, schedules, validates and saves, each with i
 Shapes: B prompts and N = B·G completions on this rank, n of them in a micro-batch, R rewards, T completion length.
 """
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from lightning_grpo.configure.workload import check_batch_arithmetic
+from lightning_grpo.configure import check_batch_arithmetic
 from lightning_grpo.data import PromptBatch
 from lightning_grpo.dynamic_sampling import flat_groups, replace_groups
 from lightning_grpo.experience import Experience, cut_windows
@@ -37,6 +38,8 @@ from lightning_grpo.objective import (
 )
 from lightning_grpo.policy_module import PolicyModule
 from lightning_grpo.rollout import Rollout
+
+log = logging.getLogger(__name__)
 
 
 class GRPOModule(PolicyModule):
@@ -103,6 +106,7 @@ class GRPOModule(PolicyModule):
         self.micro_step = 0
         self.num_tokens = 0
         self.window = Window()
+        self._logged: set[str] = set()
 
     # ── The four hooks to override ────────────────────────────────────────────────────────────────────────────────
 
@@ -132,14 +136,14 @@ class GRPOModule(PolicyModule):
             logprobs: [n, T] of the policy, with gradient.
             entropy: [n, T] of the policy.
             experience: the micro-batch's n rows.
-            num_tokens: tokens of the whole optimizer step, on all ranks, a micro-batch.
+            num_tokens: tokens in the loss of the whole optimizer step, on all ranks, a micro-batch.
             num_sequences: sequences of the whole optimizer step a micro-batch. Above n where some were skipped.
         """
         return policy_loss(
             self.coefficients.config,
             logprobs=logprobs,
             advantages=experience.advantages,
-            mask=experience.completion_mask,
+            mask=self.objective.loss_mask(experience.completion_mask, experience.truncated),
             old_logprobs=experience.old_logprobs,
             ref_logprobs=experience.ref_logprobs,
             rollout_logprobs=experience.rollout_logprobs,
@@ -155,6 +159,8 @@ class GRPOModule(PolicyModule):
         begins = self.micro_step % self.trainer.accumulate_grad_batches == 0
         if begins:
             self.window = Window()
+            for phase in ("sync", "rollout", "reward", "score"):
+                self.window.seconds(phase, 0.0)
         if self.experience is None:
             self.make_experience(batch)
         elif batch.rollout != self.experience.number:
@@ -176,7 +182,15 @@ class GRPOModule(PolicyModule):
                 everything = [rows.tolist() for rows in torch.arange(len(rewards)).split(self.micro_batch_size)]
                 old_logprobs = self.score(self.policy, rollout, everything)
                 ref_logprobs = self.score_reference(rollout, everything)
-                penalty = kl_penalty(old_logprobs, ref_logprobs, rollout.completion_mask, beta=self.coefficients.beta)
+                penalty = kl_penalty(
+                    old_logprobs,
+                    ref_logprobs,
+                    rollout.completion_mask,
+                    beta=self.coefficients.beta,
+                    estimator=self.objective.resolved.kl_estimator,
+                )
+                # a completion that no reward applies to stays without one
+                penalty = penalty.masked_fill(rewards.isnan().all(1), torch.nan)
                 judged = torch.cat([rewards, -penalty[:, None]], dim=1)
         experience = Experience(
             **vars(rollout),
@@ -236,11 +250,12 @@ class GRPOModule(PolicyModule):
         start = self.micro_step * self.micro_batch_size % len(self.experience)
         rows = slice(start, start + size)
         experience = self.experience
-        lengths = experience.completion_mask[rows].sum(1)
-        observe_completions(self.window, lengths, experience.truncated[rows])
+        mask, truncated = experience.completion_mask[rows], experience.truncated[rows]
+        observe_completions(self.window, mask.sum(1), truncated)
         observe_rewards(self.window, experience.rewards[rows], self.rewards)
         self.window.mean("staleness", self.trainer.global_step - experience.versions[rows])
-        self.window_tokens = int(self.trainer.strategy.reduce(lengths.sum().to(self.device), reduce_op="sum"))
+        counts = torch.stack([self.objective.loss_mask(mask, truncated).sum(), mask.sum()]).to(self.device)
+        self.loss_tokens, self.window_tokens = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self.num_tokens += self.window_tokens
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
@@ -251,7 +266,7 @@ class GRPOModule(PolicyModule):
             logprobs,
             entropy,
             experience,
-            num_tokens=self.window_tokens / (self.trainer.accumulate_grad_batches * self.data_ranks),
+            num_tokens=self.loss_tokens / (self.trainer.accumulate_grad_batches * self.data_ranks),
             num_sequences=self.micro_batch_size,
         )
         self.window.add(metrics)
@@ -263,6 +278,12 @@ class GRPOModule(PolicyModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Measure the gradient before it is clipped, and stop before a broken one reaches the weights."""
+        if self.micro_step % self.trainer.accumulate_grad_batches:
+            raise RuntimeError(
+                f"an optimizer step was due after {self.micro_step % self.trainer.accumulate_grad_batches} of its "
+                f"{self.trainer.accumulate_grad_batches} micro-batches, as the epoch ended early: its gradient would "
+                "be that of fewer samples. Leave trainer.limit_train_batches at 1.0"
+            )
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not norm.isfinite() and self.trainer.precision != "16-mixed":
@@ -279,8 +300,11 @@ class GRPOModule(PolicyModule):
         super().optimizer_step(*args, **kwargs)
         self.window.stop_clock()
         values = self.window.reduce() | {"learning_rate": rate, "num_tokens": float(self.num_tokens)}
-        values["tokens_per_second"] = self.window_tokens / values["step_time"]
         self.coefficients.step(kl=values.get("kl"), entropy=values.get("entropy"))
+        values["tokens_per_second"] = self.window_tokens / values["step_time"]
+        # Lightning repeats the last value of what is not logged; what has no value in this step says so
+        self._logged |= values.keys()
+        values = dict.fromkeys(self._logged, float("nan")) | values
         self.log_dict(values)
 
     # ── Sizes ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -301,8 +325,13 @@ class GRPOModule(PolicyModule):
         completions = self.trainer.datamodule.prompts_per_rollout * self.num_generations
         return completions * self.num_iterations // (self.data_ranks * self.micro_batch_size)
 
-    def on_fit_start(self) -> None:
-        """Check the arithmetic of batches, and that checkpoints fall between optimizer steps."""
+    def setup(self, stage: str) -> None:
+        """Before a weight is read, check batch arithmetic, and that checkpoints fall between optimizer steps."""
+        super().setup(stage)
+        if stage != "fit":
+            return
+        if self.trainer.datamodule is None:
+            raise ValueError("fit was given no data module; pass datamodule=PromptDataModule(...), or a subclass of it")
         check_batch_arithmetic(
             prompts_per_rollout=self.trainer.datamodule.prompts_per_rollout,
             num_generations=self.num_generations,
@@ -311,6 +340,9 @@ class GRPOModule(PolicyModule):
             num_iterations=self.num_iterations,
             ranks=self.data_ranks,
         )
+        columns = [prompt.columns for prompt in self.trainer.datamodule.train]
+        for reward in self.rewards:
+            reward.check(columns)
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
                 raise ValueError(
@@ -323,6 +355,11 @@ class GRPOModule(PolicyModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the rest of the rollout, of every rank; seeds and order follow from the data's position."""
         super().on_save_checkpoint(checkpoint)
+        if self.micro_step % self.trainer.accumulate_grad_batches:
+            log.warning(
+                "this checkpoint is saved inside an optimizer step, whose gradients it does not hold: its weights can "
+                "be used, but a run can't be resumed from it"
+            )
         mine = None
         if self.experience is not None:
             mine = {"experience": vars(self.experience), "micro_batches": self.micro_batches}
@@ -344,6 +381,11 @@ class GRPOModule(PolicyModule):
         state = checkpoint["grpo"]
         self.num_tokens = state["num_tokens"]
         self.coefficients.load_state_dict(state["coefficients"])
+        if state["micro_step"] % state["cut"]["trainer.accumulate_grad_batches"]:
+            raise ValueError(
+                "the checkpoint was saved inside an optimizer step and lacks the gradients accumulated until then; "
+                "resume from the one before, or pass its folder's weights as a new model"
+            )
         if state["ranks"][0] is None:
             return
         changed = [f"{name} {was} → {now}" for name, was in state["cut"].items() if was != (now := self._cut()[name])]

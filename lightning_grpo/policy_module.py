@@ -18,7 +18,7 @@ from lightning_grpo.data import PromptBatch
 from lightning_grpo.logprobs import completion_logprobs
 from lightning_grpo.monitor.metrics import Window, observe_completions, observe_rewards
 from lightning_grpo.policy import LoRA, frozen_copy, load_config, load_policy, load_tokenizer
-from lightning_grpo.rewards import Reward, compute_rewards
+from lightning_grpo.rewards import Reward, as_rewards, compute_rewards
 from lightning_grpo.rollout import Rollout, RolloutCallback, Sampling, SyncedEngine, default_rollout, policy_weights
 from lightning_grpo.rollout.seeds import rollout_seeds
 
@@ -54,7 +54,7 @@ class PolicyModule(LightningModule):
     """
 
     engine: SyncedEngine | None = None
-    """Samples from the policy's current weights; attached by a `RolloutCallback`, of the user's or `default_rollout`."""
+    """Samples from the policy's current weights; attached by a `RolloutCallback` (else by `default_rollout`)."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class PolicyModule(LightningModule):
         if not rewards:
             raise ValueError("rewards is empty: nothing would be learned; name at least one reward")
         self.model_path = model
-        self.rewards = list(rewards)
+        self.rewards = as_rewards(rewards)
         self.max_prompt_length = max_prompt_length
         self.max_completion_length = max_completion_length
         self.sampling = sampling
@@ -314,16 +314,21 @@ class PolicyModule(LightningModule):
         rollout, rewards = self.evaluate(batch)
         names = [reward.name for reward in self.rewards]
         k = self.validation_generations
+        completions = [
+            self.tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+        ]
         return [
             {
                 "prompt": batch.messages[n // k],
-                "completion": self.tokenizer.decode(ids[mask], skip_special_tokens=True),
-                "rewards": dict(zip(names, row.tolist(), strict=True)),
-                "truncated": bool(cut),
+                "completion": completion,
+                "rewards": {name: None if score != score else score for name, score in zip(names, row, strict=True)},
+                "truncated": truncated,
             }
-            for n, (ids, mask, row, cut) in enumerate(
-                zip(rollout.completion_ids, rollout.completion_mask, rewards, rollout.truncated, strict=True)
+            for n, (completion, row, truncated) in enumerate(
+                zip(completions, rewards.tolist(), rollout.truncated.tolist(), strict=True)
             )
+            if batch.real[n // k]
         ]
 
     def on_validation_epoch_end(self) -> None:

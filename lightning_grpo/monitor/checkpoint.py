@@ -1,5 +1,7 @@
 """Checkpoints between optimizer steps, the last step included, where ``--ckpt_path last`` finds them."""
 
+import os
+
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -39,9 +41,17 @@ class Checkpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder."""
-        if self.dirpath is None:
-            self.dirpath = f"{trainer.default_root_dir}/checkpoints"
+        self._choose_folder(trainer)
         super().setup(trainer, pl_module, stage)
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        # Lightning looks for ``last`` before it calls setup
+        self._choose_folder(trainer)
+        return super()._find_last_checkpoints(trainer)
+
+    def _choose_folder(self, trainer: Trainer) -> None:
+        if self.dirpath is None:
+            self.dirpath = os.path.join(os.path.abspath(trainer.default_root_dir), "checkpoints")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step too."""

@@ -7,7 +7,6 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
-from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 FIGURES = {
@@ -92,7 +91,9 @@ class StepProgressBar(ProgressBar):
         """Show what the held-out prompts gave."""
         if self._enabled and (held_out := getattr(pl_module, "held_out", None)):
             when = "before training" if trainer.sanity_checking else f"step {trainer.global_step}"
-            self.print(f"{when}: " + "  ".join(f"{name} {value:.3f}" for name, value in held_out_figures(held_out).items()))
+            self.print(
+                f"{when}: " + "  ".join(f"{name} {value:.3f}" for name, value in held_out_figures(held_out).items())
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
@@ -129,9 +130,11 @@ class RunSummary(Callback):
         else:
             self._after = dict(pl_module.held_out)
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summary."""
+        log_dir = trainer.log_dir  # on every rank: it is broadcast
+        if not trainer.is_global_zero:
+            return
         lines = [f"{trainer.global_step} optimizer steps, {pl_module.num_tokens:,} completion tokens"]
         for name, after in held_out_figures(self._after).items():
             before = f"{self._before[name]:.3f} → " if name in self._before else ""
@@ -139,6 +142,6 @@ class RunSummary(Callback):
         checkpoint = trainer.checkpoint_callback
         if checkpoint is not None and (path := checkpoint.last_model_path or checkpoint.best_model_path):
             lines.append(f"checkpoint: {path}")
-        if trainer.log_dir:
-            lines.append(f"config and logs: {trainer.log_dir}")
+        if log_dir:
+            lines.append(f"config and logs: {log_dir}")
         print("\n".join(lines))

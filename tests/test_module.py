@@ -1,0 +1,248 @@
+"""The algorithm under a real Trainer: what the update must not depend on, what it logs, what it refuses."""
+
+import math
+
+import pytest
+import torch
+from fitting import data, fit, largest_difference, module, parameters
+from torch.utils.data import DataLoader
+
+from lightning_grpo import GRPOModule, PromptDataModule
+from lightning_grpo.objective import ObjectiveConfig
+from lightning_grpo.policy import LoRA
+from lightning_grpo.rewards import FunctionReward, PrefixMatch, Reward
+from lightning_grpo.rollout import Sampling
+
+GLOBAL = ["grpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo"]
+
+
+@pytest.mark.parametrize("loss_type", GLOBAL)
+def test_gradient_does_not_depend_on_the_cut_into_micro_batches(tmp_path, tiny_model_path, loss_type):
+    ends = []
+    for micro_batch_size, accumulate in [(32, 1), (8, 4), (2, 16)]:
+        policy = module(
+            tiny_model_path,
+            micro_batch_size=micro_batch_size,
+            objective=ObjectiveConfig(loss_type=loss_type, beta=0.1),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        )
+        fit(tmp_path, policy, steps=1, accumulate=accumulate)
+        ends.append(parameters(policy))
+    start = parameters_at_start(tiny_model_path)
+    moved = largest_difference(ends[0], start)
+    assert moved > 1e-5
+    assert largest_difference(ends[0], ends[1]) < 1e-4 * moved
+    assert largest_difference(ends[0], ends[2]) < 1e-4 * moved
+
+
+def parameters_at_start(model):
+    policy = module(model)
+    policy.configure_model()
+    return parameters(policy)
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo", "grpo"])
+def test_skipping_rows_without_advantage_changes_nothing(tmp_path, tiny_model_path, loss_type):
+    class Unskipping(ObjectiveConfig):
+        skips_zero_advantage = False
+
+    def reward(completions, **columns):
+        # only the second group of every four differs within itself
+        return [float(i % 4 == 0 and i // 4 % 4 == 1) for i in range(len(completions))]
+
+    ends, skipped = [], []
+    for kind in (ObjectiveConfig, Unskipping):
+        policy = module(
+            tiny_model_path,
+            rewards=[FunctionReward(function=reward)],
+            objective=kind(loss_type=loss_type, beta=0.0),
+            optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        )
+        record = fit(tmp_path, policy, steps=1)
+        ends.append(parameters(policy))
+        skipped.append(sum(map(len, policy.micro_batches)))
+        assert record["frac_reward_zero_std"] == [0.75]
+    assert skipped[0] < skipped[1] == 32
+    moved = largest_difference(ends[0], parameters_at_start(tiny_model_path))
+    assert moved > 1e-6
+    assert largest_difference(ends[0], ends[1]) < 1e-4 * moved
+
+
+def test_same_seed_same_run(tmp_path, tiny_model_path):
+    runs = []
+    for noise in (0, 1):
+        torch.manual_seed(noise)
+        policy = module(tiny_model_path)
+        record = fit(tmp_path, policy)
+        runs.append((record["loss"], record["reward"], parameters(policy)))
+    assert runs[0][:2] == runs[1][:2]
+    assert largest_difference(runs[0][2], runs[1][2]) == 0
+    other = fit(tmp_path, module(tiny_model_path, seed=1))
+    assert other["reward"] != runs[0][1]
+
+
+def test_several_updates_and_passes_a_rollout_start_at_ratio_one(tmp_path, tiny_model_path):
+    policy = module(tiny_model_path, num_iterations=2)
+    record = fit(tmp_path, policy, steps=5, accumulate=2)  # two updates a pass, two passes a rollout
+    extremes = [(low, high) for low, high in zip(record["ratio/min"], record["ratio/max"], strict=True)]
+    assert extremes[0] == (1, 1) and extremes[4] == (1, 1)
+    assert all(low < 1 < high for low, high in extremes[1:4])
+    assert record["staleness"] == [0, 1, 2, 3, 0]
+    assert [step["time/rollout"] > 0 for step in record.steps] == [True, False, False, False, True]
+
+
+def test_reference_is_the_start_and_kl_starts_at_zero(tmp_path, tiny_model_path):
+    policy = module(tiny_model_path, objective=ObjectiveConfig(beta=0.1))
+    record = fit(tmp_path, policy, steps=4)
+    assert record["kl"][0] == 0
+    assert record["kl"][3] > 1e-6
+    start = parameters_at_start(tiny_model_path)
+    reference = dict(policy._reference[0].named_parameters())
+    assert largest_difference(start, reference) == 0
+    assert not any("reference" in name for name in policy.state_dict())
+    assert module(tiny_model_path)._reference == ()
+
+
+def test_lora_reference_costs_no_copy(tmp_path, tiny_model_path):
+    policy = module(tiny_model_path, objective=ObjectiveConfig(beta=0.1), lora=LoRA(rank=4))
+    record = fit(tmp_path, policy, steps=3)
+    assert policy._reference == ()
+    assert record["kl"][0] == 0 and record["kl"][2] > 0
+    assert all("lora" in name for name, p in policy.named_parameters() if p.requires_grad)
+
+
+def test_kl_in_the_reward(tmp_path, tiny_model_path):
+    policy = module(tiny_model_path, objective=ObjectiveConfig(beta=0.5, kl_placement="reward"))
+    fit(tmp_path, policy, steps=3)
+    plain = module(tiny_model_path)
+    fit(tmp_path, plain, steps=3)
+    assert largest_difference(parameters(policy), parameters(plain)) > 1e-6
+
+
+def test_batch_statistics_and_several_weighted_rewards(tmp_path, tiny_model_path):
+    def length(completions, **columns):
+        return [float(len(c)) for c in completions]
+
+    def never(completions):
+        return [None] * len(completions)
+
+    rewards = [PrefixMatch(weight=2.0), FunctionReward(function=length, weight=0.5), FunctionReward(function=never)]
+    record = fit(tmp_path, module(tiny_model_path, rewards=rewards), steps=1)
+    step = record.steps[0]
+    assert step["reward"] == pytest.approx(2 * step["rewards/prefix_match/mean"] + 0.5 * step["rewards/length/mean"])
+    assert "rewards/never/mean" not in step
+
+
+def test_true_means_over_the_window(tmp_path, tiny_model_path):
+    seen = []
+
+    class Spy(GRPOModule):
+        def compute_loss(self, logprobs, entropy, experience, **sizes):
+            mask = experience.completion_mask
+            seen.append((float(entropy[mask].sum()), int(mask.sum()), experience.rewards.sum().item()))
+            return super().compute_loss(logprobs, entropy, experience, **sizes)
+
+    policy = module(tiny_model_path, objective=ObjectiveConfig(beta=0.1))
+    policy.__class__ = Spy
+    record = fit(tmp_path, policy, steps=1)
+    entropy, tokens, rewards = (sum(part) for part in zip(*seen, strict=True))
+    step = record.steps[0]
+    assert len(seen) == 4
+    assert step["entropy"] == pytest.approx(entropy / tokens, rel=1e-5)
+    assert step["reward"] == pytest.approx(rewards / 32, rel=1e-5)
+    assert step["num_tokens"] == tokens == round(step["completions/mean_length"] * 32)
+    assert {"loss", "grad_norm", "learning_rate", "step_time", "tokens_per_second", "reward_std"} <= step.keys()
+    assert {"time/sync", "time/rollout", "time/reward", "time/score", "time/update"} <= step.keys()
+    assert step["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_resampling_replaces_flat_groups(tmp_path, tiny_model_path):
+    policy = module(tiny_model_path, resampling_rounds=3)
+    seen = {}
+
+    class Spy(GRPOModule):
+        def compute_advantages(self, rewards, rollout):
+            seen["flat"] = int((rewards.view(-1, 4).std(1) == 0).sum())
+            return super().compute_advantages(rewards, rollout)
+
+    policy.__class__ = Spy
+    first = fit(tmp_path, policy, steps=1)
+    resampled = seen["flat"]
+    policy = module(tiny_model_path)
+    policy.__class__ = Spy
+    plain = fit(tmp_path, policy, steps=1)
+    assert resampled < seen["flat"]
+    assert first["frac_reward_zero_std"][0] > 0 and plain["frac_reward_zero_std"] == [seen["flat"] / 8]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path, tiny_model_path):
+    class Broken(GRPOModule):
+        def compute_loss(self, *args, **kwargs):
+            loss, metrics = super().compute_loss(*args, **kwargs)
+            return loss * math.inf, metrics
+
+    policy = module(tiny_model_path, objective=ObjectiveConfig(beta=0.1))
+    policy.__class__ = Broken
+    with pytest.raises(FloatingPointError, match="the weights are those of before"):
+        fit(tmp_path, policy)
+    assert largest_difference(parameters(policy), parameters_at_start(tiny_model_path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_generations": 1}, "num_generations is 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0"),
+        ({"rewards": []}, "rewards is empty"),
+        ({"sampling": Sampling(temperature=0)}, "temperature is 0"),
+        ({"sampling": Sampling(top_p=0.9, top_k=5)}, "sampling.top_p = 0.9, sampling.top_k = 5"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"model": "no/such/folder"}, "model is 'no/such/folder'"),
+        ({"max_completion_length": 250}, "set max_completion_length to 248"),
+        ({"micro_batch_size": 5}, "micro_batch_size is 5"),
+        ({"num_generations": 3}, "micro_batch_size|accumulate"),
+    ],
+)
+def test_refused_at_start(tmp_path, tiny_model_path, changes, named):
+    with pytest.raises(ValueError, match=named):
+        fit(tmp_path, module(**{"model": tiny_model_path} | changes))
+
+
+def test_a_reward_that_returns_the_wrong_count_is_named(tmp_path, tiny_model_path):
+    def short(completions):
+        return [1.0]
+
+    with pytest.raises(ValueError, match="short"):
+        fit(tmp_path, module(tiny_model_path, rewards=[FunctionReward(function=short)]))
+
+
+def test_an_epoch_that_ends_inside_an_optimizer_step_is_refused(tmp_path, tiny_model_path):
+    with pytest.raises(RuntimeError, match="after 2 of its 4 micro-batches"):
+        fit(tmp_path, module(tiny_model_path), limit_train_batches=2)
+
+
+def test_a_loader_that_does_not_repeat_is_refused(tmp_path, tiny_model_path):
+    class Hasty(PromptDataModule):
+        def train_dataloader(self):
+            loader = super().train_dataloader()
+            repeats = self.trainer.lightning_module.steps_per_rollout
+            batches = [batch for n, batch in enumerate(loader) if n % repeats == 0] * repeats
+            return DataLoader(batches, batch_size=None)
+
+    prompts = Hasty("letters", size=26, prompts_per_rollout=8, seed=1)
+    with pytest.raises(RuntimeError, match="went on to other prompts at micro-batch 1 of 4"):
+        fit(tmp_path, module(tiny_model_path), prompts)
+
+
+def test_validation_counts_pass_at_k(tmp_path, tiny_model_path):
+    class Sometimes(Reward):
+        def __call__(self, completions, **columns):
+            return [float(i % 4 == 0) for i in range(len(completions))]
+
+    policy = module(
+        tiny_model_path, rewards=[Sometimes()], validation_generations=4, validation_sampling=Sampling(top_p=0.9)
+    )
+    prompts = data(validation_size=6)
+    fit(tmp_path, policy, prompts, steps=1, limit_val_batches=1.0, num_sanity_val_steps=-1)
+    assert policy.held_out["val/pass@1"] == 0.25
+    assert policy.held_out["val/pass@4"] == 1.0
