@@ -1,0 +1,95 @@
+"""Peak memory of the step from hidden states to gradients against the vocabulary and the number of tokens, with a plot.
+
+Ours, and log_softmax over whole logits for as long as those stay below `--naive-limit`. Each point is a process of its
+own (see logprob.py). Beyond the gradients themselves, [V, H] and [N, H], ours must not grow with N·V: `--check` fails
+where what is left over exceeds the bytes that a block and the kept logits may take, by more than a tenth.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from logprob import LENGTH, measure
+
+from lightning_grpo.kernels import linear
+
+H = 576
+VOCABULARIES = [8192, 16384, 32768, 65536, 131072, 262144]
+TOKENS = [1024, 2048, 4096, 8192, 16384]
+FIXED_TOKENS, FIXED_VOCABULARY = 2048, 32768
+
+
+def point(path: str, V: int, N: int) -> dict:
+    job = {"path": path, "shape": (H, V, N // LENGTH), "dtype": "bfloat16", "active": 1.0}
+    found = measure({**job, "threads": 1, "device": "cpu", "repeats": 1}, sys.executable)
+    if "peak_gb" not in found:
+        raise RuntimeError(f"{path} at V {V}, N {N}: {found}")
+    # The gradients, and fp32 sums and scaled copies of [N, H], are the answer's own size.
+    gradients = 2 * V * H + 12 * N * H
+    return {"path": path, "V": V, "N": N, "peak_gb": found["peak_gb"], "beyond_gb": found["peak_gb"] - gradients / 1e9}
+
+
+def plot(curves: dict[str, list[dict]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    axis_of = {
+        "V": (axes[0], f"vocabulary V ({FIXED_TOKENS:,} tokens)"),
+        "N": (axes[1], f"tokens N (V = {FIXED_VOCABULARY:,})"),
+    }
+    for name, points in curves.items():
+        path, variable = name.rsplit(" over ", 1)
+        axis, label = axis_of[variable]
+        style = {"marker": "o", "color": "tab:blue" if path == "ours" else "tab:gray"}
+        axis.plot([p[variable] for p in points], [p["peak_gb"] for p in points], label=path, **style)
+        axis.set(xscale="log", yscale="log", xlabel=label)
+    axes[0].set_ylabel("peak memory beyond the inputs, GB")
+    axes[0].legend()
+    figure.suptitle(f"log-probs, loss and both gradients, bfloat16, H = {H}, CPU")
+    figure.savefig(file, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--png", type=Path, default=Path("logprob_memory.png"), help="where the plot goes")
+    parser.add_argument("--naive-limit", type=float, default=4.0, help="largest whole fp32 logits to make, in GB")
+    parser.add_argument("--quick", action="store_true", help="three points a curve")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where ours is not flat")
+    parser.add_argument("--json", type=Path, help="write all points to this file")
+    args = parser.parse_args()
+    every = 2 if args.quick else 1
+    grid = {
+        "V": [(V, FIXED_TOKENS) for V in VOCABULARIES[::-1][::every][::-1]],
+        "N": [(FIXED_VOCABULARY, N) for N in TOKENS[::-1][::every][::-1]],
+    }
+    curves = {}
+    for path in ("ours", "naive"):
+        for variable, points in grid.items():
+            curve = curves[f"{path} over {variable}"] = []
+            for V, N in points:
+                if path == "naive" and args.naive_limit < 4e-9 * V * N:
+                    continue
+                found = point(path, V, N)
+                curve.append(found)
+                print(f"{path:6} V {V:7,} N {N:6,} {found['peak_gb']:7.3f} GB", flush=True)
+    plot(curves, args.png)
+    if args.json:
+        args.json.write_text(json.dumps(curves, indent=1))
+    allowed = 1.1 * (linear.KEEP_BYTES + 2 * linear.BLOCK_BYTES + 8 * linear.rows.CACHED * 4) / 1e9
+    ours = curves["ours over V"] + curves["ours over N"]
+    most = max(ours, key=lambda p: p["beyond_gb"])
+    logits = 4 * most["V"] * most["N"] / 1e9
+    flat = most["beyond_gb"] <= allowed
+    print(
+        f"beyond the gradients ours takes at most {most['beyond_gb']:.3f} GB, {allowed:.3f} allowed (V {most['V']:,}, "
+        f"N {most['N']:,}, fp32 logits {logits:.1f} GB): {'flat' if flat else 'NOT flat'}; plotted to {args.png}"
+    )
+    return int(args.check and not flat)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
