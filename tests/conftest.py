@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a tiny random model with its tokenizer, saved as a Hugging Face checkpoint."""
 
+import importlib.util
 import os
 import string
 from pathlib import Path
@@ -11,6 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Two threads a process collapse as soon as another process takes a core.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine can't run. Nothing is imported to find out: vLLM changes the process that imports it."""
+    absent = {"vllm": importlib.util.find_spec("vllm") is None, "gpu": not torch.cuda.is_available()}
+    for item in items:
+        for mark in (mark for mark, is_absent in absent.items() if is_absent and item.get_closest_marker(mark)):
+            item.add_marker(pytest.mark.skip(reason=f"no {mark} here"))
+
 
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
 CHAT_TEMPLATE = (

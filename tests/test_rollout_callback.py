@@ -17,6 +17,7 @@ from lightning_grpo.rollout import (
     WeightSyncError,
     default_rollout,
     eos_token_ids,
+    mismatch,
     policy_weights,
     rollout_seeds,
     vllm_engine,
@@ -94,7 +95,6 @@ def loader():
 def callback(request):
     if request.param == "hf":
         return HFRollout(max_num_seqs=3)
-    pytest.importorskip("vllm")
     return VLLMRollout(max_num_seqs=8, dtype="float32")
 
 
@@ -107,6 +107,19 @@ def test_every_step_samples_from_the_moved_policy(callback, tiny_model_path, tmp
     assert module.engine is None
     assert not torch.distributed.is_initialized()
     callback.teardown(None, module, "fit")
+
+
+@pytest.mark.vllm
+def test_the_mismatch_of_a_bfloat16_engine_is_that_of_rounding(tiny_model_path, tmp_path):
+    """The policy trains in float32. Pinned, so that a change of vLLM or of the sync that loosens it is seen."""
+    module = Sampler(tiny_model_path, lr=0.0)
+    trainer_with(VLLMRollout(max_num_seqs=8, dtype="bfloat16"), tmp_path, steps=1).fit(module, loader())
+    ((_, groups),) = module.rounds
+    rows = [(prompt, c) for prompt, group in zip(PROMPTS, groups, strict=True) for c in group]
+    scored = module.score_tokens([prompt + c.token_ids for prompt, c in rows])
+    policy = torch.cat([s[len(prompt) - 1 :] for s, (prompt, _) in zip(scored, rows, strict=True)])
+    seen = mismatch(torch.tensor([logprob for _, c in rows for logprob in c.logprobs]), policy)
+    assert 1e-4 < seen.mean < 0.01 and seen.max < 0.05 and 0 < seen.kl < 1e-3
 
 
 @pytest.fixture
@@ -123,7 +136,6 @@ def gpt2_path(tokenizer, tmp_path):
 @pytest.mark.parametrize(("path", "all_compared"), [("untied_model_path", True), ("gpt2_path", False)])
 def test_other_models_are_synced_and_compared_as_far_as_they_can_be(path, all_compared, request, tmp_path, caplog):
     """An untied head and biases in fused layers; and a model whose matrices vLLM transposes."""
-    pytest.importorskip("vllm")
     module = Sampler(request.getfixturevalue(path))
     trainer_with(VLLMRollout(max_num_seqs=8, dtype="float32"), tmp_path, steps=2).fit(module, loader())
     assert [report.version for report, _ in module.rounds] == [0, 1]
@@ -220,7 +232,6 @@ def test_too_little_memory_is_refused_with_the_numbers(tiny_model_path, tmp_path
 @pytest.mark.vllm
 @pytest.mark.parametrize("size", [1 << 50, 1])
 def test_a_cache_that_does_not_fit_is_refused_with_the_setting(size, tiny_model_path, tmp_path):
-    pytest.importorskip("vllm")
     callback = VLLMRollout(kv_cache_memory_bytes=size)
     with pytest.raises(MemoryError, match=f"kv_cache_memory_bytes={size}.*max_completion_length.*vllm-0.log"):
         trainer_with(callback, tmp_path).fit(Sampler(tiny_model_path), loader())
@@ -240,8 +251,8 @@ def test_options_are_checked(make, message):
         make()
 
 
+@pytest.mark.vllm
 def test_tensor_parallelism_in_process_is_refused(tiny_model_path, tmp_path):
-    pytest.importorskip("vllm")
     callback = VLLMRollout(engine_args={"tensor_parallel_size": 2})
     with pytest.raises(ValueError, match="use VLLMProcessRollout"):
         trainer_with(callback, tmp_path).fit(Sampler(tiny_model_path), loader())

@@ -17,8 +17,6 @@ from lightning_grpo.rollout import (
     policy_weights,
     rollout_seeds,
 )
-
-pytest.importorskip("vllm")
 from lightning_grpo.rollout.server_engine import ServerEngine
 from lightning_grpo.rollout.server_process import ServerProcess
 

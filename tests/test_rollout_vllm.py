@@ -11,8 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo.rollout import HFEngine, Sampling, SyncedEngine, WeightSyncError, policy_weights, rollout_seeds
-
-pytest.importorskip("vllm")
 from lightning_grpo.rollout.vllm_engine import VLLMEngine
 
 pytestmark = pytest.mark.vllm
