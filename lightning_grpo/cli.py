@@ -13,8 +13,10 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_grpo.rewards  # noqa: F401  their bare class names resolve once they are imported
+from lightning_grpo.configure.callback import Prediction
 from lightning_grpo.data import PromptDataModule
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.monitor.terminal import RunSummary, StepProgressBar
@@ -30,7 +32,8 @@ class GRPOCommand(LightningCLI):
     """LightningCLI with an engine, checkpoints, loggers and a progress bar that know GRPO."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``rollout`` and ``checkpoint``: callbacks that stay whatever ``trainer.callbacks`` holds."""
+        """Add callbacks that stay whatever ``trainer.callbacks`` holds: ``prediction``, ``rollout``, ``checkpoint``."""
+        parser.add_lightning_class_args(Prediction, "prediction")
         parser.add_lightning_class_args(RolloutCallback, "rollout", subclass_mode=True, required=False)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults(
@@ -88,7 +91,7 @@ def main(args: list[str] | None = None) -> None:
 
             raise SystemExit(configure.main(given[1:]))
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        logging.getLogger("lightning_grpo").setLevel(logging.INFO)
+        log_to_terminal()
         GRPOCommand(
             PolicyModule,
             PromptDataModule,
@@ -104,6 +107,14 @@ def main(args: list[str] | None = None) -> None:
             raise
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def log_to_terminal() -> None:
+    """Show what this package logs, on the first rank's terminal."""
+    logger = logging.getLogger("lightning_grpo")
+    logger.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
 
 
 def own_message(error: BaseException | None) -> str | None:
