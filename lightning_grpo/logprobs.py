@@ -37,6 +37,7 @@ def completion_logprobs(
     temperature: float | Tensor = 1.0,
     share_prompt: bool = True,
     entropy_grad: bool = False,
+    coefficient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each completion token given what precedes it, and the entropy of the distribution it came from.
 
@@ -49,6 +50,7 @@ def completion_logprobs(
         temperature: divides the logits; a number or [N], one for each row.
         share_prompt: where rows have the same prompt, compute it once (with gradients) and let them all attend to it.
         entropy_grad: let gradients flow from the entropy too.
+        coefficient: [N, T], ∂loss/∂logprob where it is known ahead: see `linear_logprob`, which it spares work.
 
     Returns:
         (logprobs, entropy), [N, T] each, fp32, in nats; 0 where ``completion_mask`` is False.
@@ -61,14 +63,16 @@ def completion_logprobs(
         completion_ids[:, :T1],
         completion_mask[:, :T1].bool(),
         temperature,
+        entropy_grad,
+        None if coefficient is None else coefficient[:, :T1],
     )
     head = _head_of(model, batch)
     if head is None:
-        found = _through_logits(model, batch, entropy_grad)
+        found = _through_logits(model, batch)
     else:
         shared = _shared_prompts(model, batch) if share_prompt else None
         run = _unshared if shared is None else _shared
-        found = run(model, head, batch, entropy_grad, shared)
+        found = run(model, head, batch, shared)
     return tuple(torch.zeros(mask.shape, device=x.device).masked_scatter(mask.bool(), x) for x in found)
 
 
@@ -85,13 +89,20 @@ class _Batch:
     completion_ids: Tensor
     completion_mask: Tensor
     temperature: float | Tensor
+    entropy_grad: bool
+    coefficient: Tensor | None
 
     def options(self) -> dict:
-        """Targets and temperature of the active tokens, in the order of ``x[completion_mask]``."""
+        """What `linear_logprob` is told of the active tokens, in the order of ``x[completion_mask]``."""
         t = self.temperature
         if isinstance(t, Tensor) and t.dim():
             t = t[:, None].expand(self.completion_mask.shape)[self.completion_mask]
-        return {"targets": self.completion_ids[self.completion_mask], "temperature": t}
+        return {
+            "targets": self.completion_ids[self.completion_mask],
+            "temperature": t,
+            "entropy_grad": self.entropy_grad,
+            "coefficient": None if self.coefficient is None else self.coefficient[self.completion_mask],
+        }
 
     def inputs(self, model: nn.Module) -> dict:
         """The model's arguments; the last token predicts nothing and is left out."""
@@ -221,19 +232,19 @@ def _probe(model: nn.Module, module: nn.Module, batch: _Batch) -> _Head | None:
 # --- the forward passes -----------------------------------------------------------------------------------------------
 
 
-def _unshared(model, head: _Head, batch: _Batch, entropy_grad: bool, _) -> tuple[Tensor, Tensor]:
+def _unshared(model, head: _Head, batch: _Batch, _) -> tuple[Tensor, Tensor]:
     T = batch.completion_ids.shape[1]
-    return _call(model, head, batch, batch.inputs(model), lambda hidden: hidden[:, -T:], entropy_grad)
+    return _call(model, head, batch, batch.inputs(model), lambda hidden: hidden[:, -T:])
 
 
-def _call(model, head: _Head, batch: _Batch, inputs: dict, predicting: Callable, entropy_grad: bool):
+def _call(model, head: _Head, batch: _Batch, inputs: dict, predicting: Callable):
     """Run the model; ``predicting`` takes its hidden states to those [N, T, H] that predict the completions' tokens."""
     found = None
 
     def forward(hidden: Tensor) -> Tensor:
         nonlocal found
         active = predicting(hidden)[batch.completion_mask]
-        found = head.logprobs(own, active, {**batch.options(), "entropy_grad": entropy_grad})
+        found = head.logprobs(own, active, batch.options())
         return hidden[..., :1]
 
     own = head.module.forward
@@ -245,10 +256,12 @@ def _call(model, head: _Head, batch: _Batch, inputs: dict, predicting: Callable,
     return found
 
 
-def _through_logits(model, batch: _Batch, entropy_grad: bool) -> tuple[Tensor, Tensor]:
+def _through_logits(model, batch: _Batch) -> tuple[Tensor, Tensor]:
     T = batch.completion_ids.shape[1]
     logits = model(**batch.inputs(model)).logits[:, -T:][batch.completion_mask]
-    return logits_logprob(logits, entropy_grad=entropy_grad, **batch.options())
+    options = batch.options()
+    del options["coefficient"]
+    return logits_logprob(logits, **options)
 
 
 # --- prompts shared by rows -------------------------------------------------------------------------------------------
@@ -291,7 +304,7 @@ def _shared_prompts(model: nn.Module, batch: _Batch) -> _Shared | None:
     return _Shared(rows, inverse, cache)
 
 
-def _shared(model, head: _Head, batch: _Batch, entropy_grad: bool, shared: _Shared) -> tuple[Tensor, Tensor]:
+def _shared(model, head: _Head, batch: _Batch, shared: _Shared) -> tuple[Tensor, Tensor]:
     """Each different prompt once into a key-value cache, with its graph; then all completions against theirs."""
     last = None
 
@@ -314,4 +327,4 @@ def _shared(model, head: _Head, batch: _Batch, entropy_grad: bool, shared: _Shar
     mask = torch.cat([batch.prompt_mask, batch.completion_mask[:, :-1]], 1)
     completions = {**_inputs(model, batch.completion_ids[:, :-1], mask), **caching}
     predicting = lambda hidden: torch.cat([last[shared.inverse], hidden], 1)
-    return _call(model, head, batch, completions, predicting, entropy_grad)
+    return _call(model, head, batch, completions, predicting)

@@ -256,6 +256,7 @@ def test_autocast_is_bfloat16_with_fp32_weights(trainable):
     assert_close(found, low, values=0, gradients=4e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Input #")
 def test_gradcheck():
     """In fp32, which is what the Function computes in: its derivative against central differences of its own values."""
     hidden, weight, bias, targets, _ = (x.float() for x in problem(4, 6, 23))

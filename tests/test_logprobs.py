@@ -160,6 +160,13 @@ def test_entropy_has_no_gradient_unless_asked():
     assert not ours(make("Llama"), batch())[1].requires_grad
 
 
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_coefficient_known_ahead(share_prompt):
+    model, rows = make("Llama"), batch()
+    c = torch.randn(rows["completion_ids"].shape, generator=torch.Generator().manual_seed(1))
+    assert_same(solve(ours, model, rows, share_prompt=share_prompt, coefficient=c), solve(naive, model, rows))
+
+
 def test_no_completion_token_at_all():
     """The outputs still hang on the parameters, or a distributed backward would wait for ever."""
     model, rows = make("Llama"), batch()

@@ -65,6 +65,7 @@ def linear_logprob(
     elif hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or run under autocast")
     transform = rows.Transform.build(targets, len(weight), temperature, softcap, scale)
+    coefficient = None if coefficient is None else coefficient.detach().float()
     with torch.autocast(kind, enabled=False):
         return _LinearLogprob.apply(
             hidden, weight, bias, targets, transform, entropy_grad, coefficient, torch.is_grad_enabled()
@@ -75,6 +76,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, transform, entropy_grad, coefficient, recording):
         needs = ctx.needs_input_grad[:3]
+        recording = recording and any(needs)
         ctx.frozen = recording and not (needs[1] or needs[2] or entropy_grad)
         ctx.ahead = None
         if ctx.frozen:
