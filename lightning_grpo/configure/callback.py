@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_grpo.configure import calibration
 from lightning_grpo.configure.cost import Efficiency, predict_cost
 from lightning_grpo.configure.hardware import GiB, Hardware, this_machine
-from lightning_grpo.configure.measure import reset_peak, resident
+from lightning_grpo.configure.measure import reset_peak, resident, sees_peaks
 from lightning_grpo.configure.memory import predict_memory
 from lightning_grpo.configure.shape import ModelShape
 from lightning_grpo.configure.summary import describe_run
@@ -140,12 +140,14 @@ class Prediction(Callback):
         calibration.save(self.workload, self.hardware, learned, self.file)
 
     def _restart(self) -> None:
-        if self.hardware.is_cpu:
-            reset_peak()
-        else:
+        if not self.hardware.is_cpu:
             torch.cuda.reset_peak_memory_stats()
+        elif sees_peaks():
+            reset_peak()
 
     def _note(self, phase: str) -> None:
+        if self.hardware.is_cpu and not sees_peaks():
+            return
         peak = resident("VmHWM") if self.hardware.is_cpu else torch.cuda.max_memory_reserved() + self.hardware.context
         self.peaks[phase] = max(self.peaks.get(phase, 0.0), peak)
 

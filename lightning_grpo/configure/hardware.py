@@ -50,7 +50,8 @@ class Hardware:
 def _gpu(name: str, tflops: float, fp32: float, gb: float, tb_s: float, link: float = 25, source: str = "") -> Hardware:
     return Hardware(
         name=name,
-        memory=gb * GB if gb < 30 else gb * GiB * 0.99,
+        # Some cards count in 2^30 bytes, others in 10^9; a percent is the driver's.
+        memory=0.99 * gb * (GiB if name[:4] in ("A100", "H100", "H200") else GB),
         flops=tflops * 1e12,
         flops_fp32=fp32 * 1e12,
         bandwidth=tb_s * 1e12,

@@ -28,7 +28,8 @@ class Measured:
     optimizer_seconds: float
     """Clipping and one step."""
     peak_bytes: float
-    """Most that the update held: on a GPU as its allocator counts, on a CPU by which the resident memory grew."""
+    """Most that the update held: on a GPU as its allocator counts, on a CPU by which the resident memory grew; NaN
+    where the system doesn't tell."""
 
 
 def random_policy(w: Workload, device: torch.device | str) -> nn.Module:
@@ -63,6 +64,11 @@ def random_batch(w: Workload, device: torch.device | str) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
+def sees_peaks() -> bool:
+    """Whether this system lets a process watch the peak of its own resident memory."""
+    return os.access("/proc/self/clear_refs", os.W_OK)
+
+
 def resident(field: str = "VmRSS") -> float:
     """Bytes of resident memory of this process now, or (VmHWM) at its peak since `reset_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -86,7 +92,8 @@ def measure_update(w: Workload, device: torch.device | str, steps: int = 2) -> M
     device = torch.device(device)
     cuda = device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else (lambda: None)
-    before = 0.0 if cuda else resident()
+    watched = not cuda and sees_peaks()
+    before = resident() if watched else 0.0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     model = random_policy(w, device)
@@ -98,7 +105,7 @@ def measure_update(w: Workload, device: torch.device | str, steps: int = 2) -> M
     mixed = w.precision.endswith("mixed")
     passes, updates = [], []
     for step in range(steps + 1):
-        if step == 1 and not cuda:
+        if step == 1 and watched:
             reset_peak()
         wait()
         start = time.perf_counter()
@@ -118,7 +125,7 @@ def measure_update(w: Workload, device: torch.device | str, steps: int = 2) -> M
         optimizer.step()
         wait()
         updates.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - before
+    peak = resident("VmHWM") - before if watched else torch.cuda.max_memory_allocated() if cuda else float("nan")
     return Measured(min(passes[1:]), min(updates[1:]), peak)
 
 
