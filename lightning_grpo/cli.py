@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def main(args: list[str] | None = None) -> None:
             raise SystemExit(configure.main(given[1:]))
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         log_to_terminal()
+        # Lightning's own use of torch, which its users can do nothing about
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
         GRPOCommand(
             PolicyModule,
             PromptDataModule,

@@ -25,10 +25,11 @@ from lightning_grpo.configure import check_batch_arithmetic
 from lightning_grpo.data import PromptBatch
 from lightning_grpo.dynamic_sampling import flat_groups, replace_groups
 from lightning_grpo.experience import Experience, cut_windows
-from lightning_grpo.monitor.metrics import Window, observe_completions, observe_groups, observe_rewards
+from lightning_grpo.monitor.metrics import Window, memory_in_use, observe_completions, observe_groups, observe_rewards
 from lightning_grpo.objective import (
     AdvantageConfig,
     Coefficients,
+    Max,
     Metric,
     ObjectiveConfig,
     Sum,
@@ -299,6 +300,7 @@ class GRPOModule(PolicyModule):
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         super().optimizer_step(*args, **kwargs)
         self.window.stop_clock()
+        self.window.add({"memory/gib": Max(torch.tensor(memory_in_use(self.device)))})
         values = self.window.reduce() | {"learning_rate": rate, "num_tokens": float(self.num_tokens)}
         self.coefficients.step(kl=values.get("kl"), entropy=values.get("entropy"))
         values["tokens_per_second"] = self.window_tokens / values["step_time"]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, distributed
 
@@ -88,6 +89,15 @@ def _empty(metric: Metric | Spread) -> bool:
     if isinstance(metric, Min | Max):
         return float(metric.value) == (float("inf") if isinstance(metric, Min) else float("-inf"))
     return float(metric.count) == 0
+
+
+def memory_in_use(device: torch.device) -> float:
+    """GiB: the most that this process has allocated on a GPU since the last call, or what it holds in main memory."""
+    if device.type != "cuda":
+        return psutil.Process().memory_info().rss / 2**30
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def observe_completions(window: Window, lengths: Tensor, truncated: Tensor) -> None:
