@@ -56,7 +56,7 @@ def plot(curves: dict[str, list[dict]], file: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--png", type=Path, default=Path("logprob_memory.png"), help="where the plot goes")
-    parser.add_argument("--naive-limit", type=float, default=4.0, help="largest whole fp32 logits to make, in GB")
+    parser.add_argument("--naive-limit", type=float, default=2.0, help="largest whole fp32 logits to make, in GB")
     parser.add_argument("--quick", action="store_true", help="three points a curve")
     parser.add_argument("--check", action="store_true", help="exit with 1 where ours is not flat")
     parser.add_argument("--json", type=Path, help="write all points to this file")
