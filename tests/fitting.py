@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightning_grpo import GRPOModule, PromptDataModule
 from lightning_grpo.rewards import PrefixMatch
-from lightning_grpo.rollout import HFRollout
+from lightning_grpo.rollout import HFRollout, RolloutCallback
 
 
 class Record(Callback):
@@ -54,6 +54,7 @@ def fit(
     accumulate: int = 4,
     ckpt_path: str | None = None,
     callbacks: list[Callback] | None = None,
+    rollout: RolloutCallback | None = None,
     **trainer: Any,
 ) -> Record:
     """Train ``policy`` and return what was logged."""
@@ -71,7 +72,7 @@ def fit(
         "devices": 1,
         "default_root_dir": root,
     }
-    Trainer(**settings | trainer, callbacks=[HFRollout(), record, *(callbacks or [])]).fit(
+    Trainer(**settings | trainer, callbacks=[rollout or HFRollout(), record, *(callbacks or [])]).fit(
         policy, datamodule=prompts or data(), ckpt_path=ckpt_path
     )
     return record

@@ -1,0 +1,104 @@
+"""Cutting a rollout into micro-batches, taking rows of it, putting groups into it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_grpo.dynamic_sampling import flat_groups, replace_groups
+from lightning_grpo.experience import Experience, cut_windows
+from lightning_grpo.rollout import Completion, Rollout
+
+
+def experience(lengths, advantages, G):
+    """Prompt i has i + 1 tokens of id i + 10; a completion of n tokens has n ids of 5."""
+    prompts = [[i + 10] * (i + 1) for i in range(len(lengths) // G)]
+    groups = [
+        [Completion(token_ids=[5] * n, logprobs=[-1.0] * n, finish_reason="stop") for n in lengths[i * G : (i + 1) * G]]
+        for i in range(len(prompts))
+    ]
+    rollout = Rollout.collate(prompts, groups, pad_id=0)
+    return Experience(
+        **vars(rollout), number=0, rewards=torch.zeros(len(lengths), 1), advantages=torch.tensor(advantages)
+    )
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda windows: st.integers(1, 3).flatmap(
+            lambda accumulate: st.tuples(
+                st.just(windows),
+                st.just(accumulate),
+                st.lists(st.sampled_from([0.0, 0.0, 1.0, -1.0]), min_size=windows * accumulate * 4,
+                         max_size=windows * accumulate * 4),
+                st.lists(st.integers(0, 5), min_size=windows * accumulate * 4, max_size=windows * accumulate * 4),
+            )
+        )
+    ),
+    st.booleans(),
+)  # fmt: skip
+def test_every_row_that_matters_is_in_one_micro_batch_of_its_window(sizes, skip):
+    windows, accumulate, advantages, lengths = sizes
+    ready = experience(lengths, advantages, G=2)
+    batches = cut_windows(ready, windows=windows, accumulate=accumulate, micro_batch_size=4, skip_zero_advantage=skip)
+    assert len(batches) == windows * accumulate
+    for window in range(windows):
+        mine = range(window * accumulate * 4, (window + 1) * accumulate * 4)
+        dealt = [row for batch in batches[window * accumulate : (window + 1) * accumulate] for row in batch]
+        assert len(dealt) == len(set(dealt)) and set(dealt) <= set(mine)
+        wanted = {row for row in mine if not skip or advantages[row] != 0}
+        assert wanted <= set(dealt)
+        # what else is there only fills micro-batches that would be empty
+        assert all(advantages[row] == 0 for row in set(dealt) - wanted)
+        assert len(set(dealt) - wanted) <= max(0, accumulate - len(wanted))
+    assert all(1 <= len(batch) <= 4 for batch in batches)
+
+
+def test_a_rollout_that_does_not_fill_the_windows_is_refused():
+    with pytest.raises(ValueError, match="4 completions don't fill 1 optimizer steps of 2 micro-batches of 4"):
+        cut_windows(
+            experience([1] * 4, [1.0] * 4, 2), windows=1, accumulate=2, micro_batch_size=4, skip_zero_advantage=False
+        )
+
+
+def test_rows_drop_what_is_padding_in_all_of_them():
+    ready = experience([1, 2, 5, 3], [0.1, 0.2, 0.3, 0.4], G=2)
+    ready.old_logprobs = torch.arange(20.0).view(4, 5)
+    cut = ready.rows([1, 0])
+    assert cut.prompt_ids.tolist() == [[10], [10]]
+    assert cut.completion_mask.tolist() == [[True, True], [True, False]]
+    assert cut.advantages.tolist() == pytest.approx([0.2, 0.1])
+    assert cut.old_logprobs.tolist() == [[5, 6], [0, 1]]
+    assert cut.ref_logprobs is None and cut.number == 0
+
+
+def test_flat_groups_look_at_scored_completions_alone():
+    nan = float("nan")
+    totals = torch.tensor([1.0, 1.0, 0.0, 1.0, nan, 1.0, nan, nan])
+    assert flat_groups(totals, 2).tolist() == [True, False, True, True]
+
+
+def test_groups_are_replaced_with_their_padding():
+    ready = Rollout.collate(
+        [[1], [2, 2]], [[done(3), done(3)], [done(4), done(4, 4)]], pad_id=0
+    ), torch.tensor([[1.0], [1.0], [0.0], [1.0]])  # fmt: skip
+    other = Rollout.collate(
+        [[6, 6, 6], [7]], [[done(8), done(8)], [done(9, 9, 9), done(9)]], pad_id=0
+    ), torch.tensor([[2.0], [2.0], [3.0], [4.0]])  # fmt: skip
+    rollout, rewards = replace_groups(ready, [0], other, [1], 2)
+    assert rewards.flatten().tolist() == [3, 4, 0, 1]
+    assert rollout.completion_ids.tolist() == [[9, 9, 9], [9, 0, 0], [4, 0, 0], [4, 4, 0]]
+    assert rollout.completion_mask.sum(1).tolist() == [3, 1, 1, 2]
+    assert [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)] == [
+        [7], [7], [2, 2], [2, 2],
+    ]  # fmt: skip
+    assert replace_groups(ready, [], other, [], 2) is ready
+
+
+def done(*ids):
+    return Completion(token_ids=list(ids), logprobs=[-1.0] * len(ids), finish_reason="stop")
+
+
+def test_an_engine_that_gives_too_few_logprobs_is_refused():
+    with pytest.raises(ValueError, match="1 log-probs for a completion of 2 tokens"):
+        Rollout.collate([[1]], [[Completion(token_ids=[1, 2], logprobs=[0.0], finish_reason="stop")]], pad_id=0)

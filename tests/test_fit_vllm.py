@@ -1,0 +1,56 @@
+"""``fit`` with rollouts from a real vLLM engine in the same process."""
+
+import csv
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from fitting import data, fit, module
+from lightning import Callback
+
+from lightning_grpo.cli import main
+from lightning_grpo.rollout import VLLMRollout, WeightSyncError
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+def test_the_smoke_run_on_vllm(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    main([
+        "fit", "--config", "configs/smoke.yaml", "--trainer.default_root_dir", str(tmp_path),
+        "--trainer.max_steps", "4", "--rollout", "VLLMRollout", "--rollout.dtype", "float32",
+    ])  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "logs" / "version_0" / "metrics.csv").open()))
+    assert len(rows) == 4
+    assert len({row["reward"] for row in rows}) == 4
+    for step, row in enumerate(rows):
+        # the engine's log-probs are the trainer's: the weights arrive, at the right temperature, every step
+        assert float(row["sampling/sampling_logp_difference/max"]) < 1e-3
+        assert float(row["staleness"]) == 0
+        assert float(row["time/rollout"]) > 0 and float(row["completions/max_length"]) == 6, step
+
+
+def test_a_stale_engine_stops_the_run_before_a_sample_is_used(tmp_path, tiny_model_path):
+    class Unplug(Callback):
+        """From the second step on, the engine drops the weights it is given."""
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            engine = pl_module.engine.engine
+            engine.update_weights = lambda weights, version: [None for _ in weights] and None
+
+    policy = module(tiny_model_path, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    with pytest.raises(WeightSyncError):
+        fit(tmp_path, policy, data(), steps=3, callbacks=[Unplug()], rollout=VLLMRollout(dtype="float32"))
+    assert policy.trainer.global_step == 1
+
+
+def test_the_same_seed_gives_the_same_run_whatever_the_global_generator_did(tmp_path, tiny_model_path):
+    runs = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        random.seed(noise)
+        rollout = VLLMRollout(dtype="float32")
+        runs.append(fit(tmp_path, module(tiny_model_path), data(), steps=2, rollout=rollout)["reward"])
+    assert runs[0] == runs[1]

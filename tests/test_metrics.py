@@ -1,0 +1,81 @@
+"""Metrics are true means: over elements, not over batches of them."""
+
+import math
+
+import pytest
+import torch
+
+from lightning_grpo.monitor.metrics import Spread, Window, observe_completions, observe_groups, observe_rewards
+from lightning_grpo.monitor.terminal import figures, held_out_figures
+from lightning_grpo.objective import Max, Min, Sum
+from lightning_grpo.rewards import FunctionReward
+
+
+def test_uneven_parts_merge_to_the_mean_of_all():
+    window = Window()
+    window.mean("a", torch.tensor([1.0, 2.0, 3.0]))
+    window.mean("a", torch.tensor([10.0, float("nan")]))
+    window.add({"low": Min(torch.tensor(2.0)), "high": Max(torch.tensor(2.0))})
+    window.add({"low": Min(torch.tensor(1.0)), "high": Max(torch.tensor(5.0))})
+    assert window.reduce() == {"a": 4.0, "low": 1.0, "high": 5.0}
+    assert window.reduce() == {}
+
+
+def test_nothing_is_left_out_and_nan_is_not_hidden():
+    window = Window()
+    window.mean("nothing", torch.tensor([float("nan")]))
+    window.add({"broken": Sum(torch.tensor(float("nan")), torch.tensor(1)), "none": Min(torch.tensor(math.inf))})
+    values = window.reduce()
+    assert values.keys() == {"broken"} and math.isnan(values["broken"])
+
+
+def test_spread_is_the_standard_deviation_of_all_parts():
+    x = torch.tensor([1.0, 4.0, 9.0, 16.0, 25.0], dtype=torch.float64)
+    parts = [Spread(p.sum(), (p**2).sum(), torch.tensor(len(p))) for p in (x[:1], x[1:])]
+    assert float(parts[0].merge(parts[1]).compute()) == pytest.approx(float(x.std()))
+    assert float(parts[0].compute()) == 0
+
+
+def test_the_clock_gives_the_rest_to_the_update():
+    window = Window()
+    with window.timed("rollout"):
+        sum(range(10**5))
+    window.seconds("reward", 0.0)
+    window.stop_clock()
+    values = window.reduce()
+    phases = sum(value for name, value in values.items() if name.startswith("time/"))
+    assert phases == pytest.approx(values["step_time"])
+    assert values["time/rollout"] > 0 and values["time/update"] > 0
+
+
+def test_completions_and_rewards():
+    window = Window()
+    observe_completions(window, torch.tensor([2, 4, 6]), torch.tensor([False, False, True]))
+    rewards = torch.tensor([[1.0, float("nan")], [0.0, 2.0], [0.0, float("nan")]])
+    functions = [FunctionReward(function=one, weight=1.0), FunctionReward(function=two, weight=0.5)]
+    observe_rewards(window, rewards, functions)
+    observe_groups(window, torch.tensor([1.0, 1.0, 0.0, 1.0]), 2)
+    values = window.reduce()
+    assert values["completions/mean_length"] == 4
+    assert values["completions/clipped_ratio"] == pytest.approx(1 / 3)
+    assert values["completions/mean_terminated_length"] == 3
+    assert (values["completions/min_length"], values["completions/max_length"]) == (2, 6)
+    assert values["reward"] == pytest.approx(2 / 3)
+    assert values["rewards/two/mean"] == 2 and values["rewards/two/std"] == 0
+    assert values["frac_reward_zero_std"] == 0.5
+    assert values["reward_std"] == pytest.approx(0.5 * math.sqrt(0.5))
+
+
+def one(completions):
+    return [0.0] * len(completions)
+
+
+def two(completions):
+    return [0.0] * len(completions)
+
+
+def test_what_a_person_is_shown():
+    line = figures({"reward": 0.5, "loss": -0.01, "time/rollout": 1.25, "unknown": 3})
+    assert line == "reward 0.500  loss -0.0100  │ rollout 1.2s"
+    shown = held_out_figures({"val/reward": 1.0, "val/pass@8": 0.5, "val/rewards/x/std": 0.1})
+    assert shown == {"val/reward": 1.0, "val/pass@8": 0.5}
