@@ -2,7 +2,7 @@
 
 import torch
 from pytest import approx, mark, raises
-from transformers import LlamaConfig, Qwen3Config
+from transformers import GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
 
 from lightning_grpo.configure import ModelShape, Workload, find_gpu, find_model, predict_memory
 from lightning_grpo.configure.activations import activations
@@ -45,6 +45,25 @@ def test_parameters_are_counted_exactly():
     # the model cards' figures
     assert find_model("Qwen/Qwen2.5-1.5B-Instruct").params == 1_543_714_304
     assert find_model("meta-llama/Llama-3.1-8B-Instruct").params == 8_030_261_248
+
+
+def test_older_models_with_transposed_layers_are_counted_too():
+    shape = ModelShape.from_config(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=64))
+    assert shape.trunk_linear == 2 * 12 * 64 * 64
+
+
+def test_a_model_whose_layers_need_data_is_refused_by_name():
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        num_local_experts=4,
+    )
+    with raises(ValueError, match="mixtral: memory and time can't be predicted"):
+        predict_memory(run(ModelShape.from_config(config)), find_gpu("cpu"))
 
 
 def test_cache_per_token_matches_the_published_figures():

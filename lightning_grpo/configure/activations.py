@@ -90,9 +90,20 @@ def _move_to_cpu(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
+class Untraceable(ValueError):
+    """A model's layers can't run without data, so that nothing can be predicted of it."""
+
+
 @cache
 def _activations(shape: ModelShape, *sizes) -> Activations:
-    one, two = (_kept(shape, layers, *sizes) for layers in (1, 2))
+    try:
+        one, two = (_kept(shape, layers, *sizes) for layers in (1, 2))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Untraceable(
+            f"{shape.name}: memory and time can't be predicted, since its layers don't run on tensors without data "
+            f"({type(error).__name__}: {reason})"
+        ) from error
     return Activations(layer=two - one, ends=max(0, 2 * one - two))
 
 

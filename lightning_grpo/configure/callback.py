@@ -10,12 +10,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_grpo.configure import calibration
+from lightning_grpo.configure.activations import Untraceable
 from lightning_grpo.configure.cost import Efficiency, predict_cost
 from lightning_grpo.configure.hardware import GiB, Hardware, this_machine
 from lightning_grpo.configure.measure import reset_peak, resident, sees_peaks
 from lightning_grpo.configure.memory import predict_memory
 from lightning_grpo.configure.shape import ModelShape
-from lightning_grpo.configure.summary import describe_run
+from lightning_grpo.configure.summary import describe_run, identity_line
 from lightning_grpo.configure.workload import Workload
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Prediction(Callback):
         self.seconds: dict[str, list[float]] = {}
         self.lengths: list[float] = []
         self.report = ""
+        self.compares = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summary, or refuse.
@@ -57,14 +59,19 @@ class Prediction(Callback):
         self.workload = workload_of(trainer, pl_module, self.hardware)
         efficiency = calibration.load(self.workload, self.hardware, self.file)
         self.efficiency = efficiency or Efficiency.assumed(self.hardware, self.workload.engine)
-        text = describe_run(
-            self.workload,
-            self.hardware,
-            max_steps=trainer.max_steps,
-            efficiency=self.efficiency,
-            refuse=self.refuse,
-        )
-        rank_zero_only(log.info)("%s", text)
+        try:
+            text = describe_run(
+                self.workload,
+                self.hardware,
+                max_steps=trainer.max_steps,
+                efficiency=self.efficiency,
+                refuse=self.refuse,
+            )
+        except Untraceable as error:
+            self.compares = False
+            rank_zero_only(log.warning)("%s. Batch: %s", error, identity_line(self.workload))
+        else:
+            rank_zero_only(log.info)("%s", text)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """A rollout begins where the module has no experience left."""
@@ -90,12 +97,12 @@ class Prediction(Callback):
                 self.seconds.setdefault(name, []).append(float(metrics.get(f"time/{name}", 0.0)))
             if "completions/mean_length" in metrics:
                 self.lengths.append(float(metrics["completions/mean_length"]))
-        if closed and trainer.global_step == self.after + 1:
+        if self.compares and closed and trainer.global_step == self.after + 1:
             self.compare()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run too short for the comparison is compared at its end."""
-        if not self.report and self.seconds:
+        if self.compares and not self.report and self.seconds:
             self.compare()
 
     @rank_zero_only
@@ -166,7 +173,7 @@ def workload_of(trainer: Trainer, pl_module: LightningModule, hardware: Hardware
         micro_batch_size=pl_module.micro_batch_size,
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         num_iterations=pl_module.num_iterations,
-        prompt_length=max((len(row.ids) for row in data.train), default=pl_module.max_prompt_length),
+        prompt_length=max((len(row.ids) for row in getattr(data, "train", [])), default=pl_module.max_prompt_length),
         completion_length=pl_module.max_completion_length,
         precision=str(trainer.precision),
         dtype=pl_module.dtype_name,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 # hidden, layers, MLP, query heads, key-value heads, head width, vocabulary, tied head
 _KNOWN = {
@@ -101,9 +102,9 @@ class ModelShape:
             model = AutoModelForCausalLM.from_config(text)
         head = model.get_output_embeddings()
         linears = tuple(
-            (path.rpartition(".")[2], module.in_features, module.out_features)
+            (path.rpartition(".")[2], *(module.weight.shape if isinstance(module, Conv1D) else module.weight.T.shape))
             for path, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head
+            if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
         )
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
