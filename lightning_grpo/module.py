@@ -262,20 +262,36 @@ class GRPOModule(PolicyModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """The loss of the next micro-batch."""
         experience = self.experience.rows(self.micro_batches[self.micro_step], self.device)
-        logprobs, entropy = self.logprobs(self.policy, experience, entropy_grad=self.objective.needs_entropy_grad)
-        loss, metrics = self.compute_loss(
-            logprobs,
-            entropy,
+        sizes = {
+            "num_tokens": self.loss_tokens / (self.trainer.accumulate_grad_batches * self.data_ranks),
+            "num_sequences": self.micro_batch_size,
+        }
+        logprobs, entropy = self.logprobs(
+            self.policy,
             experience,
-            num_tokens=self.loss_tokens / (self.trainer.accumulate_grad_batches * self.data_ranks),
-            num_sequences=self.micro_batch_size,
+            entropy_grad=self.objective.needs_entropy_grad,
+            coefficient=self.coefficient_ahead(experience, sizes),
         )
+        loss, metrics = self.compute_loss(logprobs, entropy, experience, **sizes)
         self.window.add(metrics)
         self.window.add({"loss": Sum(loss.detach(), torch.tensor(1))})
         self.micro_step += 1
         if self.micro_step == len(self.micro_batches):
             self.experience, self.micro_step = None, 0
         return loss
+
+    def coefficient_ahead(self, experience: Experience, sizes: dict[str, float]) -> Tensor | None:
+        """∂loss/∂log-prob [n, T] before the forward pass, where the log-probs have no part in it (ratio 1, no KL).
+
+        The kernel finds the head's gradients in the forward pass with it. It compares with the true gradient, so that
+        a subclass's loss with another one costs time and nothing else.
+        """
+        if experience.old_logprobs is not None or not self.objective.constant_on_policy:
+            return None
+        with torch.enable_grad():
+            logprobs = torch.zeros_like(experience.rollout_logprobs).requires_grad_()
+            loss, _ = self.compute_loss(logprobs, torch.zeros_like(logprobs), experience, **sizes)
+            return torch.autograd.grad(loss, logprobs)[0]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Measure the gradient before it is clipped, and stop before a broken one reaches the weights."""

@@ -230,8 +230,13 @@ class PolicyModule(LightningModule):
         """[R]"""
         return torch.tensor([float(reward.weight) for reward in self.rewards])
 
-    def logprobs(self, model: nn.Module, rows: Rollout, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [N, T] of the completions' tokens, at the temperature they were sampled with."""
+    def logprobs(
+        self, model: nn.Module, rows: Rollout, *, entropy_grad: bool = False, coefficient: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [N, T] of the completions' tokens, at the temperature they were sampled with.
+
+        ``coefficient`` [N, T] is the gradient that the log-probs will get, where it is known ahead; it spares work.
+        """
         return completion_logprobs(
             model,
             prompt_ids=rows.prompt_ids,
@@ -241,6 +246,7 @@ class PolicyModule(LightningModule):
             temperature=self.sampling.temperature,
             share_prompt=self.share_prompt,
             entropy_grad=entropy_grad,
+            coefficient=coefficient,
         )
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The smoke run learns from random weights, whatever the seed; where rewards are dealt out at random it learns nothing."""
+"""The smoke run learns from random weights, whatever the seed; rewards dealt out at random teach it nothing."""
 
 import csv
 import random

@@ -241,3 +241,25 @@ def test_fixed_coefficients_stay():
     coefficients = Coefficients(config)
     coefficients.step(kl=9.0, entropy=9.0)
     assert coefficients.config is config
+
+
+@pytest.mark.parametrize("loss_type", [name for name in PRESETS if name != "grpo"])
+def test_on_policy_gradient_without_the_log_probs(loss_type):
+    config = ObjectiveConfig(loss_type=loss_type, max_completion_length=5)
+    torch.manual_seed(0)
+    gradients = []
+    for logprobs in (torch.zeros(3, 5), -torch.rand(3, 5)):
+        logprobs.requires_grad_()
+        loss, _ = policy_loss(
+            config, logprobs=logprobs, advantages=torch.tensor([1.0, -1.0, 0.5]), mask=torch.ones(3, 5)
+        )
+        gradients.append(torch.autograd.grad(loss, logprobs)[0])
+    assert config.constant_on_policy
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-8)
+
+
+def test_what_makes_the_on_policy_gradient_depend_on_the_log_probs():
+    assert not ObjectiveConfig(loss_type="grpo").constant_on_policy
+    assert not ObjectiveConfig(entropy_coef=0.1).constant_on_policy
+    assert not ObjectiveConfig(off_policy_mask_threshold=0.1).constant_on_policy

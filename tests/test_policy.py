@@ -48,7 +48,7 @@ def test_dropout_is_off(tiny_model_path, tmp_path):
 @pytest.mark.parametrize("load", [load_tokenizer, load_config, load_policy])
 def test_a_folder_that_is_no_model_is_named_with_what_it_holds(tmp_path, load):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match="notes.txt"):
+    with pytest.raises(ValueError, match=r"notes\.txt"):
         load(str(tmp_path))
 
 

@@ -170,6 +170,16 @@ class ObjectiveConfig:
         return num_updates_per_rollout > 1 and (used or (self.kl_in_loss and self.use_bias_correction_kl))
 
     @property
+    def constant_on_policy(self) -> bool:
+        """Whether at ratio 1 the loss's gradient in the log-probs does not depend on them."""
+        return not (
+            self.kl_in_loss
+            or self.needs_entropy
+            or self.rollout_correction is not None
+            or self.off_policy_mask_threshold is not None
+        )
+
+    @property
     def token_wise(self) -> bool:
         """Whether each token's coefficient follows from that token alone, so that a row may be processed in pieces."""
         resolved, correction = self.resolved, self.rollout_correction
