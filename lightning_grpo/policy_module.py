@@ -5,19 +5,21 @@ Shapes: B prompts, N = B·G completions, R rewards, P prompt length, T completio
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from lightning_grpo.data import PromptBatch
 from lightning_grpo.logprobs import completion_logprobs
 from lightning_grpo.monitor.metrics import Window, observe_completions, observe_rewards
-from lightning_grpo.policy import LoRA, frozen_copy, load_config, load_policy, load_tokenizer
+from lightning_grpo.policy import LoRA, frozen_copy, load_config, load_policy, load_tokenizer, shard
 from lightning_grpo.rewards import Reward, as_rewards, compute_rewards
 from lightning_grpo.rollout import Rollout, RolloutCallback, Sampling, SyncedEngine, default_rollout, policy_weights
 from lightning_grpo.rollout.seeds import rollout_seeds
@@ -148,6 +150,9 @@ class PolicyModule(LightningModule):
         )
         if self.needs_reference and self.lora is None:
             self._reference = (frozen_copy(self.policy),)
+        if self.device_mesh is not None:
+            for model in (self.policy, *self._reference):
+                shard(model, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
         """The engine, where the user named none."""
@@ -157,6 +162,17 @@ class PolicyModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before a weight is loaded."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                f"trainer.strategy is {type(strategy).__name__}, under which weights would not reach the engine; set "
+                "ddp, or lightning.pytorch.strategies.ModelParallelStrategy, which shards them (FSDP2)"
+            )
+        if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                f"trainer.strategy.tensor_parallel_size is {self.device_mesh['tensor_parallel'].size()}; set it to 1 "
+                "and data_parallel_size to the number of ranks"
+            )
         longest = getattr(load_config(self.model_path).get_text_config(), "max_position_embeddings", None)
         needed = self.max_prompt_length + self.max_completion_length
         if longest is not None and needed > longest:
@@ -269,8 +285,8 @@ class PolicyModule(LightningModule):
         """For sequences of n tokens the n − 1 values log p(token[i] | token[:i]) of the policy, at temperature 1."""
         scored = []
         with self.trainer.precision_plugin.forward_context():
-            for sequence in sequences:
-                ids = torch.tensor([list(sequence)], device=self.device)
+            for _, batch in groupby(sequences, key=len):
+                ids = torch.tensor([list(sequence) for sequence in batch], device=self.device)
                 mask = torch.ones_like(ids, dtype=torch.bool)
                 logprobs, _ = completion_logprobs(
                     self.policy,
@@ -280,7 +296,7 @@ class PolicyModule(LightningModule):
                     completion_mask=mask[:, 1:],
                     share_prompt=False,
                 )
-                scored.append(logprobs[0])
+                scored.extend(logprobs)
         return scored
 
     def score_reference(self, rollout: Rollout, micro_batches: Sequence[list[int]]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,14 +100,21 @@ def check_canary(engine: Sequence[Tensor], policy: Sequence[Tensor]) -> Mismatch
     return mismatch(torch.cat([e.cpu() for e in engine]), torch.cat([p.cpu() for p in policy]))
 
 
+_LANES = 2039
+
+
 @dataclass(frozen=True)
 class Fingerprint:
-    """A tensor's dtype, shape and three sums over its bits as 64-bit words: of all, every 7th and every 11th of them,
-    so that the order counts. One pass at the speed of memory."""
+    """A tensor's dtype, shape and a weighted sum over its bits as 64-bit words, modulo 2^64.
+
+    The words are summed in 2,039 lanes, word i in lane i mod 2,039, and the lanes with odd random weights: any one
+    changed word changes the sum, and words that change places do where they change lanes. The number is prime,
+    so that rows and slices of matrices don't fall onto each other's lanes. One pass at the speed of memory.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    sums: tuple[int, int, int]
+    sum: int
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Fingerprint":
@@ -115,12 +123,18 @@ class Fingerprint:
         # Slices of other tensors need not start on a word's boundary.
         start = bits[:whole] if bits.storage_offset() % 8 == 0 else bits[:whole].clone()
         words = start.view(torch.int64)
+        even = words.numel() // _LANES * _LANES
+        lanes = words[:even].view(-1, _LANES).sum(0)
+        lanes[: words.numel() - even] += words[even:]
         rest = bits[whole:].sum(dtype=torch.int64)
-        return cls(
-            tensor.dtype,
-            tuple(tensor.shape),
-            ((words.sum() + rest).item(), words[::7].sum().item(), words[::11].sum().item()),
-        )
+        return cls(tensor.dtype, tuple(tensor.shape), ((lanes * _weights(tensor.device)).sum() + rest).item())
+
+
+@cache
+def _weights(device: torch.device) -> Tensor:
+    """[lanes] odd: multiplying by one loses no bit."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(-(2**62), 2**62, (_LANES,), generator=generator) | 1).to(device)
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,7 @@ class Held:
 
     def to_json(self) -> dict[str, Any]:
         f = self.fingerprint
-        bits = None if f is None else [str(f.dtype).removeprefix("torch."), list(f.shape), list(f.sums)]
+        bits = None if f is None else [str(f.dtype).removeprefix("torch."), list(f.shape), f.sum]
         return {"name": self.name, "place": self.place, "fingerprint": bits}
 
     @classmethod
@@ -144,7 +158,7 @@ class Held:
         """`at` names the endpoint that holds it."""
         bits = data["fingerprint"]
         if bits is not None:
-            bits = Fingerprint(getattr(torch, bits[0]), tuple(bits[1]), tuple(bits[2]))
+            bits = Fingerprint(getattr(torch, bits[0]), tuple(bits[1]), bits[2])
         return cls(data["name"], f"{data['place']} at {at}", bits)
 
 

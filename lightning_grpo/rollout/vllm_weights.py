@@ -30,6 +30,7 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Hel
         WeightSyncError: where a parameter of the engine got no value.
     """
     model = worker.get_model()
+    prefixes = {module: prefix for prefix, module in model.named_modules()}
     packed: dict[nn.Module, dict[str, Fingerprint]] = {}
     loaded: set[str] = set()
     load = model.load_weights
@@ -41,7 +42,7 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Hel
 
     model.load_weights = recording
     try:
-        with _watching_the_packing(lambda layer: packed.__setitem__(layer, _pieces(model, layer))):
+        with _watching_the_packing(lambda layer: packed.__setitem__(layer, _pieces(model, layer, prefixes[layer]))):
             worker.reload_weights(weights_iterator=iter(weights))
             _pack_head(model)
     except Exception:
@@ -122,10 +123,8 @@ def _held(model: nn.Module, packed: dict[nn.Module, dict[str, Fingerprint]]) -> 
                 yield Held(name, prefix, fingerprint)
 
 
-def _pieces(model: nn.Module, layer: nn.Module, prefix: str | None = None) -> dict[str, Fingerprint]:
+def _pieces(model: nn.Module, layer: nn.Module, prefix: str) -> dict[str, Fingerprint]:
     """Fingerprints of a layer's parameters, fused ones cut into the tensors of the checkpoint."""
-    if prefix is None:
-        prefix = next(name for name, module in model.named_modules() if module is layer)
     fingerprints = {}
     for name, parameter in layer.named_parameters(recurse=False):
         start = 0
