@@ -9,7 +9,7 @@ from lightning_grpo.rollout.sync import SyncedEngine, SyncReport
 from lightning_grpo.rollout.types import Completion, Engine, FinishReason, OnGroup, Rollout, Sampling
 from lightning_grpo.rollout.vllm_engine import VLLMEngine
 from lightning_grpo.rollout.vllm_rollout import VLLMProcessRollout, VLLMRollout, VLLMServerRollout, default_rollout
-from lightning_grpo.rollout.weights import policy_weights
+from lightning_grpo.rollout.weights import adapter_weights, policy_weights
 
 __all__ = [
     "Completion",
@@ -31,6 +31,7 @@ __all__ = [
     "VLLMRollout",
     "VLLMServerRollout",
     "WeightSyncError",
+    "adapter_weights",
     "default_rollout",
     "eos_token_ids",
     "mismatch",

@@ -1,7 +1,7 @@
 """Callbacks that build an engine for a module, keep it in step with the policy, and take it down with the run."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import lightning as L
 import torch
@@ -32,6 +32,10 @@ class RolloutCallback(L.Callback):
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Engine:
         """Make the engine. All ranks call this together; `pl_module.policy` lies on its device."""
         raise NotImplementedError(f"{type(self).__name__} must define build_engine")
+
+    def weights(self, pl_module: L.LightningModule) -> Iterator[tuple[str, torch.Tensor]]:
+        """A fresh stream of what the engine takes of the policy at a sync."""
+        return pl_module.policy_weights()
 
     sleeps = False
     """Whether the engine gives its memory back between rollouts."""
@@ -68,7 +72,7 @@ class RolloutCallback(L.Callback):
         self._engine = pl_module.engine = SyncedEngine(
             engine,
             version=lambda: pl_module.policy_version,
-            weights=pl_module.policy_weights,
+            weights=lambda: self.weights(pl_module),
             score=score,
             vocab_size=min(config.vocab_size, len(pl_module.tokenizer)),
             dtypes=(getattr(engine, "dtype", torch.float32), _trainer_dtype(trainer, pl_module)),

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_grpo.rollout.guest import guest, noise_to
 from lightning_grpo.rollout.proof import Held, WeightSyncError
 from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Sampling
+from lightning_grpo.rollout.vllm_adapter import adapter_request, load_adapter
 from lightning_grpo.rollout.vllm_weights import load_weights, replace_functions
 
 VLLM_SERIES = "0.32."
@@ -61,6 +62,9 @@ class VLLMEngine:
         sampling_args: any argument of `vllm.SamplingParams` by name, for every request.
         sleep_level: what `sleep` gives back on a GPU: 0 nothing, 1 the key-value cache (weights go to host memory),
             2 the weights as well (the next use needs `update_weights`).
+
+    With ``enable_lora`` among the engine_args the weights that `update_weights` takes are those of `adapter_weights`,
+    and every request is computed with them on top of the checkpoint's.
 
     Raises:
         ModuleNotFoundError, ImportError: without vLLM, or with another version than was written for.
@@ -108,6 +112,7 @@ class VLLMEngine:
                 _release_process_group(self._host_group)
                 raise _explained(error, settings, log_file) from error
         self._finalizer = weakref.finalize(self, _shutdown, self.llm, self._host_group)
+        self._lora_request = adapter_request() if settings.get("enable_lora") else None
         self._has_tokenizer = not settings["skip_tokenizer_init"]
 
     def generate(
@@ -134,7 +139,9 @@ class VLLMEngine:
                     for g, seed in enumerate(group):
                         request_id = str(next(self._request_ids))
                         params = self._params(sampling, max_tokens, seed)
-                        internal_id = engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params)
+                        internal_id = engine.add_request(
+                            request_id, {"prompt_token_ids": list(prompt)}, params, lora_request=self._lora_request
+                        )
                         places[request_id] = places[internal_id] = (i, g)
             while engine.has_unfinished_requests():
                 with guest():
@@ -160,7 +167,8 @@ class VLLMEngine:
         """
         self.wake()
         with guest():
-            self.held = load_weights(self._worker, weights)
+            load = load_weights if self._lora_request is None else load_adapter
+            self.held = load(self._worker, weights)
             if not self.llm.llm_engine.reset_prefix_cache():
                 raise WeightSyncError("the engine's prefix cache could not be reset: requests are still running")
         self.weights_lost = False
@@ -173,7 +181,7 @@ class VLLMEngine:
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
         prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
         with guest():
-            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+            outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora_request)
         return [torch.tensor(output.prompt_logprobs.logprobs) for output in outputs]
 
     def sleep(self) -> None:

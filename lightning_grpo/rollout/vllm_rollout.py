@@ -2,18 +2,22 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import psutil
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from lightning_grpo.rollout.callback import HFRollout, RolloutCallback, eos_token_ids, max_model_len
 from lightning_grpo.rollout.server_engine import ServerEngine
 from lightning_grpo.rollout.server_process import ServerProcess
+from lightning_grpo.rollout.vllm_adapter import adapter_settings
 from lightning_grpo.rollout.vllm_engine import VLLMEngine, require_vllm, vllm_version
+from lightning_grpo.rollout.weights import adapter_weights
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,9 @@ class VLLMRollout(RolloutCallback):
         quantization: how vLLM quantizes the weights it is given, such as fp8. Empty doesn't.
         sleep_level: what the engine gives back on a GPU while the policy trains: 0 nothing, 1 the key-value cache
             (weights move to host memory), 2 the weights too.
+        lora: what a sync sends where adapters are trained: merged (whole weights with the adapter in them, sampled at
+            full speed) or adapter (the adapter alone, on top of the checkpoint's weights: the sync costs next to
+            nothing, and sampling computes the adapter beside each layer).
         log_file: takes what vLLM prints and logs. Empty is vllm-RANK.log in the trainer's root folder.
         engine_args: any other argument of vLLM's EngineArgs, by name, such as speculative_config.
         sampling_args: any other argument of vLLM's SamplingParams, by name, such as structured_outputs.
@@ -61,6 +68,7 @@ class VLLMRollout(RolloutCallback):
         enforce_eager: bool | None = None,
         quantization: str | None = None,
         sleep_level: Literal[0, 1, 2] = 1,
+        lora: Literal["merged", "adapter"] = "merged",
         log_file: str | None = None,
         engine_args: dict[str, Any] | None = None,
         sampling_args: dict[str, Any] | None = None,
@@ -76,6 +84,9 @@ class VLLMRollout(RolloutCallback):
         self.kv_cache_memory_bytes = kv_cache_memory_bytes
         self.sleep_level = sleep_level if on_gpu else 0
         self.sleeps = self.sleep_level > 0
+        self.lora = lora
+        if lora == "adapter" and self.sleep_level == 2:
+            raise ValueError("sleep_level is 2: it drops the weights that lora: adapter never sends; set 1 or 0")
         self.log_file = log_file
         self.sampling_args = sampling_args
         settings = {
@@ -120,9 +131,24 @@ class VLLMRollout(RolloutCallback):
         elif not torch.cuda.is_available():
             config = pl_module.policy.config.get_text_config()
             settings["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, self.max_num_seqs, settings["max_model_len"])
+        if self.lora == "adapter":
+            settings |= self._adapter_settings(pl_module)
         if getattr(pl_module, "from_scratch", False):
             settings.setdefault("load_format", "dummy")
         return settings
+
+    def weights(self, pl_module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
+        return super().weights(pl_module) if self.lora == "merged" else adapter_weights(pl_module.policy)
+
+    def _adapter_settings(self, pl_module: L.LightningModule) -> dict[str, Any]:
+        if pl_module.lora is None:
+            raise ValueError("rollout lora is adapter, but the module trains whole weights; set the module's lora")
+        if pl_module.from_scratch:
+            raise ValueError(
+                "rollout lora is adapter, but from_scratch gives the policy weights that no checkpoint holds and the "
+                "engine would not have; set rollout lora: merged"
+            )
+        return adapter_settings(pl_module.lora.rank, pl_module.policy.base_model.targeted_module_names)
 
     def log_path(self, trainer: L.Trainer) -> Path:
         return Path(self.log_file or Path(trainer.default_root_dir) / f"vllm-{trainer.global_rank}.log")
@@ -138,7 +164,7 @@ class VLLMProcessRollout(VLLMRollout):
         tensor_parallel_size: GPUs that hold one copy of the model together.
         data_parallel_size: copies of the model.
         start_timeout: seconds that the server may take to start.
-        kwargs: those of `VLLMRollout`; sleep_level is without effect.
+        kwargs: those of `VLLMRollout`; sleep_level is without effect, lora has to be merged.
     """
 
     def __init__(
@@ -152,6 +178,8 @@ class VLLMProcessRollout(VLLMRollout):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if self.lora == "adapter":
+            raise ValueError("lora is adapter: a server process takes merged weights; set merged, or use VLLMRollout")
         self.cores = cores
         self.environment = environment
         self.start_timeout = start_timeout

@@ -46,6 +46,37 @@ def policy_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, T
                     yield full_name, _merged(policy, prefix, name, parameter)
 
 
+def adapter_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """Stream the policy's LoRA adapter alone, for an engine that holds the base model itself.
+
+    Yields:
+        ``base_model.model.LAYER.lora_A.weight``, a copy of A [r, in], and ``….lora_B.weight``, alpha / r · B [out, r]
+        in float32: with the scaling inside, an engine that scales once more holds other bits than were sent. Shards
+        are gathered as in `policy_weights`.
+
+    Raises:
+        NotImplementedError: where the policy is more than its base model and one plain LoRA adapter on linear layers.
+    """
+    if not isinstance(policy, PeftModel):
+        raise NotImplementedError("the policy has no adapter; give the engine its weights instead")
+    others = [name for name, p in policy.named_parameters() if p.requires_grad and "lora_" not in name]
+    if others or len(policy.active_adapters) != 1:
+        raise NotImplementedError(
+            f"an engine takes one adapter and nothing beside it, but active adapters are {policy.active_adapters} and "
+            f"{len(others)} other parameters train ({', '.join(others[:4])}); send merged weights instead"
+        )
+    (adapter,) = policy.active_adapters
+    for name, layer in policy.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        _require_plain(layer, name, adapter)
+        if layer.merged or adapter not in layer.lora_A:
+            raise NotImplementedError(f"{name} is merged, or no linear layer; send merged weights instead")
+        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        yield f"base_model.model.{name}.lora_A.weight", whole(A.detach()).clone()
+        yield f"base_model.model.{name}.lora_B.weight", whole(B.detach()).float() * layer.scaling[adapter]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or all of it where this rank only holds a shard. Collective for shards."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -76,11 +107,15 @@ def _merged(policy: nn.Module, prefix: str, name: str, parameter: Tensor) -> Ten
 
 def _lora_delta(layer: LoraLayer, name: str, adapter: str) -> Tensor:
     """scaling · B·A in float32 (LoRA, Hu et al. 2021, equation 3)."""
-    if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
-        raise NotImplementedError(f"adapter {adapter!r} on {name} is not plain LoRA (DoRA, or a bias); can't merge it")
+    _require_plain(layer, name, adapter)
     if adapter in layer.lora_embedding_A:
         A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
         return (whole(B.detach()).float() @ whole(A.detach()).float()).T * layer.scaling[adapter]
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     delta = whole(B.detach()).float() @ whole(A.detach()).float() * layer.scaling[adapter]
     return delta.T if layer.fan_in_fan_out else delta
+
+
+def _require_plain(layer: LoraLayer, name: str, adapter: str) -> None:
+    if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
+        raise NotImplementedError(f"adapter {adapter!r} on {name} is not plain LoRA (DoRA, or a bias)")
