@@ -93,8 +93,9 @@ def main(args: list[str] | None = None) -> None:
             raise SystemExit(configure.main(given[1:]))
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         log_to_terminal()
-        # Lightning's own use of torch, which its users can do nothing about
+        # Lightning's own use of torch; and advice for metrics that are not reduced yet, which ours are
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+        warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log")
         GRPOCommand(
             PolicyModule,
             PromptDataModule,

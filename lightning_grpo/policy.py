@@ -8,6 +8,9 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -126,6 +129,15 @@ def load_policy(
 def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
     """The reference of full training: a copy of the policy as it is now, in evaluation mode, without gradients."""
     return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+def shard(policy: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Split the parameters over the ranks of ``mesh``, gathered layer by layer where they are used (FSDP2)."""
+    base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    layers = [module for module in policy.modules() if type(module).__name__ in (base._no_split_modules or ())]
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(policy, mesh=mesh)
 
 
 def _not_found(what: str, model: str) -> str:

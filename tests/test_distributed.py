@@ -58,3 +58,23 @@ def test_two_ranks_end_where_one_process_ends(tmp_path):
     )  # fmt: skip
     assert [row["loss"] for row in rows] == [row["loss"] for row in rows_of_two[2:]]
     assert all(torch.equal(resumed[name], two[name]) for name in two)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_sharded_weights_train_as_replicated_ones(tmp_path):
+    options = [
+        "--trainer.accumulate_grad_batches", "1", "--rollout", "VLLMRollout", "--rollout.dtype", "float32",
+        "--model.objective.beta", "0.1", "--trainer.max_steps", "2",
+    ]  # fmt: skip
+    sharded = [
+        "--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy",
+        "--trainer.strategy.data_parallel_size", "2", "--trainer.strategy.tensor_parallel_size", "1",
+        "--trainer.strategy.save_distributed_checkpoint", "false",
+    ]  # fmt: skip
+    whole, rows_of_whole = smoke(tmp_path / "whole", *options, ranks=2)
+    shards, rows_of_shards = smoke(tmp_path / "shards", *options, *sharded, ranks=2)
+    for mine, theirs in zip(rows_of_whole, rows_of_shards, strict=True):
+        for name in ("reward", "loss", "grad_norm", "kl", "num_tokens"):
+            assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-3, abs=1e-6), name
+    assert max(float((whole[name] - shards[name]).abs().max()) for name in whole) < 1e-4
