@@ -19,9 +19,9 @@ from lightning.pytorch.utilities import rank_zero_only
 import lightning_grpo.rewards  # noqa: F401  their bare class names resolve once they are imported
 from lightning_grpo.configure.callback import Prediction
 from lightning_grpo.data import PromptDataModule
+from lightning_grpo.module import GRPOModule
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.monitor.terminal import RunSummary, StepProgressBar
-from lightning_grpo.policy_module import PolicyModule
 from lightning_grpo.rollout import RolloutCallback
 
 DESCRIPTION = """Group Relative Policy Optimization: fit trains a policy, validate and test sample and judge held-out
@@ -97,7 +97,7 @@ def main(args: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
         warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log")
         GRPOCommand(
-            PolicyModule,
+            GRPOModule,
             PromptDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,

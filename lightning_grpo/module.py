@@ -283,10 +283,10 @@ class GRPOModule(PolicyModule):
     def coefficient_ahead(self, experience: Experience, sizes: dict[str, float]) -> Tensor | None:
         """∂loss/∂log-prob [n, T] before the forward pass, where the log-probs have no part in it (ratio 1, no KL).
 
-        The kernel finds the head's gradients in the forward pass with it. It compares with the true gradient, so that
-        a subclass's loss with another one costs time and nothing else.
+        The kernel finds the head's gradients in the forward pass with it, after comparing it with the true gradient.
         """
-        if experience.old_logprobs is not None or not self.objective.constant_on_policy:
+        overridden = type(self).compute_loss is not GRPOModule.compute_loss
+        if overridden or experience.old_logprobs is not None or not self.objective.constant_on_policy:
             return None
         with torch.enable_grad():
             logprobs = torch.zeros_like(experience.rollout_logprobs).requires_grad_()
