@@ -86,6 +86,9 @@ def main(args: list[str] | None = None) -> None:
     came from.
     """
     given = sys.argv[1:] if args is None else args
+    # classes in a file of the folder where the command is run are found by ``file.Class``, as under ``python -m``
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         if given[:1] == ["configure"]:
             from lightning_grpo.configure import command as configure

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ from lightning_grpo.cli import main
 from lightning_grpo.configure import check_batch_arithmetic
 
 ROOT = Path(__file__).parent.parent
+CONSOLE_SCRIPT = str(Path(sys.executable).parent / "lightning-grpo")
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def smoke(root: Path, *options: str) -> list[str]:
     return [
-        "fit", "--config", "configs/smoke.yaml", "--trainer.default_root_dir", str(root), "--trainer.max_steps", "2",
+        "fit", "--config", str(ROOT / "configs/smoke.yaml"), "--trainer.default_root_dir", str(root),
+        "--trainer.max_steps", "2",
         *options,
     ]  # fmt: skip
 
@@ -28,7 +31,7 @@ def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("command", [["-m", "lightning_grpo"], [str(Path(sys.executable).parent / "lightning-grpo")]])
+@pytest.mark.parametrize("command", [["-m", "lightning_grpo"], [CONSOLE_SCRIPT]])
 def test_module_and_console_script(command):
     prefix = [sys.executable] if command[0] == "-m" else []
     done = subprocess.run([*prefix, *command, "--help"], capture_output=True, text=True, timeout=120)
@@ -117,13 +120,13 @@ class Halved(GRPOModule):
 
 def test_a_subclass_in_its_own_file_is_driven_from_yaml(tmp_path):
     (tmp_path / "mine.py").write_text(SUBCLASS)
-    overlay = {"model": {"class_path": "mine.Halved", "init_args": {"factor": 0.25}}}
+    overlay = {
+        "model": {"class_path": "mine.Halved", "init_args": {"factor": 0.25, "model": str(ROOT / "configs/tiny")}}
+    }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(overlay))
     done = subprocess.run(
-        [sys.executable, "-m", "lightning_grpo", *smoke(tmp_path, "--config", str(tmp_path / "mine.yaml")),
-         "--model.rewards+=mine.Shout"],
-        capture_output=True, text=True, timeout=120,
-        env={"PYTHONPATH": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"},
+        [CONSOLE_SCRIPT, *smoke(tmp_path, "--config", "mine.yaml", "--model.rewards+=mine.Shout")],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     config = yaml.safe_load((tmp_path / "logs" / "version_0" / "config.yaml").read_text())
