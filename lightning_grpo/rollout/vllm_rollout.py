@@ -45,8 +45,8 @@ class VLLMRollout(RolloutCallback):
         sleep_level: what the engine gives back on a GPU while the policy trains: 0 nothing, 1 the key-value cache
             (weights move to host memory), 2 the weights too.
         lora: what a sync sends where adapters are trained: merged (whole weights with the adapter in them, sampled at
-            full speed) or adapter (the adapter alone, on top of the checkpoint's weights: the sync costs next to
-            nothing, and sampling computes the adapter beside each layer).
+            full speed) or adapter (the adapter alone, on top of the checkpoint's weights: next to nothing to send, but
+            sampling computes the adapter beside each layer, on a CPU at a fraction of the speed).
         log_file: takes what vLLM prints and logs. Empty is vllm-RANK.log in the trainer's root folder.
         engine_args: any other argument of vLLM's EngineArgs, by name, such as speculative_config.
         sampling_args: any other argument of vLLM's SamplingParams, by name, such as structured_outputs.
