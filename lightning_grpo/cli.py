@@ -21,7 +21,7 @@ from lightning_grpo.configure.callback import Prediction
 from lightning_grpo.data import PromptDataModule
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.monitor.checkpoint import Checkpoint
-from lightning_grpo.monitor.terminal import RunSummary, StepProgressBar
+from lightning_grpo.monitor.terminal import RunSummary, StepProgressBar, TerminalHandler
 from lightning_grpo.rollout import RolloutCallback
 
 DESCRIPTION = """Group Relative Policy Optimization: fit trains a policy, validate and test sample and judge held-out
@@ -121,7 +121,7 @@ def log_to_terminal() -> None:
     logger = logging.getLogger("lightning_grpo")
     logger.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)
     if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
+        logger.addHandler(TerminalHandler())
 
 
 def own_message(error: BaseException | None) -> str | None:

@@ -1,5 +1,6 @@
 """What a person sees: one line of figures an optimizer step, and a summary at the end."""
 
+import logging
 import sys
 import time
 from typing import Any
@@ -30,12 +31,21 @@ def held_out_figures(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def figures(metrics: dict[str, Any]) -> str:
-    """The metrics of one optimizer step on one line, the seconds of its phases last."""
+    """The metrics of one optimizer step on one line, the seconds of its longer phases last."""
     shown = [
         f"{label} {form.format(float(metrics[name]))}" for label, (name, form) in FIGURES.items() if name in metrics
     ]
-    phases = [f"{name} {float(metrics[f'time/{name}']):.1f}s" for name in PHASES if f"time/{name}" in metrics]
+    seconds = {name: float(metrics.get(f"time/{name}", 0.0)) for name in PHASES}
+    phases = [f"{name} {value:.1f}s" for name, value in seconds.items() if value >= 0.05]
     return "  ".join(shown) + "  │ " + " ".join(phases)
+
+
+class TerminalHandler(logging.StreamHandler):
+    """Writes log records above a progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 class StepProgressBar(ProgressBar):
@@ -67,9 +77,8 @@ class StepProgressBar(ProgressBar):
             self._bar = tqdm(
                 total=self._total(trainer),
                 initial=trainer.global_step,
-                desc="step",
                 dynamic_ncols=True,
-                bar_format="{n_fmt}/{total_fmt} {bar:10} {elapsed}<{remaining}  {postfix}",
+                bar_format="{n_fmt}/{total_fmt} {bar:10} {elapsed}<{remaining}  {desc}",
             )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -80,7 +89,7 @@ class StepProgressBar(ProgressBar):
         line = figures(trainer.callback_metrics)
         if self._bar is not None:
             self._bar.n = self._step
-            self._bar.set_postfix_str(line)
+            self._bar.set_description_str(line)
         else:
             elapsed = time.monotonic() - self._started
             total = self._total(trainer)
