@@ -95,7 +95,7 @@ def _head(w: Workload, hardware: Hardware, trained: bool) -> float:
     logit = size if hardware.is_cpu else 4
     W = min(max(BLOCK_BYTES // (n * logit), 512), V)
     block = n * W * logit
-    kept = min(n * V * logit, KEEP_BYTES // block * block) if trained and not w.lora_rank else 0
+    kept = min(n * V, KEEP_BYTES // (n * W * size) * n * W) * size if trained and not w.lora_rank else 0
     scratch = 0 if logit == size else n * W * size
     products = (w.weight_bytes != size) + (trained and not w.lora_rank)
     return block + kept + scratch + size * W * H * products + 8 * n * H

@@ -11,7 +11,7 @@ from lightning_grpo.kernels import rows
 
 # Bytes of one block of logits: enough for the matrix products to run at full speed, small beside a model.
 BLOCK_BYTES = 16 << 20
-# Bytes of logits that a trainable head's forward keeps at a time, so that they need not be made again.
+# Bytes of probabilities that a trainable head's forward keeps at a time, so that logits need not be made again.
 KEEP_BYTES = 128 << 20
 
 
@@ -37,7 +37,7 @@ def linear_logprob(
         softcap: c of c·tanh(x / c), applied before the temperature.
         bias: [V].
         scale: factor of the head's output.
-        entropy_grad: let gradients flow from the entropy too; it costs a frozen head a second pass.
+        entropy_grad: let gradients flow from the entropy too; all logits are then made twice.
         coefficient: [N], ∂loss/∂logprob up to a common factor, where it is known before the loss, as on-policy without
             a KL term: −advantage × weight. The forward then finds a trainable head's gradients, too, and multiplies
             nothing twice. The backward checks it against the loss's own gradient, which wins where they differ.
@@ -46,8 +46,9 @@ def linear_logprob(
         (logprobs, entropy), [N] each, fp32, in nats.
 
     The logits exist one block of the vocabulary at a time. With G = onehot − p, ∂logprob/∂logits does not depend on
-    the loss, so a frozen head's G·weight is computed in the forward; a trainable head recomputes its blocks in the
-    backward. Rows whose gradient is exactly 0 take no part in it, whatever they hold.
+    the loss, so a frozen head's G·weight is computed in the forward; a trainable head keeps G for as many blocks as
+    KEEP_BYTES hold and recomputes the others in the backward. Rows whose gradient is exactly 0 take no part in it,
+    whatever they hold.
     """
     if (
         hidden.dim() != 2
@@ -87,10 +88,11 @@ class _LinearLogprob(torch.autograd.Function):
             ctx.transform, ctx.coefficient = transform, coefficient
             ctx.save_for_backward(hidden, weight, bias, targets, *softmax)
         else:
-            softmax, kept = _softmax(hidden, weight, bias, targets, transform, KEEP_BYTES if recording else 0)
+            room = _room(hidden, weight, KEEP_BYTES if recording and not entropy_grad else 0)
+            softmax, kept = _softmax(hidden, weight, bias, targets, transform, room)
             ctx.transform = transform
             if recording:
-                ctx.save_for_backward(hidden, weight, bias, targets, *softmax, *kept)
+                ctx.save_for_backward(hidden, weight, bias, targets, *softmax, *(x for block in kept for x in block))
         ctx.set_materialize_grads(False)
         if not entropy_grad:
             ctx.mark_non_differentiable(softmax.entropy)
@@ -109,7 +111,7 @@ class _LinearLogprob(torch.autograd.Function):
         if scale is not None:
             return (*(None if x is None else x if scale == 1 else x.mul_(scale) for x in ahead), *[None] * 5)
         hidden, weight, bias, targets, logprob, entropy, lse, rest, *kept = ctx.saved_tensors
-        softmax = rows.Softmax(logprob, entropy, lse, rest)
+        softmax, kept = rows.Softmax(logprob, entropy, lse, rest), list(zip(kept[::2], kept[1::2], strict=True))
         c_logprob = torch.zeros_like(lse) if c_logprob is None else c_logprob
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _gradients(
@@ -126,22 +128,30 @@ def _multiple(c: Tensor, coefficient: Tensor) -> float | None:
 
 
 def _softmax(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: rows.Transform, keep: int
-) -> tuple[rows.Softmax, list[Tensor]]:
-    """The rows' softmax, and the first blocks of the head's output, as many as ``keep`` bytes hold."""
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: rows.Transform, room: Tensor
+) -> tuple[rows.Softmax, list[tuple[Tensor, Tensor]]]:
+    """The rows' softmax, and G of the first blocks, as many as ``room`` holds: (g, scale) with G = −scale·g."""
     stats = rows.Statistics.empty(len(hidden), hidden.device)
     width = _width(hidden, weight)
     memory = _memory(hidden, width, _dtype(hidden))
-    keep = keep // memory.nbytes if memory.numel() else 0
     kept = []
-    for i, ids in enumerate(_ids(weight, width)):
-        if 0 < i <= keep:
-            memory = _memory(hidden, width, memory.dtype)
+    for ids in _ids(weight, width):
         _, a = _head(hidden, weight, bias, ids, memory)
-        rows.accumulate(a, ids, targets, transform, stats)
-        if i < keep:
-            kept.append(a)
-    return stats.finish(), kept
+        g = _view(room, a.shape) if room.numel() >= a.numel() else None
+        joins = rows.accumulate(a, ids, targets, transform, stats, weights=g)
+        if g is not None:
+            room = room[a.numel() :]
+            kept.append((g, stats.m + joins[1].log()))
+    softmax = stats.finish()
+    at_target = transform.chain_(-softmax.rest[:, None], stats.y[:, None]).squeeze(1)
+    for (g, scale), ids in zip(kept, _ids(weight, width), strict=False):
+        scale.sub_(softmax.lse).exp_()
+        # The target's own column is in no proportion to the others: its row is brought to the scale of 1.
+        here, column = rows.targets_within(targets, ids)
+        g[here] = (g[here] * scale[here, None]).to(g.dtype)
+        g[here, column] = at_target[here].to(g.dtype)
+        scale[here] = 1
+    return softmax, kept
 
 
 def _frozen(
@@ -152,12 +162,12 @@ def _frozen(
     expected = torch.zeros(hidden.shape, device=hidden.device)
     width = _width(hidden, weight)
     memory = _memory(hidden, width, _dtype(hidden))
-    scratch = memory if memory.dtype == hidden.dtype else _memory(hidden, width, hidden.dtype)
+    scratch = _scratch(memory, hidden, width)
     for ids in _ids(weight, width):
         w, a = _head(hidden, weight, bias, ids, memory)
-        g = _view(scratch, a.shape)
+        g = a if scratch is memory else _view(scratch, a.shape)
         old, new = rows.accumulate(a, ids, targets, transform, stats, weights=g)
-        expected.mul_(old[:, None]).add_((g[:, : len(w)] @ w).mul_(new[:, None]))
+        expected.mul_(old[:, None]).addcmul_(_product(g[:, : len(w)], w), new[:, None])
     softmax = stats.finish()
     at_target = transform.chain_(softmax.rest.clone()[:, None], stats.y[:, None])
     expected.mul_(-(stats.m - softmax.lse).exp()[:, None]).addcmul_(at_target, weight[targets])
@@ -174,19 +184,18 @@ def _ahead(
     needs: tuple[bool, ...],
 ) -> tuple[rows.Softmax, Tensor | None, Tensor | None, Tensor | None]:
     """The rows' softmax and all gradients, tokens chunk by chunk, so that no block of logits is made twice."""
-    step = max(KEEP_BYTES // (len(weight) * _dtype(hidden).itemsize), 64)
+    step = max(KEEP_BYTES // (len(weight) * hidden.element_size()), 64)
     found, grad_hidden = [], torch.empty_like(hidden) if needs[0] else None
     grad_weight, grad_bias = (
         torch.zeros_like(x) if need else None for x, need in zip((weight, bias), needs[1:], strict=True)
     )
+    room = _room(hidden[:step], weight, sys.maxsize)
     for start in range(0, max(len(hidden), 1), step):
         i = slice(start, start + step)
-        softmax, kept = _softmax(hidden[i], weight, bias, targets[i], transform.rows(i), sys.maxsize)
+        softmax, kept = _softmax(hidden[i], weight, bias, targets[i], transform.rows(i), room)
         found.append(softmax)
         some = hidden[i], weight, bias, targets[i], transform.rows(i), softmax, kept
         part, _, _ = _gradients(*some, coefficient[i], None, needs, (grad_weight, grad_bias))
-        # Or two chunks of logits would be held while the next is made.
-        del some, kept
         if grad_hidden is not None:
             grad_hidden[i] = part
     return rows.Softmax(*map(torch.cat, zip(*found, strict=True))), grad_hidden, grad_weight, grad_bias
@@ -199,7 +208,7 @@ def _gradients(
     targets: Tensor,
     transform: rows.Transform,
     softmax: rows.Softmax,
-    kept: list[Tensor],
+    kept: list[tuple[Tensor, Tensor]],
     c_logprob: Tensor,
     c_entropy: Tensor | None,
     needs: tuple[bool, ...],
@@ -223,21 +232,26 @@ def _gradients(
     if needs[2] and grad_bias is None:
         grad_bias = torch.empty_like(bias)
     memory = _memory(h, width, _dtype(h))
-    scratch = memory if memory.dtype == h.dtype else _memory(h, width, h.dtype)
+    scratch = _scratch(memory, h, width)
     for i, ids in enumerate(_ids(weight, width)):
         if i < len(kept):
-            w, a = weight[ids].to(h.dtype), kept[i] if every else kept[i][active]
+            w = weight[ids].to(h.dtype)
+            g, scale = kept[i] if every else (x[active] for x in kept[i])
+            to_rows = (-scale * c_logprob)[:, None]
         else:
             w, a = _head(h, weight, bias, ids, memory)
-        g = _view(scratch, a.shape)
-        rows.gradient(a, g, ids, targets, transform, softmax, c_logprob, c_entropy)
+            g, to_rows = a if scratch is memory else _view(scratch, a.shape), None
+            rows.gradient(a, g, ids, targets, transform, softmax, c_logprob, c_entropy)
         g = g[:, : len(w)]
         if needs[0]:
-            grad_hidden += g @ w
+            part = _product(g, w)
+            grad_hidden = grad_hidden.add_(part) if to_rows is None else grad_hidden.addcmul_(part, to_rows)
         if needs[1]:
-            _write(grad_weight[ids], g.T, scaled, add=onto[0] is not None)
+            right = scaled if to_rows is None else (h * (factor * to_rows)).to(h.dtype)
+            _write(grad_weight[ids], g.T, right, add=onto[0] is not None)
         if needs[2]:
-            _write(grad_bias[ids, None], g.T, factor.to(g.dtype), add=onto[1] is not None)
+            right = factor if to_rows is None else factor * to_rows
+            _write(grad_bias[ids, None], g.T, right.to(g.dtype), add=onto[1] is not None)
     if needs[0]:
         grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
         grad_hidden = grad_hidden if every else torch.zeros_like(hidden).index_copy_(0, active, grad_hidden)
@@ -246,12 +260,22 @@ def _gradients(
 
 def _write(out: Tensor, x: Tensor, y: Tensor, *, add: bool) -> None:
     """out = x @ y, or out += x @ y."""
-    if out.dtype != x.dtype:
-        out.copy_(out + x @ y if add else x @ y)
+    if out.dtype != x.dtype or _onednn(x):
+        out.add_(_product(x, y)) if add else out.copy_(_product(x, y))
     elif add:
         out.addmm_(x, y)
     else:
         torch.mm(x, y, out=out)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, y.T, None, "none", [], "") if _onednn(x) else x @ y
+
+
+def _onednn(x: Tensor) -> bool:
+    """Whether to ask oneDNN by name: for fp32 torch asks MKL, which leaves AVX-512 unused on CPUs not of Intel's."""
+    fp32 = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+    return fp32 and torch.backends.mkldnn.is_available()
 
 
 def _width(hidden: Tensor, weight: Tensor) -> int:
@@ -274,13 +298,26 @@ def _memory(hidden: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(len(hidden), width + (-width % 64 if hidden.is_cuda else 0), dtype=dtype, device=hidden.device)
 
 
+def _scratch(memory: Tensor, hidden: Tensor, width: int) -> Tensor:
+    """For what is multiplied with the weights, in their precision: ``memory`` itself where that is in it."""
+    return memory if memory.dtype == hidden.dtype else _memory(hidden, width, hidden.dtype)
+
+
+def _room(hidden: Tensor, weight: Tensor, most: int) -> Tensor:
+    """For G of these rows [N, V], padding included, or as much of it as ``most`` bytes hold."""
+    return hidden.new_empty(min(len(hidden) * (len(weight) + 64), most // hidden.element_size()))
+
+
 def _view(memory: Tensor, shape: torch.Size) -> Tensor:
     return memory.view(-1)[: shape.numel()].view(shape)
 
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: slice, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights [W, H] of ``ids`` and the head's output [N, ≥ W] for them, which is put into ``memory``."""
+    """The weights [W, H] of ``ids`` and the head's output [N, ≥ W] for them, made in ``memory`` where it can be."""
     w = weight[ids].to(hidden.dtype)
+    if _onednn(hidden):
+        b = None if bias is None else bias[ids].to(hidden.dtype)
+        return w, torch.ops.mkldnn._linear_pointwise(hidden, w, b, "none", [], "")
     a = _view(memory, torch.Size((len(hidden), len(w) + (-len(w) % 64 if hidden.is_cuda else 0))))
     out = a[:, : len(w)]
     wider = {} if out.dtype == hidden.dtype else {"out_dtype": out.dtype}

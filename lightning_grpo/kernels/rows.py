@@ -117,7 +117,7 @@ def accumulate(
         some = transform.rows(i)
         m, s, t, y = (x[i] for x in stats)
         z = some.logits(a[i, :width])
-        here = _targets_within(targets[i], ids)
+        here = targets_within(targets[i], ids)
         y[here[0]] = z[here]
         z[here] = FLOOR
         # torch's softmax is one fused pass, faster than exp alone: p is exp(z − top) times its own largest element. Its
@@ -158,7 +158,7 @@ def gradient(
     for i in _cached_rows(a):
         some, row, c = transform.rows(i), softmax.rows(i), c_logprob[i]
         z = some.logits(a[i, :width])
-        here = _targets_within(targets[i], ids)
+        here = targets_within(targets[i], ids)
         p = torch.softmax(z, 1)
         scale = (z.amax(1) - row.lse).exp_().div_(p.amax(1))
         at_target = (c * row.rest)[here[0]]
@@ -178,7 +178,7 @@ def _cached_rows(a: Tensor) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, a.shape[0], step))
 
 
-def _targets_within(targets: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
+def targets_within(targets: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
     """Rows whose target lies in the block, and its columns."""
     rows = ((targets >= ids.start) & (targets < ids.stop)).nonzero().squeeze(1)
     return rows, targets[rows] - ids.start
