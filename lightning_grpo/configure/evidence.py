@@ -229,10 +229,12 @@ FIXED = {
 
 
 def gradient_clip_val(lora: bool) -> Choice:
+    """Clipping of the gradient's norm."""
     if lora:
         return Choice(0.2, "small batches of adapters spike", "usual for LoRA: 0.1–0.2; whole weights 1.0")
     return Choice(1.0, "stops single bad steps", "usual: 1.0")
 
 
 def lora_rank() -> Choice:
+    """Rank of the adapters."""
     return Choice(16, "enough for reinforcement learning, on all linear layers", "usual: 1–32; Tinker 32, verl 32")

@@ -26,6 +26,7 @@ def _cell(choice: Choice) -> str:
 
 
 def tasks() -> str:
+    """What each task asks for."""
     return _markdown(
         ["task", "what it is", "num_generations", "max_completion_length", "beta"],
         [
@@ -36,6 +37,7 @@ def tasks() -> str:
 
 
 def classic() -> str:
+    """The founding presets."""
     return _markdown(
         ["task", "num_generations", "max_completion_length", "beta", "learning_rate"],
         [
@@ -46,6 +48,7 @@ def classic() -> str:
 
 
 def learning_rates() -> str:
+    """Learning rates by size."""
     models = ["SmolLM2-135M-Instruct", "Qwen2.5-0.5B-Instruct", "Qwen2.5-1.5B-Instruct", "Qwen2.5-7B-Instruct"]
     models.append("Qwen2.5-32B-Instruct")
     rows = []
@@ -57,12 +60,14 @@ def learning_rates() -> str:
 
 
 def knobs() -> str:
+    """What each option does."""
     choices = FIXED | {"gradient_clip_val": gradient_clip_val(False), "lora.rank": lora_rank()}
     rows = [[f"`{name}`", _number(c.value), c.why, c.evidence, c.trades] for name, c in choices.items()]
     return _markdown(["option", "value", "why", "evidence", "trades"], rows)
 
 
 def levers() -> str:
+    """What makes a run fit, cheapest first."""
     rows = [
         [i, lever.name, ", ".join(f"`{pin}`" for pin in lever.pins), lever.trades] for i, lever in enumerate(LEVERS, 1)
     ]
@@ -70,6 +75,7 @@ def levers() -> str:
 
 
 def zero_variance() -> str:
+    """Share of groups without signal by pass rate and group size."""
     groups = (4, 8, 16, 32)
     rows = [
         [p, *(f"{zero_variance_share([p], G):.0%}" for G in groups)] for p in (0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.95)
@@ -78,6 +84,7 @@ def zero_variance() -> str:
 
 
 def hardware() -> str:
+    """The devices known by name."""
     rows = [
         [f"`{key}`", g.name, f"{g.memory / GB:.0f}", f"{g.flops / 1e12:g}", f"{g.bandwidth / 1e12:g}", g.source]
         for key, g in GPUS.items()

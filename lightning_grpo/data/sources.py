@@ -96,6 +96,7 @@ def jsonl(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def parquet(path: Path) -> Iterator[Row]:
+    """Rows of a parquet file, with the place of each for error messages."""
     import pyarrow.parquet
 
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches():

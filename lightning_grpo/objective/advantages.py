@@ -68,6 +68,7 @@ class AdvantageConfig:
 
 
 def check_options(estimator: str, scale_rewards: str, aggregation: str, k: int | None) -> None:
+    """Raise ValueError for names that are unknown or contradict each other."""
     for name, value, kind in (
         ("estimator", estimator, Estimator),
         ("scale_rewards", scale_rewards, Scale),
@@ -185,6 +186,7 @@ def leave_one_out(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
 
 
 def whiten(r: Tensor) -> Tensor:
+    """``r`` less its mean, over its standard deviation, of the whole batch."""
     flat = r.reshape(-1)
     return (centre(flat, 0) / (std(flat, 0) + EPSILON)).view_as(r)
 

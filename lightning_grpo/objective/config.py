@@ -212,4 +212,5 @@ class ObjectiveConfig:
 
 
 def field_names(surrogate: Surrogate) -> set[str]:
+    """Names of the numbers that a surrogate takes; none where it is no dataclass."""
     return {f.name for f in fields(surrogate)} if is_dataclass(surrogate) else set()

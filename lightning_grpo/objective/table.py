@@ -90,6 +90,7 @@ def numbers(surrogate: Surrogate) -> str:
 
 
 def table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
+    """The page's table of presets, in Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ("---",) * len(head), *body])
 
 

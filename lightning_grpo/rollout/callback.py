@@ -132,6 +132,7 @@ def eos_token_ids(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills rectangles: the padding token, or the end-of-sequence token where there is none."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
