@@ -454,6 +454,7 @@ def test_metrics_are_means_over_what_they_claim_and_merge():
         "sampling/sampling_logp_difference/max": (inputs["old_logprobs"] - inputs["rollout_logprobs"])[mask]
         .abs()
         .max(),
+        "sampling/kl": kl_divergence(inputs["rollout_logprobs"], inputs["old_logprobs"])[mask].mean(),
     }
     for name, value in expected.items():
         torch.testing.assert_close(whole[name].compute(), value, **CLOSE)

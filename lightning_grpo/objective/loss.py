@@ -147,6 +147,7 @@ def ratio_metrics(surrogate: Surrogate, terms: Terms) -> dict[str, Metric]:
 
 
 def per_sequence(x: Tensor, mask: Tensor) -> Tensor:
+    """[N, 1]: the mean over each row's tokens, or ``x`` itself where it is one value a row."""
     return x if x.shape[1] == 1 else sequence_mean(x, mask)
 
 
@@ -158,6 +159,7 @@ def mismatch_metrics(old: Tensor, engine: Tensor | None, weight: Tensor | None, 
         difference = fill(old - engine, scored).abs()
         metrics["sampling/sampling_logp_difference/mean"] = mean_metric(difference, scored)
         metrics["sampling/sampling_logp_difference/max"] = extremes(difference, scored)[1]
+        metrics["sampling/kl"] = mean_metric(fill(kl_divergence(engine, old), scored), scored)
     if weight is not None:
         lowest, highest = extremes(weight, mask)
         metrics["sampling/importance_sampling_ratio/min"] = lowest
