@@ -10,6 +10,7 @@ from fitting import data, fit, module
 from lightning import Callback
 
 from lightning_grpo.cli import main
+from lightning_grpo.policy import LoRA
 from lightning_grpo.rollout import VLLMRollout, WeightSyncError
 
 ROOT = Path(__file__).parent.parent
@@ -54,3 +55,11 @@ def test_the_same_seed_gives_the_same_run_whatever_the_global_generator_did(tmp_
         rollout = VLLMRollout(dtype="float32")
         runs.append(fit(tmp_path, module(tiny_model_path), data(), steps=2, rollout=rollout)["reward"])
     assert runs[0] == runs[1]
+
+
+def test_the_adapter_that_trains_is_the_one_that_samples(tmp_path, tiny_model_path):
+    policy = module(tiny_model_path, lora=LoRA(rank=4), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    record = fit(tmp_path, policy, data(), steps=3, rollout=VLLMRollout(lora="adapter", dtype="float32"))
+    assert max(record["sampling/sampling_logp_difference/max"]) < 1e-3
+    assert record["staleness"] == [0, 0, 0]
+    assert all(p.abs().max() > 1e-2 for name, p in policy.policy.named_parameters() if "lora_B" in name)

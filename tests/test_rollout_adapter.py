@@ -16,6 +16,7 @@ from lightning_grpo.rollout import (
     WeightSyncError,
     adapter_weights,
     policy_weights,
+    vllm_engine,
 )
 from lightning_grpo.rollout.vllm_adapter import adapter_settings
 
@@ -114,11 +115,8 @@ def test_an_adapter_sent_wrong_stops_the_run(synced, policy, factor):
 
 
 @pytest.mark.vllm
-def test_requests_without_the_adapter_stop_the_run(synced, policy, engine, monkeypatch):
-    monkeypatch.setattr(engine, "_lora_request", None)
-    from lightning_grpo.rollout import vllm_engine
-
-    monkeypatch.setattr(vllm_engine, "load_weights", vllm_engine.load_adapter)
+def test_requests_without_the_adapter_stop_the_run(synced, policy, monkeypatch):
+    monkeypatch.setattr(vllm_engine, "adapter_request", lambda: None)
     move(policy, seed=1)
     synced.turn = 1
     with pytest.raises(WeightSyncError, match="differ from the policy"):

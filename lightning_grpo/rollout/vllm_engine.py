@@ -64,7 +64,7 @@ class VLLMEngine:
             2 the weights as well (the next use needs `update_weights`).
 
     With ``enable_lora`` among the engine_args the weights that `update_weights` takes are those of `adapter_weights`,
-    and every request is computed with them on top of the checkpoint's.
+    and every request from then on is computed with them on top of the checkpoint's.
 
     Raises:
         ModuleNotFoundError, ImportError: without vLLM, or with another version than was written for.
@@ -112,7 +112,9 @@ class VLLMEngine:
                 _release_process_group(self._host_group)
                 raise _explained(error, settings, log_file) from error
         self._finalizer = weakref.finalize(self, _shutdown, self.llm, self._host_group)
-        self._lora_request = adapter_request() if settings.get("enable_lora") else None
+        self._takes_adapter = bool(settings.get("enable_lora"))
+        # None until there is an adapter: vLLM would look for it on disk.
+        self._lora_request = None
         self._has_tokenizer = not settings["skip_tokenizer_init"]
 
     def generate(
@@ -167,8 +169,11 @@ class VLLMEngine:
         """
         self.wake()
         with guest():
-            load = load_weights if self._lora_request is None else load_adapter
-            self.held = load(self._worker, weights)
+            if self._takes_adapter:
+                self.held = load_adapter(self._worker, weights)
+                self._lora_request = adapter_request()
+            else:
+                self.held = load_weights(self._worker, weights)
             if not self.llm.llm_engine.reset_prefix_cache():
                 raise WeightSyncError("the engine's prefix cache could not be reset: requests are still running")
         self.weights_lost = False
