@@ -2,9 +2,9 @@
 
 Each measurement is a process of its own that computes token log-probs and entropies (to be logged) from hidden states
 [N, H] and a head [V, H], GRPO's loss from them (on-policy, clipped ratio, no KL term) and the gradients of both; Liger
-gives no entropy. On a CPU it gives CPU-seconds,
-wall seconds and the growth of the peak resident memory; on a GPU (`--device cuda`) ms, GB, TFLOP/s and the share of
-`--peak-tflops` that the matrix products reach.
+gives no entropy. On a CPU it gives CPU-seconds, wall seconds and the growth of the peak resident memory; on a GPU
+(`--device cuda`) ms, GB, TFLOP/s and the share of `--peak-tflops` that the matrix products reach. Beside them stand the
+errors of a few tokens against float64 on the same inputs: |Δlogp|, their mean, and that of ∂loss/∂hidden, relative.
 
 TRL 1.16 and Liger 0.8.5 are measured from the environment named by `--peers-python` (install `trl==1.16.0` and
 `liger-kernel==0.8.5` in one of their own), or from this one where it has them; a peer that is missing is a row that
@@ -40,7 +40,10 @@ def grpo_loss(logprobs, advantages, mask):
 
 
 def path_function(name: str):
-    """A function (hidden [B, T, H], weight, targets [B, T], mask, advantages [B]) -> (loss, entropy)."""
+    """A function (hidden [B, T, H], weight, targets [B, T], mask, advantages [B]) -> (loss, entropy, logprobs).
+
+    Liger's gives metrics in the place of the last two.
+    """
     import torch
     from torch.nn.functional import linear
 
@@ -56,7 +59,7 @@ def path_function(name: str):
             known = -(advantages[:, None] / mask.numel()).expand(mask.shape)[mask] if name == "ours" else None
             active, entropy = linear_logprob(hidden[mask], weight, targets[mask], coefficient=known)
             logprobs = active.new_zeros(mask.shape).masked_scatter(mask, active)
-            return grpo_loss(logprobs, advantages, mask), entropy
+            return grpo_loss(logprobs, advantages, mask), entropy, logprobs
 
         return ours
 
@@ -65,7 +68,8 @@ def path_function(name: str):
         def naive(hidden, weight, targets, mask, advantages):
             logp = linear(hidden, weight).float().log_softmax(-1)
             entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-            return grpo_loss(logp.gather(2, targets[..., None]).squeeze(2), advantages, mask), entropy
+            logprobs = logp.gather(2, targets[..., None]).squeeze(2)
+            return grpo_loss(logprobs, advantages, mask), entropy, logprobs
 
         return torch.compile(naive) if name.startswith("compiled") else naive
 
@@ -75,7 +79,7 @@ def path_function(name: str):
         def selective(hidden, weight, targets, mask, advantages):
             logits = linear(hidden, weight)
             logprobs, entropy = both(logits, targets, entropy_requires_grad=False, row_mask=mask)
-            return grpo_loss(logprobs.float(), advantages, mask), entropy
+            return grpo_loss(logprobs.float(), advantages, mask), entropy, logprobs
 
         return selective
 
@@ -90,7 +94,7 @@ def path_function(name: str):
                 hidden[keep], weight, None, targets[keep], 1.0, chunk, None, 1.0, ("entropy",)
             )
             logprobs = found.new_zeros(mask.shape).masked_scatter(keep, found)
-            return grpo_loss(logprobs, advantages, mask), entropy.detach()
+            return grpo_loss(logprobs, advantages, mask), entropy.detach(), logprobs
 
         return chunked
 
@@ -124,16 +128,20 @@ def worker(job: dict) -> dict:
     advantages = torch.randn(B, generator=g).to(device)
     function = path_function(job["path"])
 
-    def step(rows: int = B) -> None:
+    def step(rows: int = B):
         hidden.grad = weight.grad = None
-        loss, *_ = function(hidden[:rows], weight, targets[:rows], mask[:rows], advantages[:rows])
+        loss, _, *logprobs = function(hidden[:rows], weight, targets[:rows], mask[:rows], advantages[:rows])
         loss.backward()
+        return logprobs[0].detach() if logprobs else None
+
+    def results(logprobs) -> dict:
+        return norms(hidden, weight) | errors(logprobs, hidden, weight, targets, -advantages[0] / mask.numel())
 
     # Code that compiles itself needs the shapes that it will meet; the others only load their libraries.
     step(B if job["path"] in ("compiled naive", "Liger") else 1)
     hidden.grad = weight.grad = None
     if device.type == "cuda":
-        return measure_gpu(step, torch) | norms(hidden, weight)
+        return measure_gpu(step, torch) | results(step())
     import ctypes
 
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -141,14 +149,14 @@ def worker(job: dict) -> dict:
     best = {}
     for repeat in range(job["repeats"]):
         wall, cpu = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
-        step()
+        logprobs = step()
         end = resource.getrusage(resource.RUSAGE_SELF)
         spent = (end.ru_utime - cpu.ru_utime) + (end.ru_stime - cpu.ru_stime)
         wall = time.perf_counter() - wall
         best = {"cpu_s": min(spent, best.get("cpu_s", spent)), "wall_s": min(wall, best.get("wall_s", wall))}
         if repeat == 0:
             memory = {"peak_gb": (peak_bytes() - before) / 1e9}
-    return best | memory | norms(hidden, weight)
+    return best | memory | results(logprobs)
 
 
 def measure_gpu(step, torch) -> dict:
@@ -171,6 +179,18 @@ def norms(hidden, weight) -> dict:
     return {"norms": [float(x.grad.float().norm()) if x.grad is not None else None for x in (hidden, weight)]}
 
 
+def errors(logprobs, hidden, weight, targets, coefficient, tokens: int = 32) -> dict:
+    """Against float64, of the first ``tokens`` tokens: mean |Δlogprob|, and the gradient's relative error."""
+    h, W, y = hidden.detach()[0, :tokens].double(), weight.detach().double(), targets[0, :tokens]
+    logp = (h @ W.T).log_softmax(1)
+    exact = coefficient * (W[y] - logp.exp() @ W)
+    grad = hidden.grad[0, :tokens].double()
+    found = {"grad_error": float((grad - exact).norm() / exact.norm())}
+    if logprobs is not None:
+        found["logprob_error"] = float((logprobs[0, :tokens] - logp.gather(1, y[:, None])[:, 0]).abs().mean())
+    return found
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +210,8 @@ def describe(found: dict, job: dict, naive: dict | None, peak_tflops: float) -> 
     H, V, B = job["shape"]
     tflops = (4 if "frozen" in job["path"] else 6) * B * LENGTH * job["active"] * H * V / found["wall_s"] / 1e12
     text = f"{found['wall_s']:9.3f} s wall {found['peak_gb']:7.3f} GB {tflops:8.3f} TFLOP/s"
+    logprob_error = f"{found['logprob_error']:7.1e}" if "logprob_error" in found else "      -"
+    text += f"   errors: logp {logprob_error}, grad {found['grad_error']:7.1e}"
     if job["device"] == "cuda":
         return text + f" {tflops / peak_tflops:6.0%} of {peak_tflops:g}"
     text = f"{found['cpu_s']:9.2f} CPU-s" + text
@@ -235,7 +257,9 @@ def main() -> int:
     parser.add_argument("--paths", nargs="+", default=OURS + PEERS + FROZEN, choices=OURS + PEERS + FROZEN)
     parser.add_argument("--repeats", type=int, default=2, help="the fastest counts")
     parser.add_argument("--peak-tflops", type=float, default=800.0, help="what the GPU's matrix products can reach")
-    parser.add_argument("--quick", action="store_true", help="the smallest shape, one thread, all and a fifth active")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest shape, one thread, all and a fifth active, once"
+    )
     parser.add_argument("--check", action="store_true", help="exit with 1 where a goal falls short")
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -245,6 +269,7 @@ def main() -> int:
         return 0
     if args.quick:
         args.shapes, args.active, args.threads = args.shapes[:1], [1.0, 0.2], [1]
+        args.repeats = 1
     results, bad, speedups = [], [], []
     for shape in args.shapes:
         for dtype in args.dtypes:

@@ -36,20 +36,25 @@ def plot(curves: dict[str, list[dict]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    axis_of = {
-        "V": (axes[0], f"vocabulary V ({FIXED_TOKENS:,} tokens)"),
-        "N": (axes[1], f"tokens N (V = {FIXED_VOCABULARY:,})"),
-    }
-    for name, points in curves.items():
-        path, variable = name.rsplit(" over ", 1)
-        axis, label = axis_of[variable]
-        style = {"marker": "o", "color": "tab:blue" if path == "ours" else "tab:gray"}
-        axis.plot([p[variable] for p in points], [p["peak_gb"] for p in points], label=path, **style)
-        axis.set(xscale="log", yscale="log", xlabel=label)
-    axes[0].set_ylabel("peak memory beyond the inputs, GB")
-    axes[0].legend()
-    figure.suptitle(f"log-probs, loss and both gradients, bfloat16, H = {H}, CPU")
+    figure, both = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    titles = {"V": f"vocabulary V, at N = {FIXED_TOKENS:,} tokens", "N": f"tokens N, at V = {FIXED_VOCABULARY:,}"}
+    plain = lambda value, _: f"{value // 1024:.0f}k" if value >= 1024 else f"{value:g}"
+    for axis, (variable, title) in zip(both, titles.items(), strict=True):
+        ours, naive = (curves[f"{path} over {variable}"] for path in ("ours", "naive"))
+        x = [p[variable] for p in ours]
+        axis.plot([p[variable] for p in naive], [p["peak_gb"] for p in naive], "s-", color="tab:gray", label="naive")
+        axis.plot(x, [p["peak_gb"] for p in ours], "o-", color="tab:blue", linewidth=2, label="ours")
+        answer = [p["peak_gb"] - p["beyond_gb"] for p in ours]
+        axis.plot(x, answer, "--", color="tab:blue", label="of these, gradients [V, H] and [N, H]")
+        axis.set(xscale="log", yscale="log", xlabel=title, xticks=x)
+        axis.set_yticks([0.01, 0.03, 0.1, 0.3, 1, 3])
+        axis.minorticks_off()
+        for which in (axis.xaxis, axis.yaxis):
+            which.set_major_formatter(plain)
+        axis.grid(alpha=0.3)
+    both[0].set_ylabel("peak memory beyond the inputs, GB")
+    both[0].legend()
+    figure.suptitle(f"Log-probs, loss and both gradients: bfloat16, H = {H}, CPU")
     figure.savefig(file, dpi=120)
 
 
