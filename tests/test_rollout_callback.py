@@ -1,5 +1,7 @@
 """The callbacks that give a module its engine."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -282,3 +284,14 @@ def test_every_end_of_sequence_token_counts(tiny_model_path, tokenizer):
 def test_the_base_class_says_what_is_missing():
     with pytest.raises(NotImplementedError, match="must define build_engine"):
         RolloutCallback().build_engine(None, None)
+
+
+@pytest.mark.parametrize("make", [VLLMRollout, lambda **kw: VLLMServerRollout(urls=["http://localhost:1"], **kw)])
+def test_sampling_arguments_that_bias_the_gradient_are_refused(make, monkeypatch):
+    monkeypatch.setattr("lightning_grpo.rollout.vllm_rollout.require_vllm", lambda: None)
+    callback = make(sampling_args={"min_tokens": 8, "seed": 1})
+    plain = SimpleNamespace(objective=SimpleNamespace(rollout_correction=None))
+    with pytest.raises(ValueError, match="sampling_args has min_tokens"):
+        callback.setup(None, plain, "fit")
+    callback.setup(None, plain, "validate")
+    callback.setup(None, SimpleNamespace(objective=SimpleNamespace(rollout_correction=object())), "fit")

@@ -22,6 +22,13 @@ from lightning_grpo.rollout.weights import adapter_weights
 log = logging.getLogger(__name__)
 
 
+CHANGES_DISTRIBUTION = {
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("min_tokens", "logit_bias", "bad_words", "allowed_token_ids", "structured_outputs"),
+}
+"""Names of vLLM's SamplingParams that make the sampled distribution another one than softmax(logits / temperature)."""
+
+
 class VLLMRollout(RolloutCallback):
     """Samples with a vLLM engine that shares the trainer's process and device.
 
@@ -104,6 +111,8 @@ class VLLMRollout(RolloutCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_vllm()
+        if stage == "fit":
+            refuse_bias(pl_module, self.sampling_args or {})
 
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> VLLMEngine:
         settings = self.settings(pl_module)
@@ -246,6 +255,10 @@ class VLLMServerRollout(RolloutCallback):
         self.sampling_args = sampling_args
         self.weights_host = weights_host
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            refuse_bias(pl_module, self.sampling_args or {})
+
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
         _refuse_stop_strings(self, pl_module)
         return ServerEngine(
@@ -257,6 +270,20 @@ class VLLMServerRollout(RolloutCallback):
             weights_host=self.weights_host,
             pushes=trainer.is_global_zero,
             barrier=trainer.strategy.barrier,
+        )
+
+
+def refuse_bias(pl_module: L.LightningModule, sampling_args: dict[str, Any]) -> None:
+    """Refuse to train on samples of another distribution than the policy's, unless a correction is asked for.
+
+    Raises:
+        ValueError: with the options that change the distribution.
+    """
+    corrected = getattr(getattr(pl_module, "objective", None), "rollout_correction", None) is not None
+    if (biased := sorted(CHANGES_DISTRIBUTION & sampling_args.keys())) and not corrected:
+        raise ValueError(
+            f"rollout sampling_args has {', '.join(biased)}: the engine would sample from another distribution than "
+            "the one trained, which biases the gradient; leave them out, or set objective.rollout_correction"
         )
 
 
