@@ -87,11 +87,14 @@ def assert_holds(composed, asked):
         assert composed == asked
 
 
-def test_environment_variables(monkeypatch, capsys):
+def test_environment_variables_stand_below_files_and_flags(monkeypatch, capsys):
+    monkeypatch.setenv("LIGHTNING_GRPO_FIT__TRAINER__GRADIENT_CLIP_ALGORITHM", "value")
     monkeypatch.setenv("LIGHTNING_GRPO_FIT__TRAINER__MAX_STEPS", "77")
     with pytest.raises(SystemExit):
-        main(["fit", "--config", "configs/smoke.yaml", "--trainer.max_epochs", "5", "--print_config"])
-    assert "max_epochs: 5" in capsys.readouterr().out
+        main(["fit", "--config", "configs/smoke.yaml", "--print_config"])
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert trainer["gradient_clip_algorithm"] == "value"
+    assert trainer["max_steps"] == 80
 
 
 SUBCLASS = '''
