@@ -81,7 +81,7 @@ def test_an_already_merged_adapter_is_not_merged_twice(untied_model_path):
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
 def test_adapters_that_are_no_sum_are_refused(settings, untied_model_path):
     policy = adapted(untied_model_path, target_modules=["q_proj"], **settings)
-    with pytest.raises(NotImplementedError, match="not plain LoRA"):
+    with pytest.raises(ValueError, match="not plain LoRA"):
         list(policy_weights(policy))
 
 

@@ -1,6 +1,7 @@
 """Callbacks that build an engine for a module, keep it in step with the policy, and take it down with the run."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import lightning as L
@@ -14,7 +15,7 @@ from lightning_grpo.rollout.sync import SyncedEngine
 from lightning_grpo.rollout.types import Engine, Sampling
 
 
-class RolloutCallback(L.Callback):
+class RolloutCallback(L.Callback, ABC):
     """Gives the module an engine as ``pl_module.engine``; subclasses write `build_engine`.
 
     The engine is built when a stage starts: the process group exists then and the policy lies where it trains. It is
@@ -29,9 +30,9 @@ class RolloutCallback(L.Callback):
         self.tolerance = None if tolerance is None else Tolerance(mean=tolerance[0], max=tolerance[1])
         self._engine: SyncedEngine | None = None
 
+    @abstractmethod
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Engine:
         """Make the engine. All ranks call this together; `pl_module.policy` lies on its device."""
-        raise NotImplementedError(f"{type(self).__name__} must define build_engine")
 
     def weights(self, pl_module: L.LightningModule) -> Iterator[tuple[str, torch.Tensor]]:
         """A fresh stream of what the engine takes of the policy at a sync."""

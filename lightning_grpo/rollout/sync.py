@@ -125,12 +125,12 @@ class SyncedEngine:
         The next sync waits for it, so no completion mixes weights and none is more than one rollout behind.
 
         Raises:
-            NotImplementedError: where the engine shares the trainer's process.
+            TypeError: where the engine shares the trainer's process.
         """
         if not hasattr(self.engine, "submit"):
-            raise NotImplementedError(
+            raise TypeError(
                 f"{type(self.engine).__name__} shares the trainer's process and can't sample in the background; use "
-                "VLLMProcessRollout or VLLMServerRollout, or set rollout_ahead to 0"
+                "VLLMProcessRollout or VLLMServerRollout, or generate in turn"
             )
         self.sync()
         self._ahead = self.engine.submit(prompts, sampling, max_tokens=max_tokens, seeds=seeds, on_group=on_group)

@@ -25,12 +25,12 @@ def policy_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, T
         and in its own dtype. It may share the policy's storage: copy before writing to it.
 
     Raises:
-        NotImplementedError: for adapters whose effect is not a sum onto the weight (DoRA, LoRA with a bias, or
+        ValueError: for adapters whose effect is not a sum onto the weight (DoRA, LoRA with a bias, or
             another method than LoRA).
     """
     if isinstance(policy, PeftModel):
         if policy.active_peft_config.is_prompt_learning or policy.active_peft_config.peft_type != "LORA":
-            raise NotImplementedError(
+            raise ValueError(
                 f"the adapter is {policy.active_peft_config.peft_type}; only LoRA can be given to an engine"
             )
         policy = policy.get_base_model()
@@ -55,13 +55,13 @@ def adapter_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, 
         are gathered as in `policy_weights`.
 
     Raises:
-        NotImplementedError: where the policy is more than its base model and one plain LoRA adapter on linear layers.
+        ValueError: where the policy is more than its base model and one plain LoRA adapter on linear layers.
     """
     if not isinstance(policy, PeftModel):
-        raise NotImplementedError("the policy has no adapter; give the engine its weights instead")
+        raise ValueError("the policy has no adapter; give the engine its weights instead")
     others = [name for name, p in policy.named_parameters() if p.requires_grad and "lora_" not in name]
     if others or len(policy.active_adapters) != 1:
-        raise NotImplementedError(
+        raise ValueError(
             f"an engine takes one adapter and nothing beside it, but active adapters are {policy.active_adapters} and "
             f"{len(others)} other parameters train ({', '.join(others[:4])}); send merged weights instead"
         )
@@ -71,7 +71,7 @@ def adapter_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, 
             continue
         _require_plain(layer, name, adapter)
         if layer.merged or adapter not in layer.lora_A:
-            raise NotImplementedError(f"{name} is merged, or no linear layer; send merged weights instead")
+            raise ValueError(f"{name} is merged, or no linear layer; send merged weights instead")
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         yield f"base_model.model.{name}.lora_A.weight", whole(A.detach()).clone()
         yield f"base_model.model.{name}.lora_B.weight", whole(B.detach()).float() * layer.scaling[adapter]
@@ -118,4 +118,4 @@ def _lora_delta(layer: LoraLayer, name: str, adapter: str) -> Tensor:
 
 def _require_plain(layer: LoraLayer, name: str, adapter: str) -> None:
     if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
-        raise NotImplementedError(f"adapter {adapter!r} on {name} is not plain LoRA (DoRA, or a bias)")
+        raise ValueError(f"adapter {adapter!r} on {name} is not plain LoRA (DoRA, or a bias)")
