@@ -22,6 +22,7 @@ from lightning_grpo.monitor.metrics import Window, observe_completions, observe_
 from lightning_grpo.policy import LoRA, frozen_copy, load_config, load_policy, load_tokenizer, shard
 from lightning_grpo.rewards import Reward, as_rewards, compute_rewards
 from lightning_grpo.rollout import Rollout, RolloutCallback, Sampling, SyncedEngine, default_rollout, policy_weights
+from lightning_grpo.rollout.callback import pad_id
 from lightning_grpo.rollout.seeds import rollout_seeds
 
 log = logging.getLogger(__name__)
@@ -125,12 +126,6 @@ class PolicyModule(LightningModule):
         return self._tokenizer
 
     @property
-    def pad_id(self) -> int:
-        """Fills rectangles; masks, never this id, say what is padding (many models pad with the end token)."""
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else self.tokenizer.eos_token_id
-
-    @property
     def needs_reference(self) -> bool:
         """Whether the reference is used at all; where not, none is kept."""
         return False
@@ -225,7 +220,7 @@ class PolicyModule(LightningModule):
             for index in batch.prompt_indices
         ]
         completions = self.engine.generate(batch.prompts, sampling, max_tokens=self.max_completion_length, seeds=seeds)
-        return Rollout.collate(batch.prompts, completions, self.pad_id)
+        return Rollout.collate(batch.prompts, completions, pad_id(self.tokenizer))
 
     def compute_rewards(self, rollout: Rollout, batch: PromptBatch) -> Tensor:
         """Every reward of every completion: [N, R] float32, NaN where a reward says it does not apply."""
@@ -240,6 +235,11 @@ class PolicyModule(LightningModule):
             [row for row in batch.columns for _ in range(repeats)],
             self.trainer,
         )
+
+    @property
+    def reward_names(self) -> list[str]:
+        """R of them, as they are logged."""
+        return [reward.name for reward in self.rewards]
 
     @property
     def reward_weights(self) -> Tensor:
@@ -315,7 +315,7 @@ class PolicyModule(LightningModule):
         rewards = self.compute_rewards(rollout, batch)
         # prompts that only fill up a rank's last batch count nowhere
         real = torch.tensor(batch.real).repeat_interleave(k)
-        observe_rewards(self._held_out, rewards[real], self.rewards)
+        observe_rewards(self._held_out, rewards[real], self.reward_names, self.reward_weights)
         observe_completions(self._held_out, rollout.completion_mask[real].sum(1), rollout.truncated[real])
         right = (rewards[real, 0] >= self.pass_threshold).view(-1, k)
         self._held_out.mean("pass@1", right)
@@ -334,7 +334,6 @@ class PolicyModule(LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record a completion: prompt, completion, rewards, whether it was cut off."""
         rollout, rewards = self.evaluate(batch)
-        names = [reward.name for reward in self.rewards]
         k = self.validation_generations
         completions = [
             self.tokenizer.decode(ids[mask], skip_special_tokens=True)
@@ -344,7 +343,9 @@ class PolicyModule(LightningModule):
             {
                 "prompt": batch.messages[n // k],
                 "completion": completion,
-                "rewards": {name: None if score != score else score for name, score in zip(names, row, strict=True)},
+                "rewards": {
+                    name: None if score != score else score for name, score in zip(self.reward_names, row, strict=True)
+                },
                 "truncated": truncated,
             }
             for n, (completion, row, truncated) in enumerate(

@@ -602,7 +602,8 @@ def test_a_run_stopped_by_an_error_goes_on_with_the_batch_it_broke_at(
 
 def test_checkpoints_are_read_with_weights_only(whole):
     _, folder, _ = whole
-    torch.load(folder / "step=4.ckpt", weights_only=True)
+    state = torch.load(folder / "step=4.ckpt", weights_only=True)
+    assert state["PromptDataModule"].keys() >= {"prompts", "fingerprint"}
 
 
 def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(whole, tokenizer, tmp_path):

@@ -8,7 +8,6 @@ import torch
 from lightning_grpo.monitor.metrics import Spread, Window, observe_completions, observe_groups, observe_rewards
 from lightning_grpo.monitor.terminal import figures, held_out_figures
 from lightning_grpo.objective import Max, Min, Sum
-from lightning_grpo.rewards import FunctionReward
 
 
 def test_uneven_parts_merge_to_the_mean_of_all():
@@ -52,8 +51,7 @@ def test_completions_and_rewards():
     window = Window()
     observe_completions(window, torch.tensor([2, 4, 6]), torch.tensor([False, False, True]))
     rewards = torch.tensor([[1.0, float("nan")], [0.0, 2.0], [0.0, float("nan")]])
-    functions = [FunctionReward(function=one, weight=1.0), FunctionReward(function=two, weight=0.5)]
-    observe_rewards(window, rewards, functions)
+    observe_rewards(window, rewards, ["one", "two"], torch.tensor([1.0, 0.5]))
     observe_groups(window, torch.tensor([1.0, 1.0, 0.0, 1.0]), 2)
     values = window.reduce()
     assert values["completions/mean_length"] == 4
@@ -64,14 +62,6 @@ def test_completions_and_rewards():
     assert values["rewards/two/mean"] == 2 and values["rewards/two/std"] == 0
     assert values["frac_reward_zero_std"] == 0.5
     assert values["reward_std"] == pytest.approx(0.5 * math.sqrt(0.5))
-
-
-def one(completions):
-    return [0.0] * len(completions)
-
-
-def two(completions):
-    return [0.0] * len(completions)
 
 
 def test_what_a_person_is_shown():

@@ -11,7 +11,6 @@ from torch import Tensor, distributed
 
 from lightning_grpo.objective import Max, Metric, Min, Sum, total_rewards
 from lightning_grpo.objective.advantages import std
-from lightning_grpo.rewards import Reward
 
 
 class Spread(NamedTuple):
@@ -112,13 +111,13 @@ def observe_completions(window: Window, lengths: Tensor, truncated: Tensor) -> N
         window.add({"completions/max_terminated_length": Max(ended.max())})
 
 
-def observe_rewards(window: Window, rewards: Tensor, functions: Sequence[Reward]) -> None:
-    """TRL's ``reward`` and ``rewards/…`` of ``rewards`` [n, R], a column for each of the R ``functions``."""
-    window.mean("reward", total_rewards(rewards, torch.tensor([float(f.weight) for f in functions])))
-    for function, column in zip(functions, rewards.T, strict=True):
+def observe_rewards(window: Window, rewards: Tensor, names: Sequence[str], weights: Tensor) -> None:
+    """TRL's ``reward`` and ``rewards/…`` of ``rewards`` [n, R], R ``names`` and ``weights`` [R]."""
+    window.mean("reward", total_rewards(rewards, weights))
+    for name, column in zip(names, rewards.T, strict=True):
         column = column[~column.isnan()].double()
-        window.mean(f"rewards/{function.name}/mean", column)
-        window.add({f"rewards/{function.name}/std": Spread(column.sum(), (column**2).sum(), torch.tensor(len(column)))})
+        window.mean(f"rewards/{name}/mean", column)
+        window.add({f"rewards/{name}/std": Spread(column.sum(), (column**2).sum(), torch.tensor(len(column)))})
 
 
 def observe_groups(window: Window, totals: Tensor, num_generations: int) -> None:
