@@ -254,7 +254,7 @@ class GRPOModule(PolicyModule):
         mask, truncated = experience.completion_mask[rows], experience.truncated[rows]
         observe_completions(self.window, mask.sum(1), truncated)
         observe_rewards(self.window, experience.rewards[rows], self.reward_names, self.reward_weights)
-        self.window.mean("staleness", self.trainer.global_step - experience.versions[rows])
+        self.window.mean("staleness", (self.trainer.global_step - experience.versions[rows])[mask])
         counts = torch.stack([self.objective.loss_mask(mask, truncated).sum(), mask.sum()]).to(self.device)
         self.loss_tokens, self.window_tokens = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self.num_tokens += self.window_tokens

@@ -5,6 +5,7 @@ Shapes: B prompts, N = B·G completions, R rewards, P prompt length, T completio
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -40,7 +41,7 @@ class PolicyModule(LightningModule):
         max_prompt_length: tokens a prompt may have; longer ones are the data's to drop or refuse.
         max_completion_length: tokens a completion may have.
         sampling: how the engine draws tokens in training.
-        validation_sampling: how it draws them in validation, test and predict; None takes the training's.
+        validation_sampling: how it draws them in validation, test and predict; None takes the training's, to the end.
         validation_generations: completions of each held-out prompt (k of pass@k).
         pass_threshold: a held-out completion is right where its first reward is at least this.
         lora: train adapters instead of the whole weights.
@@ -97,7 +98,7 @@ class PolicyModule(LightningModule):
         self.max_prompt_length = max_prompt_length
         self.max_completion_length = max_completion_length
         self.sampling = sampling
-        self.validation_sampling = validation_sampling or sampling
+        self.validation_sampling = validation_sampling or replace(sampling, cutoff=1.0)
         self.validation_generations = validation_generations
         self.pass_threshold = pass_threshold
         self.lora = lora

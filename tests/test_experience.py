@@ -1,5 +1,7 @@
 """Cutting a rollout into micro-batches, taking rows of it, putting groups into it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,10 +15,7 @@ from lightning_grpo.rollout import Completion, Rollout
 def experience(lengths, advantages, G):
     """Prompt i has i + 1 tokens of id i + 10; a completion of n tokens has n ids of 5."""
     prompts = [[i + 10] * (i + 1) for i in range(len(lengths) // G)]
-    groups = [
-        [Completion(token_ids=[5] * n, logprobs=[-1.0] * n, finish_reason="stop") for n in lengths[i * G : (i + 1) * G]]
-        for i in range(len(prompts))
-    ]
+    groups = [[done(*[5] * n) for n in lengths[i * G : (i + 1) * G]] for i in range(len(prompts))]
     rollout = Rollout.collate(prompts, groups, pad_id=0)
     return Experience(
         **vars(rollout), number=0, rewards=torch.zeros(len(lengths), 1), advantages=torch.tensor(advantages)
@@ -96,9 +95,20 @@ def test_groups_are_replaced_with_their_padding():
 
 
 def done(*ids):
-    return Completion(token_ids=list(ids), logprobs=[-1.0] * len(ids), finish_reason="stop")
+    return Completion(token_ids=list(ids), logprobs=[-1.0] * len(ids), finish_reason="stop", versions=[0] * len(ids))
 
 
-def test_an_engine_that_gives_too_few_logprobs_is_refused():
-    with pytest.raises(ValueError, match="1 log-probs for a completion of 2 tokens"):
-        Rollout.collate([[1]], [[Completion(token_ids=[1, 2], logprobs=[0.0], finish_reason="stop")]], pad_id=0)
+@pytest.mark.parametrize(
+    ("short", "message"),
+    [({"logprobs": [0.0]}, "1 log-probs for a completion of 2 tokens"), ({"versions": [0]}, "1 versions for")],
+)
+def test_an_engine_that_gives_too_few_values_is_refused(short, message):
+    with pytest.raises(ValueError, match=message):
+        Rollout.collate([[1]], [[replace(done(1, 2), **short)]], pad_id=0)
+
+
+def test_every_token_keeps_the_version_that_sampled_it():
+    mixed = replace(done(4, 5, 6), versions=[3, 3, 4])
+    rollout = Rollout.collate([[1], [2]], [[mixed], [replace(done(7), versions=[4])]], pad_id=0)
+    assert rollout.versions.tolist() == [[3, 3, 4], [4, 0, 0]]
+    assert rollout.rows([1]).versions.tolist() == [[4]]

@@ -104,7 +104,11 @@ def test_every_step_samples_from_the_moved_policy(callback, tiny_model_path, tmp
     module = Sampler(tiny_model_path)
     trainer_with(callback, tmp_path).fit(module, loader())
     assert [report.version for report, _ in module.rounds] == [0, 1, 2]
-    assert [{c.version for group in groups for c in group} for _, groups in module.rounds] == [{0}, {1}, {2}]
+    assert [{v for group in groups for c in group for v in c.versions} for _, groups in module.rounds] == [
+        {0},
+        {1},
+        {2},
+    ]
     assert all(report.canary.max < 1e-3 for report, _ in module.rounds)
     assert module.engine is None
     assert not torch.distributed.is_initialized()

@@ -114,6 +114,31 @@ def test_stop_strings_end_a_completion(policy, tokenizer):
         engine_of(policy).generate(PROMPTS, Sampling(stop=[stop]), max_tokens=24, seeds=SEEDS)
 
 
+@pytest.mark.parametrize("max_num_seqs", [3, 16])
+def test_a_cutoff_cuts_the_last_ones_and_keeps_every_group_whole(policy, max_num_seqs):
+    engine = engine_of(policy, max_num_seqs=max_num_seqs)
+    whole = engine.generate(PROMPTS, Sampling(), max_tokens=64, seeds=SEEDS)
+    heard = []
+    cut = engine.generate(
+        PROMPTS, Sampling(cutoff=0.5), max_tokens=64, seeds=SEEDS, on_group=lambda i, group: heard.append(i)
+    )
+    pairs = [pair for groups in zip(whole, cut, strict=True) for pair in zip(*groups, strict=True)]
+    short = [(a, b) for a, b in pairs if b.finish_reason == "abort"]
+    assert 1 <= len(short) <= min(8, max_num_seqs)  # half of 16 at most, and of the batch sampled last
+    for a, b in pairs:
+        n = len(b.token_ids)
+        assert n >= 1 and b.token_ids == a.token_ids[:n] and b.logprobs == a.logprobs[:n] and len(b.versions) == n
+        assert n < len(a.token_ids) if b.finish_reason == "abort" else b == a
+    assert sorted(heard) == [0, 1, 2, 3]
+    assert Rollout.collate(PROMPTS, cut, PAD).truncated.sum() == sum(b.finish_reason != "stop" for _, b in pairs)
+
+
+@pytest.mark.parametrize("cutoff", [0.0, 1.5])
+def test_a_cutoff_that_is_no_share_is_refused(cutoff):
+    with pytest.raises(ValueError, match=r"sampling.cutoff is .*set a share of the completions in \(0, 1\]"):
+        Sampling(cutoff=cutoff)
+
+
 def test_groups_are_heard_of_as_they_finish(policy):
     heard = {}
     groups = engine_of(policy).generate(
@@ -144,7 +169,8 @@ def test_scores_are_at_temperature_one(policy):
 def test_versions_mark_the_samples(policy):
     engine = engine_of(policy)
     engine.update_weights(iter(()), 7)
-    assert {c.version for g in engine.generate(PROMPTS, Sampling(), max_tokens=2, seeds=SEEDS) for c in g} == {7}
+    groups = engine.generate(PROMPTS, Sampling(), max_tokens=2, seeds=SEEDS)
+    assert {v for group in groups for c in group for v in c.versions} == {7}
 
 
 def test_no_room_for_a_row_is_refused(policy):

@@ -96,7 +96,7 @@ def test_samples_follow_the_policy(synced, policy):
     groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
     assert worst(synced, groups) < 1e-4
     for c in (c for group in groups for c in group):
-        assert c.version == 1
+        assert set(c.versions) == {1}
         assert (c.finish_reason == "stop") == (c.token_ids[-1] == EOS)
     again = synced.generate(PROMPTS[1:2], Sampling(), max_tokens=32, seeds=SEEDS[1:2])
     assert [c.token_ids for c in again[0]] == [c.token_ids for c in groups[1]]
@@ -108,7 +108,7 @@ def test_sampling_ahead_keeps_its_version_while_the_policy_moves(synced, policy)
     synced.turn = 1
     synced.sync()
     assert ahead.done(), "the sync must wait for what samples with the earlier weights"
-    assert {c.version for group in ahead.result() for c in group} == {0}
+    assert {v for group in ahead.result() for c in group for v in c.versions} == {0}
     groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
     assert worst(synced, groups) < 1e-4 < worst(synced, ahead.result())
 

@@ -3,6 +3,7 @@
 Shapes: R rows alive in a batch, L cached positions, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -94,15 +95,20 @@ class HFEngine:
         if sampling.stop and self.tokenizer is None:
             raise ValueError(f"sampling.stop is {sampling.stop}: stop strings need HFEngine(tokenizer=…)")
         groups: list[list[Completion | None]] = [[None] * len(group) for group in seeds]
+        total = sum(map(len, seeds))
+        spare = total - math.ceil(sampling.cutoff * total)
         with self._inference():
-            for batch in self._batches(prompts, seeds):
-                for row in self._decode(prompts, batch, sampling, max_tokens):
+            batches = list(self._batches(prompts, seeds))
+            for batch in batches:
+                # Only in the last batch have all completions begun.
+                cut = spare if batch is batches[-1] else 0
+                for row in self._decode(prompts, batch, sampling, max_tokens, spare=cut):
                     group = groups[row.prompt_index]
                     group[row.sample_index] = Completion(
                         token_ids=row.token_ids,
                         logprobs=row.logprobs,
                         finish_reason=row.finish_reason,
-                        version=self.version,
+                        versions=[self.version] * len(row.token_ids),
                     )
                     if on_group is not None and all(group):
                         on_group(row.prompt_index, group)
@@ -148,9 +154,9 @@ class HFEngine:
             yield rows[start : start + self.max_num_seqs]
 
     def _decode(
-        self, prompts: Sequence[Sequence[int]], rows: list[_Row], sampling: Sampling, max_tokens: int
+        self, prompts: Sequence[Sequence[int]], rows: list[_Row], sampling: Sampling, max_tokens: int, *, spare: int
     ) -> Iterator[_Row]:
-        """Sample the rows to their ends; yields each one when it finishes."""
+        """Sample the rows to their ends; yields each one when it finishes. The last ``spare`` of them are cut short."""
         indices = sorted({row.prompt_index for row in rows})
         P = max(len(prompts[i]) for i in indices)
         ids = torch.full((len(indices), P), self.pad_id)
@@ -182,6 +188,9 @@ class HFEngine:
                 row.token_ids.append(token)
                 row.logprobs.append(logprob)
                 row.finish_reason = self._finish_reason(row, sampling.stop, max_tokens)
+            if sum(row.finish_reason is None for row in rows) <= spare:
+                for row in rows:
+                    row.finish_reason = row.finish_reason or "abort"
             yield from (row for row in rows if row.finish_reason)
 
             alive = [r for r, row in enumerate(rows) if not row.finish_reason]

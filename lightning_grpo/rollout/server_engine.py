@@ -156,7 +156,9 @@ class ServerEngine:
                 ][0]
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
             reason = choice["finish_reason"] if choice["finish_reason"] in ("stop", "length") else "abort"
-            return Completion(token_ids=choice["token_ids"], logprobs=logprobs, finish_reason=reason, version=version)
+            ids = choice["token_ids"]
+            versions = [version] * len(ids)
+            return Completion(token_ids=ids, logprobs=logprobs, finish_reason=reason, versions=versions)
 
         async def group(i: int) -> list[Completion]:
             done = list(await asyncio.gather(*(sample(prompts[i], seed) for seed in seeds[i])))

@@ -30,6 +30,9 @@ class Sampling:
     """Divides (or multiplies, below zero) the logits of tokens already present. 1 is off."""
     stop: list[str] = field(default_factory=list)
     """Strings that end a completion, besides the end-of-sequence token."""
+    cutoff: float = 1.0
+    """Share of the completions sampled together whose end is waited for. Then, once each has begun, the rest are cut
+    where they are: they count as truncated, and no group loses one. 1 waits for all."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -42,6 +45,8 @@ class Sampling:
             raise ValueError(f"sampling.min_p is {self.min_p}; set a share in [0, 1]")
         if self.repetition_penalty <= 0:
             raise ValueError(f"sampling.repetition_penalty is {self.repetition_penalty}; set 1 (off) or above 0")
+        if not 0 < self.cutoff <= 1:
+            raise ValueError(f"sampling.cutoff is {self.cutoff}; set a share of the completions in (0, 1]")
 
     @property
     def truncations(self) -> dict[str, float]:
@@ -54,14 +59,16 @@ class Sampling:
 class Completion:
     """One sampled completion, as an engine gives it.
 
-    ``token_ids`` hold the end-of-sequence token where one was sampled; ``logprobs`` has one value a token: that of the
-    distribution sampled from (after temperature and truncation); ``version`` is the policy version that sampled it.
+    ``token_ids`` hold the end-of-sequence token where one was sampled. ``logprobs`` has one value a token: that of the
+    distribution sampled from (after temperature and truncation). ``versions`` has the policy version that sampled each
+    token; they differ within a completion where weights were updated while it was sampled. ``finish_reason`` is "abort"
+    where `Sampling.cutoff` or the engine ended it.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
-    version: int = 0
+    versions: list[int]
 
 
 OnGroup = Callable[[int, list[Completion]], None]
@@ -119,8 +126,8 @@ class Rollout:
     completion_ids      [N, T]     int64, right-padded
     completion_mask     [N, T]     bool, True on real tokens (the end-of-sequence token included)
     rollout_logprobs    [N, T]     float32, the engine's own; 0 on padding
-    truncated           [N]        bool, True where the completion ended for its length
-    versions            [N]        int64, policy version that sampled it
+    truncated           [N]        bool, True where the completion was ended by its length or a cut-off
+    versions            [N, T]     int64, policy version that sampled the token; 0 on padding
     ==================  =========  ==================================================================
     """
 
@@ -143,7 +150,7 @@ class Rollout:
         for name, x in taken.items():
             if name.startswith("prompt_"):
                 taken[name] = x[:, x.shape[1] - P :]
-            elif x is not None and name.startswith(("completion_", "old_", "ref_", "rollout_")):
+            elif x is not None and name.startswith(("completion_", "old_", "ref_", "rollout_", "versions")):
                 taken[name] = x[:, :T]
         return type(self)(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in taken.items()})
 
@@ -163,15 +170,17 @@ class Rollout:
             completion_mask=torch.zeros(N, T, dtype=torch.bool),
             rollout_logprobs=torch.zeros(N, T),
             truncated=torch.tensor([c.finish_reason != "stop" for _, c in rows]),
-            versions=torch.tensor([c.version for _, c in rows]),
+            versions=torch.zeros(N, T, dtype=torch.long),
         )
         for n, (prompt, c) in enumerate(rows):
             p, t = len(prompt), len(c.token_ids)
-            if len(c.logprobs) != t:
-                raise ValueError(f"the engine returned {len(c.logprobs)} log-probs for a completion of {t} tokens")
+            for what, values in (("log-probs", c.logprobs), ("versions", c.versions)):
+                if len(values) != t:
+                    raise ValueError(f"the engine returned {len(values)} {what} for a completion of {t} tokens")
             out.prompt_ids[n, P - p :] = torch.tensor(list(prompt))
             out.prompt_mask[n, P - p :] = True
             out.completion_ids[n, :t] = torch.tensor(c.token_ids, dtype=torch.long)
             out.completion_mask[n, :t] = True
             out.rollout_logprobs[n, :t] = torch.tensor(c.logprobs)
+            out.versions[n, :t] = torch.tensor(c.versions, dtype=torch.long)
         return out

@@ -255,7 +255,7 @@ class VLLMEngine:
             token_ids=list(output.token_ids),
             logprobs=list(output.logprobs.logprobs),
             finish_reason=reason,
-            version=self.version,
+            versions=[self.version] * len(output.token_ids),
         )
 
 
