@@ -1,6 +1,7 @@
 """vLLM in another process: sampling over HTTP, weights over TCP, faults of endpoints."""
 
 import os
+from threading import Event
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from lightning_grpo.rollout import (
     policy_weights,
     rollout_seeds,
 )
+from lightning_grpo.rollout.endpoint import Endpoint
 from lightning_grpo.rollout.server_engine import ServerEngine
 from lightning_grpo.rollout.server_process import ServerProcess
+from lightning_grpo.rollout.tail import Tail
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 EOS = 1
@@ -31,7 +34,7 @@ def server(tiny_model_path, tmp_path_factory):
     """The server that `VLLMProcessRollout` starts for a module."""
     callback = VLLMProcessRollout(dtype="float32", max_num_seqs=64, cores=sorted(os.sched_getaffinity(0)))
     module = Sampler(tiny_model_path)
-    module.max_prompt_length, module.max_completion_length = 63, 64
+    module.max_prompt_length, module.max_completion_length = 7, 245
     module.configure_model()
     trainer = trainer_with(callback, tmp_path_factory.mktemp("run"))
     built = callback.build_engine(trainer, module)
@@ -77,12 +80,13 @@ def perturb(policy, scale=0.02):
         parameter.data += scale * torch.randn(parameter.shape, generator=generator)
 
 
-def worst(synced, groups):
-    return max(
-        (synced.reference.logprobs([p + c.token_ids])[0][len(p) - 1 :] - torch.tensor(c.logprobs)).abs().max().item()
-        for p, group in zip(PROMPTS, groups, strict=True)
-        for c in group
-    )
+def worst(synced, groups, version=None):
+    """The largest |Δ log-prob| to the policy as it is now, over all tokens or those that one version sampled."""
+    gaps = []
+    for p, c in ((p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group):
+        gap = (synced.reference.logprobs([p + c.token_ids])[0][len(p) - 1 :] - torch.tensor(c.logprobs)).abs()
+        gaps.append(gap if version is None else gap[torch.tensor(c.versions) == version])
+    return torch.cat(gaps).max().item()
 
 
 def test_samples_follow_the_policy(synced, policy):
@@ -113,6 +117,48 @@ def test_sampling_ahead_keeps_its_version_while_the_policy_moves(synced, policy)
     assert worst(synced, groups) < 1e-4 < worst(synced, ahead.result())
 
 
+def test_weights_updated_in_flight(synced, policy, engine, monkeypatch):
+    """Completions go on with the new weights: their later tokens are the new policy's, whatever came before."""
+    synced.sync()
+    engine.sampling_args = {"stop_token_ids": []}
+    begun, begin = Event(), Tail.begun
+    monkeypatch.setattr(Tail, "begun", lambda *args: begun.set() or begin(*args))
+    ahead = engine.submit(PROMPTS, Sampling(), max_tokens=240, seeds=SEEDS)
+    assert begun.wait(60)
+    perturb(policy)
+    engine.update_weights(policy_weights(policy), 1, in_flight=True)
+    canary = [[4, 5, 6, 7]]
+    assert (engine.logprobs(canary)[0] - synced.reference.logprobs(canary)[0]).abs().max() < 1e-4
+    groups = ahead.result()
+    assert all(c.versions == sorted(c.versions) and len(c.versions) == len(c.token_ids) for g in groups for c in g)
+    assert any(set(c.versions) == {0, 1} for g in groups for c in g)
+    assert worst(synced, groups, version=1) < 1e-4 < worst(synced, groups, version=0)
+    # The cache holds nothing of the earlier weights.
+    assert worst(synced, engine.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)) < 1e-4
+
+
+def test_the_last_completions_are_cut_off(synced, engine):
+    everything = synced.generate(PROMPTS, Sampling(), max_tokens=200, seeds=SEEDS)
+    groups = synced.generate(PROMPTS, Sampling(cutoff=0.25), max_tokens=200, seeds=SEEDS)
+    pairs = [(cut, whole) for g, w in zip(groups, everything, strict=True) for cut, whole in zip(g, w, strict=True)]
+    aborted = [(cut, whole) for cut, whole in pairs if cut.finish_reason == "abort"]
+    assert 1 <= len(aborted) <= 9
+    for cut, whole in aborted:
+        assert 1 <= len(cut.token_ids) == len(cut.logprobs) == len(cut.versions) <= len(whole.token_ids)
+        assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    assert worst(synced, groups) < 1e-4
+    assert all(endpoint.in_flight == 0 for endpoint in engine.endpoints)
+
+
+def test_weights_of_another_run_are_not_sampled_from(synced, engine, server):
+    synced.sync()
+    other = ServerEngine([server.url], eos_token_ids=[EOS], api_key=server.api_key)
+    other.update_weights(synced._weights(), 0)
+    other.close()
+    with pytest.raises(ConnectionError, match="another run uses it"):
+        engine.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+
+
 def test_a_tensor_altered_on_its_way_is_named(synced, policy, engine, monkeypatch):
     update = engine.update_weights
     name = "model.layers.1.mlp.up_proj.weight"
@@ -138,15 +184,13 @@ def test_a_stale_endpoint_is_named(synced, policy, engine, server, monkeypatch):
 
 def test_a_lost_endpoint_is_replaced_by_another(synced, engine, server):
     """The second endpoint dies after the start: its share goes to the first, with the same samples."""
-    from lightning_grpo.rollout.server_engine import Endpoint
-
     expected = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
-    gone = Endpoint("http://127.0.0.1:9", None)
-    engine.endpoints.append(gone)
+    gone = Endpoint("http://127.0.0.1:9")
+    engine.endpoints.insert(0, gone)
     groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
     assert gone.lost is not None and gone.in_flight == 0
     assert [[c.token_ids for c in g] for g in groups] == [[c.token_ids for c in g] for g in expected]
-    engine.endpoints[0].lost = "for this test"
+    engine.endpoints[1].lost = "for this test"
     with pytest.raises(ConnectionError, match="no vLLM endpoint is left"):
         synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-from lightning_grpo.rollout.server_engine import SERVER_FLAGS
+from lightning_grpo.rollout.server_check import SERVER_FLAGS
 
 _PR_SET_PDEATHSIG = 1
 

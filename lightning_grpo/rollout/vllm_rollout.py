@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -270,6 +271,7 @@ class VLLMServerRollout(RolloutCallback):
             weights_host=self.weights_host,
             pushes=trainer.is_global_zero,
             barrier=trainer.strategy.barrier,
+            run=trainer.strategy.broadcast(secrets.token_hex(4)),
         )
 
 

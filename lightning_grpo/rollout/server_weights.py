@@ -1,0 +1,85 @@
+"""The policy's weights into running vLLM servers.
+
+A server pauses, takes the weights, forgets what it computed with the earlier ones, is told the new version and goes on.
+It reports that version for every token that it samples from then on.
+"""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lightning_grpo.rollout.endpoint import Endpoint, EventLoop
+from lightning_grpo.rollout.proof import Held, WeightSyncError
+from lightning_grpo.rollout.wire import WeightOffer
+
+
+class Transfer(Protocol):
+    """A way for weights to travel to servers that are paused."""
+
+    def send(self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+        """Give all endpoints the weights; what they hold afterwards, as far as they can tell."""
+        ...
+
+
+class TCPTransfer:
+    """Servers fetch the weights from here, one tensor at a time: no GPU, shared disk or common process group.
+
+    Args:
+        host: address at which the servers reach this process.
+    """
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+
+    def send(self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+        workers = [loop.wait(e.call("/get_world_size", method="GET"))["world_size"] for e in endpoints]
+        offer = WeightOffer(self._host)
+        try:
+            body = {"method": "receive_policy", "args": [offer.host, str(offer.port), offer.token]}
+            calls = [loop.start(endpoint.call("/collective_rpc", body)) for endpoint in endpoints]
+
+            def give_up() -> None:
+                for endpoint, call in zip(endpoints, calls, strict=True):
+                    if call.done():
+                        call.result()
+                        raise WeightSyncError(f"{endpoint.url} did not come for the weights")
+
+            offer.accept(sum(workers), give_up=give_up)
+            offer.send(weights)
+            return held_by(endpoints, [call.result() for call in calls])
+        finally:
+            offer.close()
+
+
+def held_by(endpoints: Sequence[Endpoint], replies: Sequence[dict[str, Any]]) -> list[Held]:
+    """What the workers of each endpoint told."""
+    return [
+        Held.from_json(held, at=endpoint.url)
+        for endpoint, reply in zip(endpoints, replies, strict=True)
+        for worker in reply["results"]
+        for held in worker
+    ]
+
+
+async def pause(endpoints: Sequence[Endpoint], *, in_flight: bool) -> None:
+    """Stop sampling: after the requests that run, or (`in_flight`) in the middle of them."""
+    mode = "keep" if in_flight else "wait"
+    await asyncio.gather(*(endpoint.call(f"/pause?mode={mode}") for endpoint in endpoints))
+
+
+async def go_on(endpoints: Sequence[Endpoint], tag: str) -> None:
+    """Forget the key-value caches, those of requests in flight included, take the new version's name, and sample on.
+
+    A request in flight keeps its tokens and their log-probs. Its cache is computed anew, so that its next token comes
+    from the new weights alone, and later requests find no block of the earlier ones.
+    """
+
+    async def one(endpoint: Endpoint) -> None:
+        if not (await endpoint.call("/reset_prefix_cache?reset_running_requests=true"))["success"]:
+            raise WeightSyncError(f"{endpoint.url} did not reset its key-value cache")
+        await endpoint.call("/update_weight_version", {"new_version": tag})
+        await endpoint.call("/resume")
+
+    await asyncio.gather(*(one(endpoint) for endpoint in endpoints))
