@@ -21,11 +21,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
+from lightning_grpo.ahead import Ahead
 from lightning_grpo.configure import check_batch_arithmetic
 from lightning_grpo.data import PromptBatch
-from lightning_grpo.dynamic_sampling import flat_groups, replace_groups
 from lightning_grpo.experience import Experience, cut_windows
-from lightning_grpo.monitor.metrics import Window, memory_in_use, observe_completions, observe_groups, observe_rewards
+from lightning_grpo.monitor.metrics import Window, memory_in_use, observe_completions, observe_rewards
 from lightning_grpo.objective import (
     AdvantageConfig,
     Coefficients,
@@ -35,67 +35,49 @@ from lightning_grpo.objective import (
     Sum,
     kl_penalty,
     policy_loss,
-    total_rewards,
 )
-from lightning_grpo.policy_module import PolicyModule
 from lightning_grpo.rollout import Rollout
+from lightning_grpo.rollout_module import RolloutModule
 
 log = logging.getLogger(__name__)
 
 
-class GRPOModule(PolicyModule):
+class GRPOModule(RolloutModule):
     """Trains a policy with GRPO.
 
     Args:
-        num_generations: completions sampled of each prompt (G). At least 2: the advantage is relative to the group.
         micro_batch_size: completions in one forward and backward pass on one rank. Memory follows it; the gradient
             does not, as long as trainer.accumulate_grad_batches makes up for it.
         num_iterations: passes over each rollout (μ).
-        resampling_rounds: how often groups whose rewards are all equal, which teach nothing, are replaced by groups of
-            further prompts before the update (dynamic sampling, DAPO, arXiv:2503.14476). 0 keeps them: their share is
-            logged as frac_reward_zero_std and, where the objective allows, their compute is skipped.
         objective: the loss.
         advantage: from rewards to advantages.
-        kwargs: those of `PolicyModule`.
+        kwargs: those of `RolloutModule`.
     """
 
     def __init__(
         self,
         *args: Any,
-        num_generations: int = 8,
         micro_batch_size: int = 8,
         num_iterations: int = 1,
-        resampling_rounds: int = 0,
         objective: ObjectiveConfig = ObjectiveConfig(),
         advantage: AdvantageConfig = AdvantageConfig(),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if num_generations < 2:
-            raise ValueError(
-                f"num_generations is {num_generations}: an advantage is relative to its group; set 2 or more"
-            )
         for name, value, least in [
             ("micro_batch_size", micro_batch_size, 1),
             ("num_iterations", num_iterations, 1),
-            ("resampling_rounds", resampling_rounds, 0),
         ]:
             if value < least:
                 raise ValueError(f"{name} is {value}; set {least} or more")
-        if self.sampling.temperature == 0:
+        if self.rollout_ahead and objective.rollout_correction is None:
             raise ValueError(
-                "sampling.temperature is 0 (greedy): the completions of a group would all be the same; set 1.0"
+                "rollout_ahead is 1, so that samples come from an older policy than the one they train, and "
+                "objective.rollout_correction is not set, which makes up for it; set it, for example to "
+                "{level: token, mode: truncate, upper: 2}, or rollout_ahead to 0"
             )
-        if self.sampling.truncations:
-            options = ", ".join(f"sampling.{name} = {value:g}" for name, value in self.sampling.truncations.items())
-            raise ValueError(
-                f"{options}: the engine would sample from another distribution than the one trained, which biases the "
-                "gradient; leave it off in training (validation_sampling may have it)"
-            )
-        self.num_generations = num_generations
         self.micro_batch_size = micro_batch_size
         self.num_iterations = num_iterations
-        self.resampling_rounds = resampling_rounds
         if objective.max_completion_length is None:
             objective = replace(objective, max_completion_length=self.max_completion_length)
         self.objective = objective
@@ -106,15 +88,11 @@ class GRPOModule(PolicyModule):
         self.micro_batches: list[list[int]] = []
         self.micro_step = 0
         self.num_tokens = 0
-        self.window = Window()
         self._logged: set[str] = set()
 
     # ── The four hooks to override ────────────────────────────────────────────────────────────────────────────────
 
-    def rollout(self, batch: PromptBatch) -> Rollout:
-        """Sample G completions of each of the batch's B prompts: N rows, those of a prompt next to each other."""
-        return self.generate(batch, self.num_generations, self.sampling, number=batch.rollout)
-
+    # rollout(batch) → N completions is RolloutModule's
     # compute_rewards(rollout, batch) → [N, R] is PolicyModule's: held-out prompts are judged by it too
 
     def compute_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
@@ -170,12 +148,23 @@ class GRPOModule(PolicyModule):
                 "the rest of the rollout would be lost. A train loader yields each batch steps_per_rollout times, as "
                 "PromptDataModule's does; leave trainer.limit_train_batches at 1.0"
             )
+        elif begins:
+            self.update_in_flight()
         if begins:
             self.open_window()
 
     def make_experience(self, batch: PromptBatch) -> None:
         """Sample, reward and score one rollout, and cut it into micro-batches."""
         rollout, rewards = self.sample(batch)
+        if self.rollout_ahead and not self.ends_with(batch):
+            self.sample_ahead()
+        age = int((self.trainer.global_step - rollout.versions)[rollout.completion_mask].amax())
+        if age > (oldest := self.rollout_ahead * self.updates_per_rollout):
+            raise RuntimeError(
+                f"tokens of rollout {batch.rollout} are {age} optimizer steps old, and {oldest} is the most that "
+                f"rollout_ahead = {self.rollout_ahead} allows: the engine was not synced in time; nothing was trained "
+                "on them"
+            )
         judged = rewards
         with self.window.timed("score"):
             old_logprobs = ref_logprobs = None
@@ -217,33 +206,14 @@ class GRPOModule(PolicyModule):
                 experience.ref_logprobs = self.score_reference(experience, one_pass)
         self.experience, self.micro_batches, self.micro_step = experience, one_pass * self.num_iterations, 0
 
-    def sample(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
-        """Completions and their rewards [N, R]; groups without spread replaced, as far as asked."""
-        G, data = self.num_generations, self.trainer.datamodule
-        rollout, rewards = self._sample_once(batch)
-        for _ in range(self.resampling_rounds):
-            flat = flat_groups(total_rewards(rewards, self.reward_weights), G).nonzero().flatten().tolist()
-            missing = int(self.trainer.strategy.reduce(torch.tensor(len(flat), device=self.device), reduce_op="sum"))
-            further = data.more_prompts(missing) if missing else []
-            if not len(further):
-                break
-            found = self._sample_once(further)
-            mixed = (~flat_groups(total_rewards(found[1], self.reward_weights), G)).nonzero().flatten().tolist()
-            rollout, rewards = replace_groups((rollout, rewards), flat[: len(mixed)], found, mixed[: len(flat)], G)
-        return rollout, rewards
-
-    def _sample_once(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
-        with self.window.timed("sync"):
-            self.engine.sync()
-        with self.window.timed("rollout"):
-            rollout = self.rollout(batch)
-        with self.window.timed("reward"):
-            rewards = self.compute_rewards(rollout, batch)
-        totals = total_rewards(rewards, self.reward_weights)
-        observe_groups(self.window, totals, self.num_generations)
-        self.window.mean("rollout_tokens", rollout.completion_mask.sum())
-        self.trainer.datamodule.observe(batch.prompt_indices, totals.view(len(batch), -1).nanmean(1))
-        return rollout, rewards
+    def ends_with(self, batch: PromptBatch) -> bool:
+        """Whether training ends with this rollout, as far as max_steps and max_epochs tell."""
+        trainer = self.trainer
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+        if last_epoch and done + self.steps_per_rollout >= trainer.num_training_batches:
+            return True
+        return -1 < trainer.max_steps <= trainer.global_step + self.updates_per_rollout
 
     def open_window(self) -> None:
         """Count the tokens of the optimizer step that begins, and log its samples."""
@@ -254,7 +224,9 @@ class GRPOModule(PolicyModule):
         mask, truncated = experience.completion_mask[rows], experience.truncated[rows]
         observe_completions(self.window, mask.sum(1), truncated)
         observe_rewards(self.window, experience.rewards[rows], self.reward_names, self.reward_weights)
-        self.window.mean("staleness", (self.trainer.global_step - experience.versions[rows])[mask])
+        age = (self.trainer.global_step - experience.versions[rows])[mask]
+        self.window.mean("staleness", age)
+        self.window.add({"staleness_max": Max(age.amax())})
         counts = torch.stack([self.objective.loss_mask(mask, truncated).sum(), mask.sum()]).to(self.device)
         self.loss_tokens, self.window_tokens = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self.num_tokens += self.window_tokens
@@ -343,6 +315,11 @@ class GRPOModule(PolicyModule):
         completions = self.trainer.datamodule.prompts_per_rollout * self.num_generations
         return completions * self.num_iterations // (self.data_ranks * self.micro_batch_size)
 
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps for one rollout."""
+        return self.steps_per_rollout // self.trainer.accumulate_grad_batches
+
     def setup(self, stage: str) -> None:
         """Before a weight is read, check batch arithmetic, and that checkpoints fall between optimizer steps."""
         super().setup(stage)
@@ -378,9 +355,9 @@ class GRPOModule(PolicyModule):
                 "this checkpoint is saved inside an optimizer step, whose gradients it does not hold: its weights can "
                 "be used, but a run can't be resumed from it"
             )
-        mine = None
+        mine = {"ahead": self.ahead and self.ahead.state_dict(wait=not self.trainer.interrupted)}
         if self.experience is not None:
-            mine = {"experience": vars(self.experience), "micro_batches": self.micro_batches}
+            mine |= {"experience": vars(self.experience), "micro_batches": self.micro_batches}
         ranks = [mine]
         if self.trainer.world_size > 1:
             ranks = [None] * self.trainer.world_size
@@ -404,18 +381,24 @@ class GRPOModule(PolicyModule):
                 "the checkpoint was saved inside an optimizer step and lacks the gradients accumulated until then; "
                 "resume from the one before, or pass its folder's weights as a new model"
             )
-        if state["ranks"][0] is None:
-            return
+        ranks = state["ranks"]
+        in_rollout = "experience" in ranks[0]
         changed = [f"{name} {was} → {now}" for name, was in state["cut"].items() if was != (now := self._cut()[name])]
-        if changed:
+        if in_rollout and changed:
             raise ValueError(
                 f"the checkpoint was saved in the middle of a rollout and {', '.join(changed)} since: the rest of the "
                 "rollout can't be trained on as it was cut. Resume with the earlier values, or from a checkpoint "
                 "between two rollouts"
             )
-        mine = state["ranks"][self.trainer.global_rank]
-        self.experience = Experience(**mine["experience"])
-        self.micro_batches, self.micro_step = mine["micro_batches"], state["micro_step"]
+        rank = self.trainer.global_rank
+        if in_rollout:
+            self.experience = Experience(**ranks[rank]["experience"])
+            self.micro_batches, self.micro_step = ranks[rank]["micro_batches"], state["micro_step"]
+        ahead = [held["ahead"] for held in ranks]
+        if self.rollout_ahead and all(ahead) and len(ahead) == self.trainer.world_size:
+            self.ahead = Ahead.from_state_dict(ahead[rank])
+        elif any(ahead):
+            log.warning("the rollout that the checkpoint holds sampled ahead doesn't fit this run; it is sampled again")
 
     def _cut(self) -> dict[str, int]:
         """What decides how a rollout is dealt out to micro-batches."""

@@ -201,7 +201,7 @@ def test_the_policy_alone_may_give_weights(tiny_model_path):
     with pytest.raises(TypeError, match="takes its weights from its policy"):
         synced.update_weights([], 1)
     with pytest.raises(TypeError, match="VLLMProcessRollout or VLLMServerRollout"):
-        synced.submit(PROMPTS, Sampling(), max_tokens=2, seeds=[[0], [1]])
+        synced.ahead(lambda: None)
 
 
 def test_without_vllm_the_policys_modules_sample(monkeypatch, caplog):

@@ -107,7 +107,7 @@ def test_samples_follow_the_policy(synced, policy):
 
 
 def test_sampling_ahead_keeps_its_version_while_the_policy_moves(synced, policy):
-    ahead = synced.submit(PROMPTS, Sampling(), max_tokens=64, seeds=SEEDS)
+    ahead = synced.ahead(lambda: synced.generate(PROMPTS, Sampling(), max_tokens=64, seeds=SEEDS))
     perturb(policy)
     synced.turn = 1
     synced.sync()

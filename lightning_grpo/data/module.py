@@ -235,6 +235,15 @@ class PromptDataModule(lightning.LightningDataModule):
 
         return Loader(length, batches)
 
+    def next_prompts(self) -> PromptBatch:
+        """This rank's share of the next rollout, for sampling it ahead of its turn.
+
+        The train loader serves the same, as long as `more_prompts` and `observe` are not called before that.
+        """
+        W, rank = self._shard
+        rows = self._stream.peek(self.prompts_per_rollout)
+        return PromptBatch([self.train[i] for i in rows[rank::W]], rollout=self._stream.rollout + 1)
+
     def more_prompts(self, count: int) -> PromptBatch:
         """This rank's share of ``count`` further prompts (over all ranks), none of which the rollout holds already.
 

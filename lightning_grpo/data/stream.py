@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_grpo.data.sampling import Sampler
 
@@ -44,12 +45,23 @@ class Stream:
         self.step += 1
 
     def _begin(self, count: int) -> None:
-        for row, reward in self._observed.items():
-            self.rates[row] = self.sampler.update(self.rates[row].item(), reward)
+        self.rates = self._rates_observed()
         self._observed, self._taken = {}, set()
         self.rollout += 1
         self.rows = self.more(count)
         self._cursor_at_start = self._cursor
+
+    def peek(self, count: int) -> list[int]:
+        """The ``count`` rows that the next rollout begins with, if no more is drawn or observed in this one."""
+        rates = self._rates_observed()
+        draw = self.sampler.draw
+        return draw(count, size=self.size, seed=self.seed, cursor=self._cursor, rates=rates, taken=set())[0]
+
+    def _rates_observed(self) -> Tensor:
+        rates = self.rates.clone()
+        for row, reward in self._observed.items():
+            rates[row] = self.sampler.update(rates[row].item(), reward)
+        return rates
 
     def more(self, count: int, *, multiple: int = 1) -> list[int]:
         """``count`` further rows, rounded up to a ``multiple``, that this rollout doesn't hold yet; where there aren't

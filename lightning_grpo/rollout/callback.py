@@ -40,6 +40,10 @@ class RolloutCallback(L.Callback, ABC):
 
     sleeps = False
     """Whether the engine gives its memory back between rollouts."""
+    samples_in_background = False
+    """Whether the engine can sample while the policy trains."""
+    updates_in_flight = False
+    """Whether the engine can take new weights while it samples."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer, pl_module)

@@ -8,7 +8,6 @@ import asyncio
 import itertools
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,7 +29,7 @@ TOKENS_A_MESSAGE = 100
 
 
 class ServerEngine:
-    """An `Engine` over vLLM servers.
+    """An `Engine` over vLLM servers, which sample while this process does other things.
 
     Args:
         urls: of the servers, such as http://host:8000. Each was started with `SERVER_FLAGS` and VLLM_SERVER_DEV_MODE=1
@@ -45,8 +44,8 @@ class ServerEngine:
         run: the run's name in the versions that servers report, the same on all ranks. None draws one.
     """
 
-    updates_in_flight = True
-    """`update_weights` can be called while `generate` runs."""
+    samples_in_background = updates_in_flight = True
+    """`generate` can run in another thread, and `update_weights` while it does."""
 
     def __init__(
         self,
@@ -74,7 +73,6 @@ class ServerEngine:
         self._pushes = pushes
         self._barrier = barrier
         self._request_ids = (f"{secrets.token_hex(8)}-{n}" for n in itertools.count())
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="rollout-ahead")
         self._pool = Pool([Endpoint(url, api_key, room=max_in_flight) for url in urls])
         hosts = [urlsplit(endpoint.url).hostname for endpoint in self.endpoints]
         self._transfer = TCPTransfer(weights_host or own_address([host for host in hosts if host]))
@@ -114,10 +112,6 @@ class ServerEngine:
     ) -> list[list[Completion]]:
         params = self._params(sampling, max_tokens)
         return self._loop.wait(self._generate(prompts, params, seeds, sampling.cutoff, on_group))
-
-    def submit(self, *args: Any, **kwargs: Any) -> Future[list[list[Completion]]]:
-        """`generate` in the background. `on_group` is then called in another thread."""
-        return self._background.submit(self.generate, *args, **kwargs)
 
     async def _generate(
         self,
@@ -309,7 +303,5 @@ class ServerEngine:
         """End what runs, also in the background."""
         if self._loop.closed:
             return
-        self._background.shutdown(wait=False, cancel_futures=True)
         self._loop.wait(self._pool.each(lambda endpoint: endpoint.client.aclose()))
         self._loop.close()
-        self._background.shutdown()

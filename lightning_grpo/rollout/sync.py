@@ -3,8 +3,10 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from threading import local
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from lightning_grpo.rollout.proof import (
 from lightning_grpo.rollout.types import Completion, Engine, OnGroup, Sampling
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,9 @@ class SyncedEngine:
     Args:
         engine: what samples. It may have ``dtype`` (weights are cast to it on the way), ``held`` (what it holds after
             `update_weights`, a list of `Held`), ``weights_lost`` (True where a sleep cost it its weights),
-            ``replica_logprobs`` (`logprobs` of each of several copies, by place) and ``submit`` (`generate` in the
-            background).
+            ``replica_logprobs`` (`logprobs` of each of several copies, by place), ``samples_in_background`` (True where
+            `generate` may run in another thread while the policy trains) and ``updates_in_flight`` (True where
+            `update_weights` has an argument ``in_flight`` that lets running requests go on with the new weights).
         version: gives the policy's version, which rises whenever its weights change.
         weights: gives a fresh stream of the policy's weights under Hugging Face names.
         score: the policy's log-probs of whole sequences at temperature 1, [n − 1] each for n tokens.
@@ -90,6 +94,8 @@ class SyncedEngine:
         self._fingerprints: dict[str, Fingerprint] | None = None
         self._synced_version: int | None = None
         self._ahead: Future | None = None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="rollout-ahead")
+        self._thread = local()
 
     @property
     def version(self) -> int | None:
@@ -105,51 +111,54 @@ class SyncedEngine:
         seeds: Sequence[Sequence[int]],
         on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
-        self.sync()
+        if not getattr(self._thread, "is_ahead", False):
+            self.sync()
         groups = self.engine.generate(prompts, sampling, max_tokens=max_tokens, seeds=seeds, on_group=on_group)
         if self._sleep:
             self.engine.sleep()
         return groups
 
-    def submit(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        max_tokens: int,
-        seeds: Sequence[Sequence[int]],
-        on_group: OnGroup | None = None,
-    ) -> Future[list[list[Completion]]]:
-        """Sync now, then `generate` in the background, with the weights of now, while the policy moves on.
+    def ahead(self, sample: Callable[[], T]) -> Future[T]:
+        """Sync now, then call ``sample`` in the background, where `generate` takes the weights that the engine has.
 
-        The next sync waits for it, so no completion mixes weights and none is more than one rollout behind.
+        The next sync waits for it, so that what it samples is of one policy and at most one rollout behind, unless that
+        sync is ``in_flight``.
 
         Raises:
             TypeError: where the engine shares the trainer's process.
         """
-        if not hasattr(self.engine, "submit"):
+        if not getattr(self.engine, "samples_in_background", False):
             raise TypeError(
                 f"{type(self.engine).__name__} shares the trainer's process and can't sample in the background; use "
                 "VLLMProcessRollout or VLLMServerRollout, or generate in turn"
             )
         self.sync()
-        self._ahead = self.engine.submit(prompts, sampling, max_tokens=max_tokens, seeds=seeds, on_group=on_group)
+
+        def in_background() -> T:
+            self._thread.is_ahead = True
+            return sample()
+
+        self._ahead = self._background.submit(in_background)
         return self._ahead
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         self.sync()
         return self.engine.logprobs(sequences)
 
-    def sync(self, *, force: bool = False) -> SyncReport | None:
+    def sync(self, *, force: bool = False, in_flight: bool = False) -> SyncReport | None:
         """Give the engine the policy's weights if it doesn't hold them; None where it did.
 
         Collective where the policy is sharded.
+
+        Args:
+            force: also where the policy has not moved.
+            in_flight: don't wait for what is sampled ahead: its further tokens come from the new weights.
         """
         version = self._version()
         if not force and version == self._synced_version and not getattr(self.engine, "weights_lost", False):
             self.engine.wake()
             return None
-        if self._ahead is not None:
+        if self._ahead is not None and not in_flight:
             wait([self._ahead])
             self._ahead = None
         self._synced_version = None
@@ -157,7 +166,7 @@ class SyncedEngine:
         stream = WeightStream(self._weights(), getattr(self.engine, "dtype", None))
         try:
             self.engine.wake()
-            self.engine.update_weights(stream, version)
+            self.engine.update_weights(stream, version, **({"in_flight": True} if in_flight else {}))
         except Exception as error:
             if stream.current is None:
                 raise
@@ -229,4 +238,6 @@ class SyncedEngine:
         self.engine.wake()
 
     def close(self) -> None:
+        """End what is sampled ahead, and the engine."""
         self.engine.close()
+        self._background.shutdown(cancel_futures=True)

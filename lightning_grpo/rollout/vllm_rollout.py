@@ -198,6 +198,8 @@ class VLLMProcessRollout(VLLMRollout):
         self.engine_args |= {name: size for name, size in parallel.items() if size != 1}
         self._server: ServerProcess | None = None
 
+    samples_in_background = updates_in_flight = True
+
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
         _refuse_stop_strings(self, pl_module)
         self._server = ServerProcess(
@@ -259,6 +261,8 @@ class VLLMServerRollout(RolloutCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             refuse_bias(pl_module, self.sampling_args or {})
+
+    samples_in_background = updates_in_flight = True
 
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
         _refuse_stop_strings(self, pl_module)
