@@ -119,16 +119,14 @@ def test_sampling_ahead_keeps_its_version_while_the_policy_moves(synced, policy)
 
 def test_weights_updated_in_flight(synced, policy, engine, monkeypatch):
     """Completions go on with the new weights: their later tokens are the new policy's, whatever came before."""
-    synced.sync()
     engine.sampling_args = {"stop_token_ids": []}
     begun, begin = Event(), Tail.begun
     monkeypatch.setattr(Tail, "begun", lambda *args: begun.set() or begin(*args))
-    ahead = engine.submit(PROMPTS, Sampling(), max_tokens=240, seeds=SEEDS)
+    ahead = synced.ahead(lambda: synced.generate(PROMPTS, Sampling(), max_tokens=240, seeds=SEEDS))
     assert begun.wait(60)
     perturb(policy)
-    engine.update_weights(policy_weights(policy), 1, in_flight=True)
-    canary = [[4, 5, 6, 7]]
-    assert (engine.logprobs(canary)[0] - synced.reference.logprobs(canary)[0]).abs().max() < 1e-4
+    synced.turn = 1
+    assert synced.sync(in_flight=True).canary.max < 1e-4
     groups = ahead.result()
     assert all(c.versions == sorted(c.versions) and len(c.versions) == len(c.token_ids) for g in groups for c in g)
     assert any(set(c.versions) == {0, 1} for g in groups for c in g)
