@@ -33,6 +33,8 @@ def replace_groups(
     order = order.flatten()
     joined = {}
     for name, mine in vars(rollout).items():
+        if mine is None:
+            continue
         its = getattr(other, name)
         if mine.dim() == 2:
             width = max(mine.shape[1], its.shape[1])

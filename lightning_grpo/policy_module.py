@@ -17,12 +17,20 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from lightning_grpo.data import PromptBatch
+from lightning_grpo.data import Prompt, PromptBatch
 from lightning_grpo.logprobs import completion_logprobs
 from lightning_grpo.monitor.metrics import Window, observe_completions, observe_rewards
 from lightning_grpo.policy import LoRA, frozen_copy, load_config, load_policy, load_tokenizer, shard
-from lightning_grpo.rewards import Reward, as_rewards, compute_rewards
-from lightning_grpo.rollout import Rollout, RolloutCallback, Sampling, SyncedEngine, default_rollout, policy_weights
+from lightning_grpo.rewards import EarlyJudge, Reward, as_rewards, compute_rewards
+from lightning_grpo.rollout import (
+    Completion,
+    Rollout,
+    RolloutCallback,
+    Sampling,
+    SyncedEngine,
+    default_rollout,
+    policy_weights,
+)
 from lightning_grpo.rollout.callback import pad_id
 from lightning_grpo.rollout.seeds import rollout_seeds
 
@@ -220,20 +228,46 @@ class PolicyModule(LightningModule):
             [rollout_seeds(self.seed, number, index, sample) for sample in range(num_generations)]
             for index in batch.prompt_indices
         ]
-        completions = self.engine.generate(batch.prompts, sampling, max_tokens=self.max_completion_length, seeds=seeds)
-        return Rollout.collate(batch.prompts, completions, pad_id(self.tokenizer))
+        early = [reward for reward in self.rewards if reward.early]
+
+        def judge_group(prompt: int, group: list[Completion]) -> Tensor:
+            return self._judge(early, [completion.token_ids for completion in group], [batch.rows[prompt]] * len(group))
+
+        with EarlyJudge(judge_group) as judge:
+            completions = self.engine.generate(
+                batch.prompts,
+                sampling,
+                max_tokens=self.max_completion_length,
+                seeds=seeds,
+                on_group=judge.hear if early else None,
+            )
+            rollout = Rollout.collate(batch.prompts, completions, pad_id(self.tokenizer))
+            if early:
+                rollout.early_rewards = torch.cat(judge.results())
+        return rollout
 
     def compute_rewards(self, rollout: Rollout, batch: PromptBatch) -> Tensor:
         """Every reward of every completion: [N, R] float32, NaN where a reward says it does not apply."""
         pairs = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
         completion_ids = [ids[mask].tolist() for ids, mask in pairs]
         repeats = len(completion_ids) // len(batch)
+        prompts = [row for row in batch.rows for _ in range(repeats)]
+        is_early = torch.tensor([reward.early and rollout.early_rewards is not None for reward in self.rewards])
+        late = [reward for reward, done in zip(self.rewards, is_early, strict=True) if not done]
+        table = torch.empty(len(rollout), len(self.rewards))
+        table[:, ~is_early] = self._judge(late, completion_ids, prompts)
+        if is_early.any():
+            table[:, is_early] = rollout.early_rewards
+        return table
+
+    def _judge(self, rewards: Sequence[Reward], completion_ids: list[list[int]], prompts: list[Prompt]) -> Tensor:
+        """[n, len(rewards)] of n completions and the prompt of each."""
         return compute_rewards(
-            self.rewards,
-            [prompt for prompt in batch.messages for _ in range(repeats)],
+            rewards,
+            [prompt.messages for prompt in prompts],
             self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True),
             completion_ids,
-            [row for row in batch.columns for _ in range(repeats)],
+            [prompt.columns for prompt in prompts],
             self.trainer,
         )
 

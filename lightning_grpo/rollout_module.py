@@ -105,6 +105,7 @@ class RolloutModule(PolicyModule):
                 rollout = self.rollout(batch)
         with self.window.timed("reward"):
             rewards = self.compute_rewards(rollout, batch)
+            rollout.early_rewards = None  # they are among the rewards
         totals = total_rewards(rewards, self.reward_weights)
         observe_groups(self.window, totals, self.num_generations)
         self.window.mean("rollout_tokens", rollout.completion_mask.sum())

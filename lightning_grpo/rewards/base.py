@@ -38,6 +38,9 @@ class Reward(ABC):
     """Factor of this reward in the sum of all."""
     name: str = ""
     """Name in the logs. Empty: the class's name in snake_case, or the function's."""
+    early: bool = False
+    """Judge each group as soon as it is sampled, in another thread, while others still are. For slow rewards: it is
+    then called with one group at a time, not with the whole rollout."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

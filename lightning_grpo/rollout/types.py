@@ -128,6 +128,8 @@ class Rollout:
     rollout_logprobs    [N, T]     float32, the engine's own; 0 on padding
     truncated           [N]        bool, True where the completion was ended by its length or a cut-off
     versions            [N, T]     int64, policy version that sampled the token; 0 on padding
+    early_rewards       [N, R]     float32, of the rewards that were judged while others were sampled (R of them);
+                                   None where there are none
     ==================  =========  ==================================================================
     """
 
@@ -138,6 +140,7 @@ class Rollout:
     rollout_logprobs: Tensor
     truncated: Tensor
     versions: Tensor
+    early_rewards: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
