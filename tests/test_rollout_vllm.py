@@ -8,9 +8,18 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from lightning_grpo.rollout import HFEngine, Sampling, SyncedEngine, WeightSyncError, policy_weights, rollout_seeds
+from lightning_grpo.rollout import (
+    HFEngine,
+    Sampling,
+    SyncedEngine,
+    WeightSyncError,
+    policy_weights,
+    rollout_seeds,
+    vllm_weights,
+)
 from lightning_grpo.rollout.vllm_engine import VLLMEngine
 
 pytestmark = pytest.mark.vllm
@@ -236,14 +245,49 @@ def test_lora_reaches_the_engine_merged_once(synced, engine, tiny_model_path, fa
 
 
 @pytest.mark.parametrize("change", [0.02, 1e-5])
-def test_a_forgotten_tied_head_is_named(synced, policy, change, monkeypatch):
-    from lightning_grpo.rollout import vllm_weights
-
-    monkeypatch.setattr(vllm_weights, "_pack_head", lambda model: None)
+def test_a_forgotten_tied_head_is_named(synced, policy, engine, change, monkeypatch):
+    """The head computes with a packed copy of the embedding, as vLLM leaves it."""
+    head = engine._worker.get_model().lm_head
+    copy = head.weight.clone()
+    monkeypatch.setattr(head, "cpu_linear", lambda x, weight, bias: F.linear(x, copy, bias))
+    monkeypatch.setattr(vllm_weights, "_compute_from_parameters", lambda model: None)
     perturb(policy, change)
     synced.turn = 1
     with pytest.raises(WeightSyncError, match=r"model.embed_tokens.weight \(stale in lm_head\)"):
         synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+
+
+def test_only_matrices_that_moved_are_packed(synced, policy, monkeypatch):
+    from vllm.model_executor.layers import utils
+
+    packed = []
+    pack = utils.dispatch_cpu_unquantized_gemm
+    monkeypatch.setattr(
+        utils, "dispatch_cpu_unquantized_gemm", lambda layer, remove_weight: packed.append(pack(layer, remove_weight))
+    )
+    synced.sync(force=True)
+    assert packed == []
+    with torch.no_grad():
+        policy.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    assert synced.sync(force=True).moved == ["model.layers.1.mlp.up_proj.weight"]
+    assert len(packed) == 1
+
+
+@pytest.mark.parametrize("change", [0.0, 0.02])
+def test_models_of_unknown_layout_go_through_vllms_own_loaders(synced, policy, change, monkeypatch):
+    """What its kernels pack can't be compared there; the rest is, and the canary sees the weights arrive."""
+    monkeypatch.setattr(vllm_weights, "_are_complete", lambda places, model: False)
+    perturb(policy, change)
+    synced.turn = 1
+    groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    assert 0 < synced.last_sync.compared < synced.last_sync.tensors
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for c in group:
+            scored = synced.reference.logprobs([prompt + c.token_ids])[0][len(prompt) - 1 :]
+            torch.testing.assert_close(torch.tensor(c.logprobs), scored, atol=1e-4, rtol=0)
+    monkeypatch.undo()
+    perturb(policy)
+    assert synced.sync(force=True).compared == synced.last_sync.tensors
 
 
 def test_a_change_too_small_for_the_canary_is_still_seen(synced, policy, engine, monkeypatch):
