@@ -6,8 +6,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
-from lightning_grpo.rollout import Mismatch, Tolerance, WeightSyncError, mismatch
+from lightning_grpo.rollout import (
+    HFEngine,
+    Mismatch,
+    SyncedEngine,
+    Tolerance,
+    WeightSyncError,
+    mismatch,
+    policy_weights,
+)
 from lightning_grpo.rollout.proof import Fingerprint, Held, WeightStream, canary_sequences, check_canary
 from lightning_grpo.rollout.wire import WeightOffer, fetch
 
@@ -184,3 +193,22 @@ def test_an_impostor_gets_nothing_and_a_cut_stream_is_an_error():
     offer.close()
     known.join()
     assert len(outcomes) == 2 and all(isinstance(outcome, ConnectionError) for outcome in outcomes)
+
+
+def test_the_first_sync_scores_every_canary_and_later_ones_take_turns(tiny_model_path):
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    engine = HFEngine(policy, eos_token_ids=[1], pad_id=0)
+    scored = []
+
+    def score(sequences):
+        scored.append(sequences)
+        return engine.logprobs(sequences)
+
+    synced = SyncedEngine(
+        engine, version=lambda: 0, weights=lambda: policy_weights(policy), score=score, vocab_size=106
+    )
+    for _ in range(5):
+        synced.sync(force=True)
+    everything, *turns = scored
+    assert len(everything) == 4
+    assert sorted(sequence for (sequence,) in turns) == sorted(everything)

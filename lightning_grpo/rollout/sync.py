@@ -63,7 +63,8 @@ class SyncedEngine:
         score: the policy's log-probs of whole sequences at temperature 1, [n − 1] each for n tokens.
         vocab_size: of the policy; the canary's tokens are drawn from all of it.
         dtypes: those that the two sides compute in.
-        canary_length: tokens of each of the four canary sequences.
+        canary_length: tokens of each of the four canary sequences; the first sync scores all of them, each later one
+            the next in turn.
         tolerance: the mismatch that passes, in nats; None takes it from the dtypes and the first sync.
         sleep: let the engine give its memory back after each `generate`.
     """
@@ -91,6 +92,7 @@ class SyncedEngine:
         self._canary = canary_sequences(vocab_size, length=canary_length)
         self._tolerance = tolerance
         self._measured: tuple[Mismatch, float] | None = None
+        self._proofs = 0
         self._fingerprints: dict[str, Fingerprint] | None = None
         self._synced_version: int | None = None
         self._ahead: Future | None = None
@@ -198,23 +200,26 @@ class SyncedEngine:
         return self.last_sync
 
     def _prove(self, version: int, moved: Sequence[str]) -> Mismatch:
-        expected = self._score(self._canary)
+        # All sequences once, which calibrates the tolerance; then one at a time, in turn.
+        canary = self._canary if self._measured is None else [self._canary[self._proofs % len(self._canary)]]
+        self._proofs += 1
+        expected = self._score(canary)
         level = torch.cat(expected).abs().mean().item()
         tolerance = self._tolerance or self._tolerance_at(level)
         replicas = getattr(self.engine, "replica_logprobs", lambda sequences: {"": self.engine.logprobs(sequences)})
         seen = []
-        for place, logprobs in replicas(self._canary).items():
-            canary = check_canary(logprobs, expected)
-            seen.append(canary)
-            if tolerance.exceeded_by(canary):
+        for place, logprobs in replicas(canary).items():
+            off = check_canary(logprobs, expected)
+            seen.append(off)
+            if tolerance.exceeded_by(off):
                 raise WeightSyncError(
                     f"after the sync to policy version {version} the engine's log-probs{place and ' at '}{place} "
-                    f"differ from the policy's by {canary.mean:.3g} nats on average and {canary.max:.3g} at most; "
+                    f"differ from the policy's by {off.mean:.3g} nats on average and {off.max:.3g} at most; "
                     f"{tolerance.mean:.3g} and {tolerance.max:.3g} would be rounding. {self._suspects(moved)}"
                 )
-        canary = max(seen, key=lambda m: m.mean)
-        self._measured = self._measured or (canary, level)
-        return canary
+        largest = max(seen, key=lambda m: m.mean)
+        self._measured = self._measured or (largest, level)
+        return largest
 
     def _tolerance_at(self, level: float) -> Tolerance:
         tolerance = Tolerance.of(self._dtypes, level)

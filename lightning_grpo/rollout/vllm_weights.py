@@ -48,7 +48,7 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Hel
         return _write(places, stream)
     _reload(worker, stream)
     _compute_from_parameters(model)
-    return [place.held() for homes in _places(model).values() for place in homes if not place.is_packed]
+    return _held(_places(model))
 
 
 def replace_functions() -> None:
@@ -86,11 +86,6 @@ class _Place:
         if target.shape != tensor.shape:
             raise ValueError(f"its shape is {tuple(tensor.shape)}, but {self.prefix} takes {tuple(target.shape)}")
         target.copy_(tensor)
-
-    def held(self) -> Held:
-        if self.parameter == "weight" and getattr(self.layer, "cpu_linear", F.linear) is not F.linear:
-            return Held(self.name, self.prefix, None)
-        return Held(self.name, self.prefix, Fingerprint.of(_part(self.value, self.parts, self.name)))
 
 
 def _part(whole: Tensor, parts: Iterable[tuple[str, int | None]], name: str) -> Tensor:
@@ -146,6 +141,23 @@ def _compute_from_parameters(model: nn.Module) -> None:
             layer.cpu_linear = F.linear
 
 
+def _held(places: dict[str, list[_Place]]) -> list[Held]:
+    """What lies in the parameters themselves; a tied one is read once."""
+    held = []
+    for name, homes in places.items():
+        fingerprints: dict[int, Fingerprint] = {}
+        for place in homes:
+            if place.is_packed:
+                continue
+            if place.parameter == "weight" and getattr(place.layer, "cpu_linear", F.linear) is not F.linear:
+                held.append(Held(name, place.prefix, None))
+                continue
+            if id(place.value) not in fingerprints:
+                fingerprints[id(place.value)] = Fingerprint.of(_part(place.value, place.parts, name))
+            held.append(Held(name, place.prefix, fingerprints[id(place.value)]))
+    return held
+
+
 # ── Straight into their places ────────────────────────────────────────────────────────────────────────────────────
 
 _packed: WeakKeyDictionary[nn.Module, dict[str, Fingerprint]] = WeakKeyDictionary()
@@ -172,7 +184,7 @@ def _write(places: dict[str, list[_Place]], weights: Iterable[tuple[str, Tensor]
         raise WeightSyncError(
             f"no weights came for {len(missing)} tensors of the engine: {', '.join(sorted(missing)[:8])}"
         )
-    return held + [place.held() for homes in places.values() for place in homes if not place.is_packed]
+    return held + _held(places)
 
 
 def _pack(place: _Place, pieces: dict[str, Tensor]) -> list[Held]:
