@@ -7,7 +7,7 @@ import torch
 
 from lightning_grpo.monitor.metrics import Spread, Window, observe_completions, observe_groups, observe_rewards
 from lightning_grpo.monitor.terminal import figures, held_out_figures
-from lightning_grpo.objective import Max, Min, Sum
+from lightning_grpo.objective import Max, Min, Percentile99, Sum
 
 
 def test_uneven_parts_merge_to_the_mean_of_all():
@@ -33,6 +33,24 @@ def test_spread_is_the_standard_deviation_of_all_parts():
     parts = [Spread(p.sum(), (p**2).sum(), torch.tensor(len(p))) for p in (x[:1], x[1:])]
     assert float(parts[0].merge(parts[1]).compute()) == pytest.approx(float(x.std()))
     assert float(parts[0].compute()) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-2, 3.0])
+def test_the_99th_percentile_of_all_parts(scale):
+    x = scale * torch.randn(5000, generator=torch.Generator().manual_seed(0)).abs()
+    window = Window()
+    for part in x.split(700):
+        counted = torch.cat([part, torch.tensor([1e6, torch.nan])])
+        window.add({"p99": Percentile99.of(counted, counted < 1e5)})
+    assert window.reduce()["p99"] == pytest.approx(float(x.quantile(0.99)), rel=0.03)
+
+
+def test_a_percentile_of_nothing_is_left_out_and_nan_is_large():
+    values, everything = torch.tensor([0.0, torch.nan]), torch.ones(2, dtype=torch.bool)
+    window = Window()
+    window.add({"none": Percentile99.of(values, ~everything), "zero": Percentile99.of(values[:1], everything[:1])})
+    window.add({"broken": Percentile99.of(values, everything)})
+    assert window.reduce() == {"zero": 0.0, "broken": pytest.approx(100, rel=0.03)}
 
 
 def test_the_clock_gives_the_rest_to_the_update():

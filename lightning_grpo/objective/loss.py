@@ -9,7 +9,7 @@ from lightning_grpo.objective.correction import bound, rollout_ratio
 from lightning_grpo.objective.kl import kl_divergence
 from lightning_grpo.objective.masks import off_policy_mask, top_entropy_mask
 from lightning_grpo.objective.surrogate import Surrogate, Terms
-from lightning_grpo.objective.tensors import Metric, exp, extremes, fill, mean_metric, rows, sequence_mean
+from lightning_grpo.objective.tensors import Metric, Percentile99, exp, extremes, fill, mean_metric, rows, sequence_mean
 
 
 def policy_loss(
@@ -159,6 +159,7 @@ def mismatch_metrics(old: Tensor, engine: Tensor | None, weight: Tensor | None, 
         difference = fill(old - engine, scored).abs()
         metrics["sampling/sampling_logp_difference/mean"] = mean_metric(difference, scored)
         metrics["sampling/sampling_logp_difference/max"] = extremes(difference, scored)[1]
+        metrics["sampling/sampling_logp_difference/p99"] = Percentile99.of(difference, scored)
         metrics["sampling/kl"] = mean_metric(fill(kl_divergence(engine, old), scored), scored)
     if weight is not None:
         lowest, highest = extremes(weight, mask)
