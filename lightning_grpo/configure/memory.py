@@ -106,9 +106,11 @@ def _generate(w: Workload) -> Parts:
         return {}
     rows = min(w.engine_sequences, w.samples // w.ranks)
     length = w.prompt_length + w.completion_length
-    # Each layer's cache is copied when a token is appended to it.
+    # One layer after another is copied when rows leave.
     cache = rows * length * w.shape.cache_bytes * w.compute_bytes / 2 * (1 + 1 / w.shape.layers)
-    return {"KV cache": cache, "weight copies": _weight_copies(w), "sampling": 12 * rows * w.shape.vocab}
+    # All of them stay for the whole rollout, the head's too.
+    copies = _weight_copies(w) and _weight_copies(w) + 2 * w.shape.head
+    return {"KV cache": cache, "weight copies": copies, "sampling": 12 * rows * w.shape.vocab}
 
 
 def _score(w: Workload, hardware: Hardware) -> Parts:

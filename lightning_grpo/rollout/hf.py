@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from lightning_grpo.rollout.decoding import buffered_cache, quick_decoding
 from lightning_grpo.rollout.sampling import draw, sampled_logprobs
 from lightning_grpo.rollout.seeds import uniform
 from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Sampling
@@ -144,7 +145,7 @@ class HFEngine:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        with torch.no_grad(), eval_mode(self.policy), self.context():
+        with torch.no_grad(), eval_mode(self.policy), self.context(), quick_decoding(self.policy):
             yield
 
     def _batches(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> Iterator[list[_Row]]:
@@ -166,7 +167,7 @@ class HFEngine:
             mask[line, P - len(prompts[i]) :] = 1
         ids, mask = ids.to(self._device), mask.to(self._device)
 
-        cache = DynamicCache(config=self.policy.config)
+        cache = buffered_cache(self.policy.config, P + max_tokens)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = self._forward(ids, mask, positions, cache)
 
