@@ -1,0 +1,369 @@
+"""A whole GRPO step, ours against TRL's GRPOTrainer: seconds and memory of the same work.
+
+Each contender is a process of its own that loads the same checkpoint and trains on the same prompts: as many
+completions of exactly the same length (the checkpoint's copy has an end-of-sequence token that is never sampled), the
+same micro-batches, a reward that leaves no group without spread, advantages without scaling, DAPO's loss, AdamW,
+gradients clipped at 1, no gradient checkpointing. After warm-up steps it reports the medians of a step's seconds, whole
+and in parts (sampling, sending the weights to the engine, the rest: rewards, scoring, loss, gradients, optimizer), and
+the peak of its resident memory (VmHWM, weights, libraries and all). Both sides' tokens trained and losses stand beside.
+
+Contenders: `hf` is TRL with transformers' generate, its default, against ours with `HFRollout`; `vllm` is TRL with vLLM
+in its process (colocate, without its importance sampling correction, which ours hasn't by default either) against ours
+with `VLLMRollout`. TRL is measured with the interpreter named by `--peers`, which has trl==1.16.0 (and vLLM); a
+contender that doesn't run is a row that says so, and fails `--check`.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PRECISIONS = {
+    "bf16-mixed": "bfloat16 autocast over float32 weights",
+    "bf16": "weights, gradients and optimizer in bfloat16",
+}
+SIDES = ["TRL", "ours"]
+LEARNING_RATE = 1e-6
+
+
+# --- the work ---------------------------------------------------------------------------------------------------------
+
+
+def questions(count: int) -> list[str]:
+    """Word problems of about 110 tokens, the answer's turn opened in the model's chat format."""
+    rng = random.Random(0)
+    names, things = ["Ada", "Bert", "Cleo", "Dan", "Edda", "Finn"], ["apples", "books", "coins", "stamps", "tickets"]
+    found = []
+    for _ in range(count):
+        (a, b), thing, (x, y, z) = rng.sample(names, 2), rng.choice(things), (rng.randint(11, 99) for _ in range(3))
+        story = (
+            f"{a} has {x} {thing} in a box at home. On Monday {a} buys {y} more {thing} at the market and puts them "
+            f"into the same box. On Tuesday {b} comes to visit, who has {z} {thing}, and gives every second one of "
+            f"them to {a}. How many {thing} does {a} have in the box on Tuesday evening, and how many are left to {b}? "
+            "Think step by step, and write the two numbers on the last line."
+        )
+        found.append(f"<|im_start|>user\n{story}<|im_end|>\n<|im_start|>assistant\n")
+    return found
+
+
+def variety(completions, **columns) -> list[float]:
+    """Share of different characters: hardly ever the same for two completions of a group."""
+    return [len(set(text)) / max(len(text), 1) for text in completions]
+
+
+def endless_checkpoint(model: Path, folder: Path) -> Path:
+    """A copy of the checkpoint whose end-of-sequence token is its vocabulary's last, a rare one."""
+    shutil.copytree(model, folder)
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"] | {token["content"]: token["id"] for token in tokens["added_tokens"]}
+    last, index = max(vocabulary.items(), key=lambda item: item[1])
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text())
+        settings |= {"eos_token": last} if name.startswith("tokenizer") else {"eos_token_id": index}
+        (folder / name).write_text(json.dumps(settings))
+    return folder
+
+
+# --- one contender, in its own process --------------------------------------------------------------------------------
+
+
+def status(field: str) -> float:
+    """Of this process, in GB (Linux): VmRSS is what is resident, VmHWM its high-water mark."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024 / 1e9
+
+
+class Clock:
+    """Seconds between optimizer steps, and in parts of them."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.parts: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def timed(self, part: str, function):
+        """``function``, adding to ``part`` what it takes."""
+
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
+
+        return call
+
+    def step(self) -> None:
+        now = time.perf_counter()
+        generate, sync = self.parts.get("generate", 0.0), self.parts.get("sync", 0.0) - self.parts.get("nested", 0.0)
+        total = now - self.last
+        self.steps.append({"total": total, "generate": generate, "sync": sync, "update": total - generate - sync})
+        self.steps[-1]["resident"] = status("VmRSS")
+        self.parts, self.last = {}, now
+
+
+def run_trl(job: dict, clock: Clock) -> dict:
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    losses, trained = [], []
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            clock.step()
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            losses.append(logs["loss"]) if "loss" in logs else None
+
+    class Counting(GRPOTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            trained.append((int(inputs["completion_mask"].sum()), float(inputs["advantages"].abs().mean())))
+            return super().compute_loss(model, inputs, **kwargs)
+
+    vllm = {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_importance_sampling_correction": False,
+        "vllm_max_model_length": job["max_prompt"] + job["length"],
+    }
+    config = GRPOConfig(
+        output_dir=job["folder"] + "/trl",
+        model_init_kwargs={"dtype": "float32" if job["precision"] == "bf16-mixed" else "bfloat16"},
+        bf16=job["precision"] == "bf16-mixed",
+        use_cpu=not torch.cuda.is_available(),
+        per_device_train_batch_size=job["micro_batch"],
+        gradient_accumulation_steps=job["prompts"] * job["generations"] // job["micro_batch"],
+        num_generations=job["generations"],
+        max_completion_length=job["length"],
+        max_steps=job["warm_up"] + job["steps"],
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        beta=job["beta"],
+        loss_type="dapo",
+        scale_rewards="none",
+        gradient_checkpointing=False,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **(vllm if job["engine"] == "vllm" else {}),
+    )
+    rows = [{"prompt": text} for text in questions(job["prompts"])]
+    trainer = Counting(
+        model=job["model"],
+        args=config,
+        reward_funcs=variety,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[Steps()],
+    )
+    if job["engine"] == "vllm":
+        trainer.vllm_generation.sync_weights = clock.timed("sync", trainer.vllm_generation.sync_weights)
+        trainer.vllm_generation.generate = clock.timed("generate", trainer.vllm_generation.generate)
+    else:
+        trainer._generate_single_turn = clock.timed("generate", trainer._generate_single_turn)
+    trainer.train()
+    per_step = len(trained) // len(clock.steps)
+    return {
+        "losses": losses,
+        "tokens": [sum(t for t, _ in trained[i : i + per_step]) for i in range(0, len(trained), per_step)],
+        "advantages": statistics.mean(a for _, a in trained),
+    }
+
+
+def run_ours(job: dict, clock: Clock) -> dict:
+    import lightning
+    import torch
+
+    from lightning_grpo import GRPOModule, PromptDataModule
+    from lightning_grpo.objective import ObjectiveConfig
+    from lightning_grpo.rollout import HFRollout, VLLMRollout
+
+    losses, trained, advantages = [], [], []
+
+    class Steps(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            if trainer.global_step > len(clock.steps):
+                clock.step()
+                losses.append(float(trainer.callback_metrics["loss"]))
+                trained.append(int(trainer.callback_metrics["num_tokens"]) - sum(trained))
+
+    class Timed(GRPOModule):
+        def rollout(self, batch):
+            return clock.timed("generate", super().rollout)(batch)
+
+        def on_fit_start(self):
+            self.engine.sync = clock.timed("sync", self.engine.sync)
+
+        def compute_advantages(self, rewards, rollout):
+            found = super().compute_advantages(rewards, rollout)
+            advantages.append(float(found.abs().mean()))
+            return found
+
+    rows = Path(job["folder"]) / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions(job["prompts"])))
+    mixed = job["precision"] == "bf16-mixed"
+    module = Timed(
+        job["model"],
+        [variety],
+        dtype="float32" if mixed else "bfloat16",
+        num_generations=job["generations"],
+        micro_batch_size=job["micro_batch"],
+        max_prompt_length=job["max_prompt"],
+        max_completion_length=job["length"],
+        objective=ObjectiveConfig(loss_type="dapo", beta=job["beta"]),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=LEARNING_RATE, weight_decay=0.0),
+    )
+    trainer = lightning.Trainer(
+        precision="bf16-mixed" if mixed else None,
+        max_steps=job["warm_up"] + job["steps"],
+        max_epochs=-1,
+        accumulate_grad_batches=job["prompts"] * job["generations"] // job["micro_batch"],
+        gradient_clip_val=1.0,
+        default_root_dir=job["folder"],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[{"hf": HFRollout, "vllm": VLLMRollout}[job["engine"]](), Steps()],
+        devices=1,
+    )
+    trainer.fit(module, PromptDataModule(str(rows), prompts_per_rollout=job["prompts"]))
+    return {"losses": losses, "tokens": trained, "advantages": statistics.mean(advantages)}
+
+
+def worker(job: dict) -> dict:
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    clock = Clock()
+    found = {"TRL": run_trl, "ours": run_ours}[job["side"]](job, clock)
+    steady = clock.steps[job["warm_up"] :]
+    parts = {part: statistics.median(step[part] for step in steady) for part in steady[0]}
+    return {**parts, "peak": status("VmHWM"), "all_steps": clock.steps, **found}
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def measure(job: dict, python: str) -> dict:
+    env = os.environ | {
+        "OMP_NUM_THREADS": str(job["threads"]),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    env |= {"PYTHONPATH": str(ROOT)} if job["side"] == "ours" else {}
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [python, __file__, "--worker", json.dumps(job | {"folder": folder}), "--json", str(result)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        if done.returncode or not result.exists():
+            lines = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()
+            return {"failed": next((line for line in reversed(lines) if "Error" in line), lines[-1])}
+        return json.loads(result.read_text())
+
+
+def describe(found: dict) -> str:
+    if "failed" in found:
+        return f"failed: {found['failed'][:90]}"
+    seconds = "".join(f"{part} {found[part]:6.2f}  " for part in ("total", "generate", "sync", "update"))
+    return (
+        f"{seconds}s   peak {found['peak']:5.2f} GB, resident {found['resident']:5.2f}   "
+        f"{found['tokens'][-1]} tokens, |A| {found['advantages']:.3f}, loss {found['losses'][-1]:+.4f}"
+    )
+
+
+def compare(label: str, rows: dict[str, dict]) -> tuple[str, list[str], tuple[float, float] | None]:
+    """TRL's share of ours, what falls short, and the two ratios that count."""
+    bad = [f"{label}: {side} did not run" for side in SIDES if "failed" in rows[side]]
+    if bad:
+        return "", bad, None
+    theirs, ours = rows["TRL"], rows["ours"]
+    if theirs["tokens"] != ours["tokens"]:
+        bad.append(f"{label}: TRL trained on {theirs['tokens']} tokens a step, ours on {ours['tokens']}")
+    ratios = {part: theirs[part] / ours[part] for part in ("total", "generate", "update", "peak", "resident")}
+    bad += [f"{label}: TRL / ours {part} {ratios[part]:.2f}" for part in ("total", "peak") if ratios[part] <= 1]
+    text = "   ".join(f"{part} {ratio:.2f}" for part, ratio in ratios.items())
+    return f"  TRL / ours: {text}", bad, (ratios["total"], ratios["peak"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", type=Path, default=ROOT / "models/SmolLM2-135M-Instruct", help="a checkpoint's folder"
+    )
+    parser.add_argument("--peers", default=sys.executable, help="interpreter of the environment with TRL")
+    parser.add_argument("--engines", nargs="+", default=["hf"], choices=["hf", "vllm"])
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
+    parser.add_argument(
+        "--betas", nargs="+", type=float, default=[0.0, 0.04], help="weights of the KL to the reference"
+    )
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--length", type=int, default=48, help="tokens of every completion")
+    parser.add_argument("--micro-batch", type=int, default=8, help="completions in one forward and backward pass")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps measured")
+    parser.add_argument("--warm-up", type=int, default=1, help="optimizer steps before")
+    parser.add_argument("--quick", action="store_true", help="one thread, autocast, β 0; two steps")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where ours is not faster and smaller")
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        args.json.write_text(json.dumps(worker(json.loads(args.worker))))
+        return 0
+    if args.quick:
+        args.precisions, args.betas, args.threads, args.steps = ["bf16-mixed"], [0.0], [1], 2
+    results, bad, ratios = [], [], []
+    names = ("prompts", "generations", "length", "micro_batch", "steps", "warm_up")
+    with tempfile.TemporaryDirectory() as folder:
+        model = endless_checkpoint(args.model, Path(folder) / "model")
+        base = {name: vars(args)[name] for name in names} | {"model": str(model), "max_prompt": 192}
+        cases = [
+            {"engine": engine, "precision": precision, "beta": beta, "threads": threads}
+            for engine in args.engines
+            for precision in args.precisions
+            for beta in args.betas
+            for threads in args.threads
+        ]
+        for case in cases:
+            label = "{engine}, {precision}, beta {beta:g}, threads {threads}".format(**case)
+            print(label, flush=True)
+            rows = {}
+            for side in args.sides:
+                job = base | case | {"side": side}
+                rows[side] = measure(job, args.peers if side == "TRL" else sys.executable)
+                print(f"  {side:5}{describe(rows[side])}", flush=True)
+                results.append(job | rows[side])
+            if len(rows) == len(SIDES):
+                text, short, pair = compare(label, rows)
+                bad += short
+                ratios += [pair] if pair else []
+                print(text, flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+    for line in bad:
+        print("short of the goal:", line)
+    took = "nothing to compare"
+    if ratios:
+        seconds, peaks = zip(*ratios, strict=True)
+        took = f"TRL takes {min(seconds):.2f} to {max(seconds):.2f} times our seconds and "
+        took += f"{min(peaks):.2f} to {max(peaks):.2f} times our peak memory"
+    print(f"{len(results)} measurements; {took}; {len(bad)} short of the goal")
+    return int(bool(bad) and args.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
