@@ -1,6 +1,7 @@
 """A real vLLM engine in this process: samples, log-probs, manners, and every fault of a weight sync."""
 
 import gc
+import math
 import os
 import random
 import weakref
@@ -132,6 +133,31 @@ def test_finish_reasons_and_streaming(synced):
         assert (c.finish_reason == "stop") == (c.token_ids[-1] == EOS)
         assert c.finish_reason == "stop" or len(c.token_ids) == 32
         assert EOS not in c.token_ids[:-1] and len(c.logprobs) == len(c.token_ids)
+
+
+@pytest.mark.parametrize("cutoff", [0.01, 0.5, 0.75])
+def test_a_cut_off_keeps_whole_groups_of_prefixes(synced, engine, cutoff):
+    whole = synced.generate(PROMPTS, Sampling(), max_tokens=64, seeds=SEEDS)
+    heard = {}
+    cut = [
+        synced.generate(PROMPTS, Sampling(cutoff=cutoff), max_tokens=64, seeds=SEEDS, on_group=heard.__setitem__)
+        for _ in range(2)
+    ]
+    assert cut[0] == cut[1] == [heard[i] for i in range(len(PROMPTS))]
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    pairs = [(c, w) for ours, theirs in zip(cut[0], whole, strict=True) for c, w in zip(ours, theirs, strict=True)]
+    aborted = [(c, w) for c, w in pairs if c.finish_reason == "abort"]
+    longest = max(len(c.token_ids) for c, _ in pairs)
+    assert aborted and all(len(c.token_ids) == longest < len(w.token_ids) for c, w in aborted)
+    ended = len(pairs) - len(aborted)
+    assert ended >= math.ceil(cutoff * len(pairs))
+    # One step earlier fewer had ended than were waited for, or one had not begun.
+    assert longest == 1 or sum(len(w.token_ids) < longest for _, w in pairs) < math.ceil(cutoff * len(pairs))
+    for c, w in pairs:
+        n = len(c.token_ids)
+        assert n >= 1 and len(c.logprobs) == len(c.versions) == n
+        assert c.token_ids == w.token_ids[:n] and c.logprobs == w.logprobs[:n]
+        assert c.finish_reason in (w.finish_reason, "abort")
 
 
 def test_generation_leaves_the_process_alone(synced):

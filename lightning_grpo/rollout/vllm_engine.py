@@ -3,6 +3,7 @@
 import gc
 import itertools
 import logging
+import math
 import os
 import socket
 import weakref
@@ -135,6 +136,8 @@ class VLLMEngine:
         groups: list[list[Completion | None]] = [[None] * len(group) for group in seeds]
         places: dict[str, tuple[int, int]] = {}
         engine = self.llm.llm_engine
+        total = sum(map(len, seeds))
+        spare = total - math.ceil(sampling.cutoff * total)
         try:
             with guest():
                 for i, (prompt, group) in enumerate(zip(prompts, seeds, strict=True)):
@@ -147,7 +150,7 @@ class VLLMEngine:
                         places[request_id] = places[internal_id] = (i, g)
             while engine.has_unfinished_requests():
                 with guest():
-                    outputs = engine.step()
+                    outputs = engine.step() + _cut(engine, spare)
                 for output in outputs:
                     if not output.finished:
                         continue
@@ -257,6 +260,18 @@ class VLLMEngine:
             finish_reason=reason,
             versions=[self.version] * len(output.token_ids),
         )
+
+
+def _cut(engine: Any, spare: int) -> list[Any]:
+    """End what still runs where no more than `spare` requests do and each has begun; what they have so far."""
+    from vllm.v1.engine import FinishReason
+
+    running = engine.output_processor.request_states
+    if len(running) > spare or not all(state.detokenizer.num_output_tokens() for state in running.values()):
+        return []
+    outputs = [state.make_request_output([], None, FinishReason.ABORT, None) for state in running.values()]
+    engine.abort_request(list(running), internal=True)
+    return outputs
 
 
 def _on_this_device(host_group: bool) -> dict[str, Any]:
