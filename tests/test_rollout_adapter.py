@@ -11,14 +11,13 @@ from lightning_grpo.rollout import (
     Sampling,
     SyncedEngine,
     VLLMEngine,
-    VLLMProcessRollout,
-    VLLMRollout,
     WeightSyncError,
     adapter_weights,
     policy_weights,
     vllm_engine,
 )
 from lightning_grpo.rollout.vllm_adapter import adapter_settings
+from lightning_grpo.rollout.vllm_rollout import adapter_engine_args
 
 PROMPTS = [[4, 60, 16, 5], [4, 60, 16, 5, 8, 9, 10], [7]]
 SEEDS = [[11, 12], [13, 14], [15, 16]]
@@ -191,14 +190,12 @@ def test_options_that_exclude_each_other_are_refused():
     class Module:
         lora, from_scratch = None, False
 
-    module, rollout = Module(), VLLMRollout(lora="adapter")
+    module = Module()
     with pytest.raises(ValueError, match="trains whole weights"):
-        rollout._adapter_settings(module)
+        adapter_engine_args(module)
     module.lora, module.from_scratch = LoRA(), True
     with pytest.raises(ValueError, match="from_scratch"):
-        rollout._adapter_settings(module)
-    with pytest.raises(ValueError, match="a server process takes merged weights"):
-        VLLMProcessRollout(lora="adapter")
+        adapter_engine_args(module)
     assert [adapter_settings(rank, LAYERS)["max_lora_rank"] for rank in (16, 17)] == [16, 32]
     with pytest.raises(ValueError, match=r"lora.rank is 600"):
         adapter_settings(600, LAYERS)

@@ -1,13 +1,20 @@
-"""vLLM in another process: sampling over HTTP, weights over TCP, faults of endpoints."""
+"""vLLM in other processes: sampling over HTTP, weights over TCP, faults of endpoints."""
 
 import os
-from threading import Event
+import signal
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from threading import Barrier
 
 import pytest
 import torch
+from test_rollout_adapter import adapted
 from test_rollout_callback import Sampler, loader, trainer_with
 from transformers import AutoModelForCausalLM
 
+from lightning_grpo.policy import LoRA
 from lightning_grpo.rollout import (
     HFEngine,
     Sampling,
@@ -19,39 +26,92 @@ from lightning_grpo.rollout import (
     rollout_seeds,
 )
 from lightning_grpo.rollout.endpoint import Endpoint
+from lightning_grpo.rollout.server_check import as_flags
 from lightning_grpo.rollout.server_engine import ServerEngine
 from lightning_grpo.rollout.server_process import ServerProcess
+from lightning_grpo.rollout.server_weights import TCPTransfer
 from lightning_grpo.rollout.tail import Tail
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 EOS = 1
+KEY = "the key of the two servers"
 PROMPTS = [[4, 60, 16, 5], [4, 60, 16, 5, 8, 9, 10], [7]]
 SEEDS = [[rollout_seeds(1, 0, i, g) for g in range(4)] for i in range(len(PROMPTS))]
 
 
+class AdaptedSampler(Sampler):
+    """`Sampler` with a LoRA adapter."""
+
+    lora, from_scratch = LoRA(rank=4), False
+
+    def configure_model(self):
+        if self.policy is None:
+            self.policy = adapted(self.model_path)
+
+
 @pytest.fixture(scope="module")
-def server(tiny_model_path, tmp_path_factory):
-    """The server that `VLLMProcessRollout` starts for a module."""
-    callback = VLLMProcessRollout(dtype="float32", max_num_seqs=64, cores=sorted(os.sched_getaffinity(0)))
-    module = Sampler(tiny_model_path)
-    module.max_prompt_length, module.max_completion_length = 7, 245
-    module.configure_model()
-    trainer = trainer_with(callback, tmp_path_factory.mktemp("run"))
-    built = callback.build_engine(trainer, module)
-    assert built.logprobs([[4, 5, 6]])[0].shape == (2,)
-    built.close()
-    server = callback._server
-    yield server
-    callback.close()
-    callback.close()
-    assert server.process.returncode is not None
+def servers(tiny_model_path, tmp_path_factory):
+    """Three servers: two for whole weights, the second of them without a tokenizer, and one for adapters, which
+    `VLLMProcessRollout` starts."""
+    folder = tmp_path_factory.mktemp("servers")
+    callbacks = [VLLMProcessRollout(dtype="float32", max_num_seqs=64, lora=lora) for lora in ("merged", "adapter")]
+    modules = [sampler(tiny_model_path) for sampler in (Sampler, AdaptedSampler)]
+    for module in modules:
+        module.max_prompt_length, module.max_completion_length = 7, 245
+        module.configure_model()
+    settings = callbacks[0].settings(modules[0])
+
+    def plain(name, **engine_args):
+        return ServerProcess(
+            tiny_model_path,
+            engine_args=settings | engine_args,
+            log_file=folder / name,
+            cores=sorted(os.sched_getaffinity(0)),
+            environment={"VLLM_API_KEY": KEY},
+        )
+
+    def for_adapters():
+        callbacks[1].build_engine(trainer_with(callbacks[1], folder), modules[1]).close()
+        return callbacks[1]._server
+
+    # Together they start nearly as fast as one. A server ends with the thread that started it, so the threads stay.
+    with ThreadPoolExecutor(3) as pool:
+        starts = [
+            pool.submit(plain, "first"),
+            pool.submit(plain, "second", tokens_only=True),
+            pool.submit(for_adapters),
+        ]
+        servers = [start.result() for start in starts]
+        yield servers
+        for server in servers:
+            server.close()
+        callbacks[1].close()
+        callbacks[1].close()
+    assert all(server.process.returncode is not None for server in servers)
+
+
+@pytest.fixture
+def server(servers):
+    return servers[0]
+
+
+def engine_over(*servers, **options):
+    return ServerEngine([server.url for server in servers], eos_token_ids=[EOS], api_key=KEY, **options)
 
 
 @pytest.fixture
 def engine(server):
-    engine = ServerEngine([server.url], eos_token_ids=[EOS], api_key=server.api_key)
+    engine = engine_over(server)
     yield engine
     engine.close()
+    engine.close()
+
+
+@pytest.fixture
+def both(servers):
+    """An engine over two servers."""
+    engine = engine_over(*servers[:2])
+    yield engine
     engine.close()
 
 
@@ -60,8 +120,7 @@ def policy(tiny_model_path):
     return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
 
 
-@pytest.fixture
-def synced(engine, policy):
+def synced_with(engine, policy):
     reference = HFEngine(policy, eos_token_ids=[EOS], pad_id=0)
     synced = SyncedEngine(
         engine,
@@ -72,6 +131,11 @@ def synced(engine, policy):
     )
     synced.turn, synced.reference = 0, reference
     return synced
+
+
+@pytest.fixture
+def synced(engine, policy):
+    return synced_with(engine, policy)
 
 
 def perturb(policy, scale=0.02):
@@ -89,6 +153,30 @@ def worst(synced, groups, version=None):
     return torch.cat(gaps).max().item()
 
 
+def tokens(groups):
+    return [[c.token_ids for c in group] for group in groups]
+
+
+@pytest.fixture
+def first_tokens(monkeypatch):
+    """The endpoints' URLs, one for every completion that has begun."""
+    seen, begun = [], Tail.begun
+
+    def watched(tail, request_id, endpoint):
+        seen.append(endpoint.url)
+        return begun(tail, request_id, endpoint)
+
+    monkeypatch.setattr(Tail, "begun", watched)
+    return seen
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 def test_samples_follow_the_policy(synced, policy):
     heard = {}
     groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS, on_group=heard.__setitem__)
@@ -103,7 +191,7 @@ def test_samples_follow_the_policy(synced, policy):
         assert set(c.versions) == {1}
         assert (c.finish_reason == "stop") == (c.token_ids[-1] == EOS)
     again = synced.generate(PROMPTS[1:2], Sampling(), max_tokens=32, seeds=SEEDS[1:2])
-    assert [c.token_ids for c in again[0]] == [c.token_ids for c in groups[1]]
+    assert tokens(again)[0] == tokens(groups)[1]
 
 
 def test_sampling_ahead_keeps_its_version_while_the_policy_moves(synced, policy):
@@ -117,13 +205,11 @@ def test_sampling_ahead_keeps_its_version_while_the_policy_moves(synced, policy)
     assert worst(synced, groups) < 1e-4 < worst(synced, ahead.result())
 
 
-def test_weights_updated_in_flight(synced, policy, engine, monkeypatch):
+def test_weights_updated_in_flight(synced, policy, engine, first_tokens):
     """Completions go on with the new weights: their later tokens are the new policy's, whatever came before."""
     engine.sampling_args = {"stop_token_ids": []}
-    begun, begin = Event(), Tail.begun
-    monkeypatch.setattr(Tail, "begun", lambda *args: begun.set() or begin(*args))
     ahead = synced.ahead(lambda: synced.generate(PROMPTS, Sampling(), max_tokens=240, seeds=SEEDS))
-    assert begun.wait(60)
+    wait_for(lambda: first_tokens)
     perturb(policy)
     synced.turn = 1
     assert synced.sync(in_flight=True).canary.max < 1e-4
@@ -135,9 +221,34 @@ def test_weights_updated_in_flight(synced, policy, engine, monkeypatch):
     assert worst(synced, engine.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)) < 1e-4
 
 
+def test_requests_of_one_rank_do_not_slip_over_to_the_weights_of_another(server, policy, first_tokens):
+    """The rank that sends waits for the others, one of which asks for a completion at a time."""
+    barrier = Barrier(2)
+    ranks = [
+        engine_over(server, run="run", barrier=lambda: barrier.wait(60), pushes=pushes, max_in_flight=room)
+        for pushes, room in ((True, 8), (False, 1))
+    ]
+    with ThreadPoolExecutor(1) as sender, ThreadPoolExecutor(1) as sampler:
+        update = sender.submit(ranks[0].update_weights, policy_weights(policy), 0)
+        ranks[1].update_weights(policy_weights(policy), 0)
+        update.result()
+        perturb(policy)
+        ahead = sampler.submit(ranks[1].generate, PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+        wait_for(lambda: first_tokens)
+        update = sender.submit(ranks[0].update_weights, policy_weights(policy), 1)
+        groups = ahead.result()
+        ranks[1].update_weights(policy_weights(policy), 1)
+        update.result()
+    assert {v for group in groups for c in group for v in c.versions} == {0}
+    groups = ranks[1].generate(PROMPTS, Sampling(), max_tokens=2, seeds=SEEDS)
+    assert {v for group in groups for c in group for v in c.versions} == {1}
+    for rank in ranks:
+        rank.close()
+
+
 def test_the_last_completions_are_cut_off(synced, engine):
-    everything = synced.generate(PROMPTS, Sampling(), max_tokens=200, seeds=SEEDS)
-    groups = synced.generate(PROMPTS, Sampling(cutoff=0.25), max_tokens=200, seeds=SEEDS)
+    everything = synced.generate(PROMPTS, Sampling(), max_tokens=240, seeds=SEEDS)
+    groups = synced.generate(PROMPTS, Sampling(cutoff=0.25), max_tokens=240, seeds=SEEDS)
     pairs = [(cut, whole) for g, w in zip(groups, everything, strict=True) for cut, whole in zip(g, w, strict=True)]
     aborted = [(cut, whole) for cut, whole in pairs if cut.finish_reason == "abort"]
     assert 1 <= len(aborted) <= 9
@@ -148,13 +259,44 @@ def test_the_last_completions_are_cut_off(synced, engine):
     assert all(endpoint.in_flight == 0 for endpoint in engine.endpoints)
 
 
-def test_weights_of_another_run_are_not_sampled_from(synced, engine, server):
-    synced.sync()
-    other = ServerEngine([server.url], eos_token_ids=[EOS], api_key=server.api_key)
-    other.update_weights(synced._weights(), 0)
-    other.close()
-    with pytest.raises(ConnectionError, match="another run uses it"):
-        engine.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+def test_stop_strings_end_completions(synced, tokenizer):
+    stop = [*"0123456789abcdefghijklmnopqrstuvwxyz", "AB"]
+    everything = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+    groups = synced.generate(PROMPTS, Sampling(stop=stop), max_tokens=32, seeds=SEEDS)
+    for c, whole in zip(chain(*groups), chain(*everything), strict=True):
+        assert not any(s in tokenizer.decode(c.token_ids[:-1]) for s in stop)
+        assert c.token_ids == whole.token_ids[: len(c.token_ids)]
+        assert len(c.logprobs) == len(c.token_ids)
+        found = any(tokenizer.decode(c.token_ids).endswith(s) for s in stop)
+        assert c.finish_reason == ("stop" if found else whole.finish_reason)
+    assert worst(synced, groups) < 1e-4
+
+
+def test_stop_strings_need_servers_with_a_tokenizer(servers, tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    module = Sampler(tiny_model_path)
+    module.sampling = Sampling(stop=["x"])
+    callback = VLLMServerRollout([server.url for server in servers[:2]])
+    with pytest.raises(ValueError, match=f"{servers[1].url} was started without a tokenizer.*--enable-scale-out"):
+        trainer_with(callback, tmp_path).fit(module, loader())
+
+
+def test_adapters_alone_go_to_servers_that_take_them(servers, tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", servers[2].api_key)
+    module = AdaptedSampler(tiny_model_path)
+    trainer_with(VLLMServerRollout([servers[2].url], lora="adapter"), tmp_path).fit(module, loader())
+    assert [report.version for report, _ in module.rounds] == [0, 1, 2]
+    assert all(report.canary.max < 1e-3 and report.compared == report.tensors == 28 for report, _ in module.rounds)
+    assert [len(report.moved) for report, _ in module.rounds] == [28, 28, 28]
+    with pytest.raises(ValueError, match="takes adapters; set rollout lora: adapter"):
+        trainer_with(VLLMServerRollout([servers[2].url]), tmp_path).fit(AdaptedSampler(tiny_model_path), loader())
+
+
+def test_adapters_are_refused_by_servers_that_do_not_take_them(server, tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    callback = VLLMServerRollout([server.url], lora="adapter")
+    with pytest.raises(ValueError, match=r"takes no adapters of rank 8.*--enable-lora .*--max-lora-rank 8"):
+        trainer_with(callback, tmp_path).fit(AdaptedSampler(tiny_model_path), loader())
 
 
 def test_a_tensor_altered_on_its_way_is_named(synced, policy, engine, monkeypatch):
@@ -169,34 +311,78 @@ def test_a_tensor_altered_on_its_way_is_named(synced, policy, engine, monkeypatc
         synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
 
 
-def test_a_stale_endpoint_is_named(synced, policy, engine, server, monkeypatch):
-    """The endpoint says that it took the weights, and still computes with others."""
+def test_two_servers_share_the_work(both, policy, servers, first_tokens):
+    synced = synced_with(both, policy)
+    groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+    assert Counter(first_tokens) == {server.url: 6 for server in servers[:2]}
+    assert worst(synced, groups) < 1e-4
+    held = Counter(h.place.partition(" at ")[2] for h in both.held)
+    assert held[servers[0].url] == held[servers[1].url] >= 20
+    alone = engine_over(servers[0], run=both._run)
+    alone._synced = True
+    assert tokens(alone.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)) == tokens(groups)
+    alone.close()
+
+
+@pytest.mark.parametrize("fault", ["dropped", "altered"])
+def test_one_of_two_servers_with_other_weights_is_named(both, policy, servers, monkeypatch, fault):
+    """The second says that it took the weights: it never got them, or one tensor of them differs by 1e-6."""
+    synced = synced_with(both, policy)
     synced.sync()
-    monkeypatch.setattr(engine, "update_weights", lambda weights, version: [None for _ in weights])
-    monkeypatch.setattr(engine, "held", [])
+    send = TCPTransfer.send
+
+    def faulty(self, loop, endpoints, weights):
+        weights = list(weights)
+        held = send(self, loop, endpoints[:1], weights)
+        if fault == "altered":
+            held += send(self, loop, endpoints[1:], [(n, w + 1e-6 * (n == "model.norm.weight")) for n, w in weights])
+        return held
+
+    monkeypatch.setattr(TCPTransfer, "send", faulty)
     perturb(policy)
     synced.turn = 1
-    with pytest.raises(WeightSyncError, match=f"at {server.url} differ"):
+    named = {"dropped": "log-probs at {} differ", "altered": r"model.norm.weight \(altered in model.norm at {}\)"}
+    with pytest.raises(WeightSyncError, match=named[fault].format(servers[1].url)):
         synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
 
 
-def test_a_lost_endpoint_is_replaced_by_another(synced, engine, server):
-    """The second endpoint dies after the start: its share goes to the first, with the same samples."""
+def test_weights_of_another_run_are_not_sampled_from(both, policy, servers, first_tokens):
+    """Another run gives one of the servers weights of its own: that server is left out, and nothing of it is used."""
+    synced = synced_with(both, policy)
+    synced.sync()
+    other = engine_over(servers[1])
+    perturb(policy)
+    other.update_weights(policy_weights(policy), 0)
+    other.close()
+    perturb(policy, -0.02)
+    groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    assert servers[1].url in first_tokens and "another run uses it" in both.endpoints[1].lost
+    assert worst(synced, groups) < 1e-4
+
+
+def test_an_unreachable_server_is_left_out(synced, engine):
     expected = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
     gone = Endpoint("http://127.0.0.1:9")
     engine.endpoints.insert(0, gone)
     groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
     assert gone.lost is not None and gone.in_flight == 0
-    assert [[c.token_ids for c in g] for g in groups] == [[c.token_ids for c in g] for g in expected]
+    assert tokens(groups) == tokens(expected)
     engine.endpoints[1].lost = "for this test"
     with pytest.raises(ConnectionError, match="no vLLM endpoint is left"):
         synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
 
 
-def test_a_module_trains_against_running_servers(server, tiny_model_path, tmp_path, monkeypatch):
-    monkeypatch.setenv("KEY_OF_THE_SERVERS", server.api_key)
+def test_closing_ends_what_runs_in_the_background(synced, engine, first_tokens):
+    ahead = synced.ahead(lambda: synced.generate(PROMPTS, Sampling(), max_tokens=240, seeds=SEEDS))
+    wait_for(lambda: first_tokens)
+    synced.close()
+    assert ahead.exception() is not None
+
+
+def test_a_module_trains_against_running_servers(servers, tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("KEY_OF_THE_SERVERS", KEY)
     module = Sampler(tiny_model_path)
-    callback = VLLMServerRollout([server.url], api_key_variable="KEY_OF_THE_SERVERS")
+    callback = VLLMServerRollout([s.url for s in servers[:2]], api_key_variable="KEY_OF_THE_SERVERS")
     trainer_with(callback, tmp_path).fit(module, loader())
     assert [report.version for report, _ in module.rounds] == [0, 1, 2]
     assert all(report.canary.max < 1e-3 and report.compared == 20 for report, _ in module.rounds)
@@ -217,6 +403,32 @@ def test_no_server_is_an_error_at_start():
         ServerEngine(["http://127.0.0.1:9"], eos_token_ids=[EOS])
 
 
+def test_engine_arguments_become_flags():
+    settings = {"max_num_seqs": 64, "enforce_eager": True, "enable_prefix_caching": False, "seed": None}
+    flags = ["--max-num-seqs", "64", "--enforce-eager", "--no-enable-prefix-caching"]
+    assert as_flags(settings) == flags
+    assert as_flags({"lora_target_modules": ["q", "k"]}) == ["--lora-target-modules", "q", "k"]
+    assert as_flags({"hf_overrides": {"head_dtype": "float32"}}) == ["--hf-overrides", '{"head_dtype": "float32"}']
+
+
 def test_a_server_that_does_not_start_shows_its_log(tiny_model_path, tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)vLLM server ended.*no-such-option"):
         ServerProcess(tiny_model_path, engine_args={"no_such_option": 1}, log_file=tmp_path / "log")
+
+
+def test_the_work_of_a_killed_server_is_done_by_the_other(both, policy, servers, first_tokens):
+    """Last in this file: the second server is gone afterwards."""
+    synced = synced_with(both, policy)
+    synced.sync()
+    both.sampling_args = {"stop_token_ids": []}
+    expected = synced.generate(PROMPTS, Sampling(), max_tokens=240, seeds=SEEDS)
+    first_tokens.clear()
+    ahead = synced.ahead(lambda: synced.generate(PROMPTS, Sampling(), max_tokens=240, seeds=SEEDS))
+    wait_for(lambda: servers[1].url in first_tokens)
+    os.killpg(servers[1].process.pid, signal.SIGKILL)
+    assert tokens(ahead.result()) == tokens(expected)
+    assert both.endpoints[1].lost is not None
+    perturb(policy)
+    synced.turn = 1
+    groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    assert worst(synced, groups) < 1e-4

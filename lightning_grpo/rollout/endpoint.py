@@ -38,7 +38,7 @@ class Endpoint:
         """Why it is out of use; None while it is in use. A lost endpoint is tried again at the next weight sync."""
 
     async def call(self, path: str, body: Any = None, *, method: str = "POST") -> Any:
-        """The parsed reply.
+        """The parsed reply; None where it is not JSON.
 
         Raises:
             PermissionError: the endpoint refuses the API key.
@@ -48,7 +48,7 @@ class Endpoint:
         try:
             reply = await self.client.request(method, path, json=body)
             self._refuse(reply, path)
-            return reply.json() if reply.content else None
+            return reply.json() if "json" in reply.headers.get("content-type", "") else None
         except httpx.HTTPError as error:
             raise self._loss(error) from error
 

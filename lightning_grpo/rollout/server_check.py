@@ -1,6 +1,8 @@
 """What a vLLM server must have been started with to be sampled from and to take weights."""
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,8 +18,9 @@ SERVER_FLAGS = (
     "--worker-extension-cls",
     RECEIVER,
 )
-"""What a server needs beside the model, together with VLLM_SERVER_DEV_MODE=1 in its environment."""
-COMMAND = " ".join(["VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL", *SERVER_FLAGS])
+"""What a server needs beside the model."""
+SERVER_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+"""What it needs in its environment, the latter for adapters alone."""
 CANARIES = 4
 """Sequences that a server scores beside its completions after a weight sync."""
 
@@ -32,6 +35,8 @@ class ServerInfo:
     """Completions that it samples at once."""
     has_tokenizer: bool
     """Whether it can look for stop strings."""
+    adapter_rank: int | None
+    """The largest LoRA adapter that it takes in place of whole weights; None where it takes those."""
 
 
 async def check_server(endpoint: Endpoint) -> ServerInfo:
@@ -51,23 +56,44 @@ async def check_server(endpoint: Endpoint) -> ServerInfo:
         # A run that died within a sync leaves the server paused.
         await endpoint.call("/resume")
     except ValueError as error:
-        raise ValueError(f"{endpoint.url} can't take weights; start it with: {COMMAND}") from error
+        raise ValueError(f"{endpoint.url} can't take weights; start it with: {command()}") from error
     config = info["vllm_config"]
     model = config["model_config"]
     extension = config["parallel_config"].get("worker_extension_cls")
     if model.get("logprobs_mode") != "processed_logprobs" or extension != RECEIVER:
         raise ValueError(
             f"{endpoint.url} has logprobs_mode {model.get('logprobs_mode')!r} and worker_extension_cls {extension!r}; "
-            f"start it with: {COMMAND}"
+            f"start it with: {command()}"
         )
     try:
         await endpoint.call("/inference/v1/generate", {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
     except ValueError as error:
         raise ValueError(
-            f"{endpoint.url} does not sample from token ids ({error}); start it with: {COMMAND}"
+            f"{endpoint.url} does not sample from token ids ({error}); start it with: {command()}"
         ) from error
     return ServerInfo(
         dtype=getattr(torch, str(model["dtype"]).removeprefix("torch.")),
         max_num_seqs=config["scheduler_config"]["max_num_seqs"],
         has_tokenizer=not model["skip_tokenizer_init"],
+        adapter_rank=(config["lora_config"] or {}).get("max_lora_rank"),
     )
+
+
+def command(**engine_args: Any) -> str:
+    """What starts such a server, in a shell."""
+    environment = [f"{name}={value}" for name, value in SERVER_ENVIRONMENT.items()]
+    program = "python -m vllm.entrypoints.openai.api_server --model MODEL"
+    return " ".join([*environment, program, *SERVER_FLAGS, *as_flags(engine_args)])
+
+
+def as_flags(engine_args: dict[str, Any]) -> list[str]:
+    """``{"max_num_seqs": 64, "enforce_eager": True}`` → ``["--max-num-seqs", "64", "--enforce-eager"]``."""
+    flags = []
+    for name, value in engine_args.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            flags += [f"--{flag}", *map(str, values)]
+    return flags

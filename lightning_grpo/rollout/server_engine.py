@@ -18,10 +18,11 @@ from torch import Tensor
 from lightning_grpo.rollout.endpoint import Endpoint, EndpointLost, EventLoop
 from lightning_grpo.rollout.pool import Pool
 from lightning_grpo.rollout.proof import Held, WeightSyncError
-from lightning_grpo.rollout.server_check import CANARIES, ServerInfo, check_server
-from lightning_grpo.rollout.server_weights import TCPTransfer, go_on, pause
+from lightning_grpo.rollout.server_check import CANARIES, ServerInfo, check_server, command
+from lightning_grpo.rollout.server_weights import TCPTransfer, go_on, name_adapter, pause
 from lightning_grpo.rollout.tail import Tail
 from lightning_grpo.rollout.types import Completion, OnGroup, Sampling
+from lightning_grpo.rollout.vllm_adapter import ADAPTER_NAME
 from lightning_grpo.rollout.wire import own_address
 
 TOKENS_A_MESSAGE = 100
@@ -38,6 +39,8 @@ class ServerEngine:
         api_key: sent as bearer token.
         max_in_flight: requests sent to one endpoint at a time, as far as it samples that many at once.
         sampling_args: any argument of `vllm.SamplingParams` by name, for every request.
+        adapter: what `adapter_settings` says that the servers were started with, where `update_weights` takes a LoRA
+            adapter (`adapter_weights`) instead of whole weights.
         weights_host: address at which the servers can reach this process. None finds it out.
         pushes: whether this rank sends the weights. One rank of a distributed run does; all consume the stream.
         barrier: called by all ranks before and after a sync; waits for the others.
@@ -55,6 +58,7 @@ class ServerEngine:
         api_key: str | None = None,
         max_in_flight: int = 256,
         sampling_args: dict[str, Any] | None = None,
+        adapter: dict[str, Any] | None = None,
         weights_host: str | None = None,
         pushes: bool = True,
         barrier: Callable[[], None] = lambda: None,
@@ -70,6 +74,7 @@ class ServerEngine:
         self.held: list[Held] = []
         self._run = run or secrets.token_hex(4)
         self._synced = False
+        self._adapter = adapter
         self._pushes = pushes
         self._barrier = barrier
         self._request_ids = (f"{secrets.token_hex(8)}-{n}" for n in itertools.count())
@@ -89,15 +94,34 @@ class ServerEngine:
 
     def _agree(self, infos: Sequence[ServerInfo]) -> None:
         """Take over from the servers what they have to have in common."""
+        rank = self._adapter["max_lora_rank"] if self._adapter else None
         for endpoint, info in zip(self.endpoints, infos, strict=True):
             if info.dtype != infos[0].dtype:
                 raise ValueError(
                     f"{endpoint.url} computes in {info.dtype}, {self.endpoints[0].url} in {infos[0].dtype}; "
                     "start them alike"
                 )
+            if rank is None and info.adapter_rank is not None:
+                raise ValueError(
+                    f"{endpoint.url} takes adapters; set rollout lora: adapter, or start it with: {command()}"
+                )
+            if rank is not None and (info.adapter_rank or 0) < rank:
+                raise ValueError(
+                    f"{endpoint.url} takes no adapters of rank {rank}; set rollout lora: merged, or start it with: "
+                    f"{command(**self._adapter)}"
+                )
             endpoint.room = min(endpoint.room, max(1, info.max_num_seqs // 2, info.max_num_seqs - CANARIES))
         self.dtype = infos[0].dtype
         """What the servers compute in; weights are cast to it before they travel."""
+        self._without_tokenizer = [e.url for e, i in zip(self.endpoints, infos, strict=True) if not i.has_tokenizer]
+
+    def check_stop(self, stop: Sequence[str]) -> None:
+        """Raise `ValueError` where there are stop strings and a server can't look for them."""
+        if stop and self._without_tokenizer:
+            raise ValueError(
+                f"sampling.stop is {stop}, but {self._without_tokenizer[0]} was started without a tokenizer; start it "
+                f"with: {command()} (and without --tokens-only or --skip-tokenizer-init)"
+            )
 
     # ── Sampling ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -140,7 +164,7 @@ class ServerEngine:
     async def _sample(self, prompt: Sequence[int], params: dict[str, Any], tail: Tail) -> Completion:
         """One completion from the endpoint with the most room; another endpoint's where that one fails."""
         request_id = next(self._request_ids)
-        body = {"request_id": request_id, "token_ids": list(prompt), "sampling_params": params, "stream": True}
+        body = self._body(prompt, params) | {"request_id": request_id, "stream": True}
         while True:
             async with self._pool.room() as endpoint:
                 try:
@@ -148,6 +172,10 @@ class ServerEngine:
                 except EndpointLost as error:
                     tail.lost(request_id)
                     self._pool.lose(endpoint, error)
+
+    def _body(self, prompt: Sequence[int], params: dict[str, Any]) -> dict[str, Any]:
+        body = {"token_ids": list(prompt), "sampling_params": params}
+        return body | {"model": ADAPTER_NAME} if self._synced and self._adapter is not None else body
 
     async def _ask(self, endpoint: Endpoint, body: dict[str, Any], tail: Tail) -> Completion:
         request_id, oldest = body["request_id"], self.version
@@ -196,22 +224,20 @@ class ServerEngine:
         return f"{self._run}.{version}"
 
     def _params(self, sampling: Sampling, max_tokens: int) -> dict[str, Any]:
-        if sampling.stop:
-            raise ValueError(
-                f"sampling.stop is {sampling.stop}: servers that work on token ids (--tokens-only) know no stop "
-                "strings; use VLLMRollout, or end completions with an end-of-sequence token"
-            )
+        self.check_stop(sampling.stop)
         return {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
             "repetition_penalty": sampling.repetition_penalty,
+            "stop": sampling.stop,
             "stop_token_ids": self.eos_token_ids,
             "ignore_eos": True,
             "max_tokens": max_tokens,
             "logprobs": 0,
-            "detokenize": False,
+            "detokenize": bool(sampling.stop),
+            "skip_special_tokens": False,
             "stream_interval": TOKENS_A_MESSAGE,
         } | self.sampling_args
 
@@ -247,6 +273,8 @@ class ServerEngine:
         try:
             self._loop.wait(pause(alive, in_flight=in_flight))
             self.held = self._transfer.send(self._loop, alive, weights)
+            if self._adapter is not None:
+                self._loop.wait(name_adapter(alive))
             self._loop.wait(go_on(alive, self._tag(version)))
         except (ConnectionError, ValueError) as error:
             raise WeightSyncError(f"the vLLM servers did not take the weights: {error}") from error
@@ -287,7 +315,7 @@ class ServerEngine:
 
     async def _score(self, endpoint: Endpoint, sequence: Sequence[int]) -> Tensor:
         params = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
-        reply = await endpoint.call("/inference/v1/generate", {"token_ids": list(sequence), "sampling_params": params})
+        reply = await endpoint.call("/inference/v1/generate", self._body(sequence, params))
         scored = zip(sequence[1:], reply["prompt_logprobs"][1:], strict=True)
         return torch.tensor([entry[str(token)]["logprob"] for token, entry in scored])
 

@@ -1,7 +1,6 @@
 """A vLLM server as a child of this process: its own threads, memory and cores, gone when this process goes."""
 
 import ctypes
-import json
 import os
 import secrets
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-from lightning_grpo.rollout.server_check import SERVER_FLAGS
+from lightning_grpo.rollout.server_check import SERVER_ENVIRONMENT, SERVER_FLAGS, as_flags
 
 _PR_SET_PDEATHSIG = 1
 
@@ -51,7 +50,7 @@ class ServerProcess:
         port = self.url.rpartition(":")[2]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         command += ["--host", "127.0.0.1", "--port", port, *SERVER_FLAGS, *as_flags(engine_args)]
-        own = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_API_KEY": self.api_key, "VLLM_NO_USAGE_STATS": "1"}
+        own = SERVER_ENVIRONMENT | {"VLLM_API_KEY": self.api_key, "VLLM_NO_USAGE_STATS": "1"}
         if cores is not None:
             own |= {"OMP_NUM_THREADS": str(len(cores))}
         with log_file.open("ab") as output:
@@ -99,18 +98,6 @@ class ServerProcess:
                 self.process.wait(patience)
             except subprocess.TimeoutExpired:
                 continue
-
-
-def as_flags(engine_args: dict[str, Any]) -> list[str]:
-    """``{"max_num_seqs": 64, "enforce_eager": True}`` → ``["--max-num-seqs", "64", "--enforce-eager"]``."""
-    flags = []
-    for name, value in engine_args.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
-    return flags
 
 
 def _at_birth(cores: list[int] | None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_grpo.rollout.endpoint import Endpoint, EventLoop
 from lightning_grpo.rollout.proof import Held, WeightSyncError
+from lightning_grpo.rollout.vllm_adapter import ADAPTER_NAME, ADAPTER_PATH
 from lightning_grpo.rollout.wire import WeightOffer
 
 
@@ -81,5 +82,16 @@ async def go_on(endpoints: Sequence[Endpoint], tag: str) -> None:
             raise WeightSyncError(f"{endpoint.url} did not reset its key-value cache")
         await endpoint.call("/update_weight_version", {"new_version": tag})
         await endpoint.call("/resume")
+
+    await asyncio.gather(*(one(endpoint) for endpoint in endpoints))
+
+
+async def name_adapter(endpoints: Sequence[Endpoint]) -> None:
+    """Let requests name the adapter that the servers hold in memory."""
+
+    async def one(endpoint: Endpoint) -> None:
+        models = (await endpoint.call("/v1/models", method="GET"))["data"]
+        if ADAPTER_NAME not in [model["id"] for model in models]:
+            await endpoint.call("/v1/load_lora_adapter", {"lora_name": ADAPTER_NAME, "lora_path": ADAPTER_PATH})
 
     await asyncio.gather(*(one(endpoint) for endpoint in endpoints))

@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_grpo.rollout.proof import Fingerprint, Held, WeightSyncError
 
 ADAPTER = 1
+ADAPTER_NAME = "policy"
+ADAPTER_PATH = "in memory"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM reserves room for."""
 
@@ -43,7 +45,7 @@ def adapter_request() -> Any:
     """What a request carries to be computed with the adapter."""
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest("policy", ADAPTER, "in memory")
+    return LoRARequest(ADAPTER_NAME, ADAPTER, ADAPTER_PATH)
 
 
 def load_adapter(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Held]:

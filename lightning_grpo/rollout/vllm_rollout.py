@@ -142,23 +142,13 @@ class VLLMRollout(RolloutCallback):
             config = pl_module.policy.config.get_text_config()
             settings["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, self.max_num_seqs, settings["max_model_len"])
         if self.lora == "adapter":
-            settings |= self._adapter_settings(pl_module)
+            settings |= adapter_engine_args(pl_module)
         if getattr(pl_module, "from_scratch", False):
             settings.setdefault("load_format", "dummy")
         return settings
 
     def weights(self, pl_module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
-        return super().weights(pl_module) if self.lora == "merged" else adapter_weights(pl_module.policy)
-
-    def _adapter_settings(self, pl_module: L.LightningModule) -> dict[str, Any]:
-        if pl_module.lora is None:
-            raise ValueError("rollout lora is adapter, but the module trains whole weights; set the module's lora")
-        if pl_module.from_scratch:
-            raise ValueError(
-                "rollout lora is adapter, but from_scratch gives the policy weights that no checkpoint holds and the "
-                "engine would not have; set rollout lora: merged"
-            )
-        return adapter_settings(pl_module.lora.rank, pl_module.policy.base_model.targeted_module_names)
+        return _weights(pl_module, self.lora)
 
     def log_path(self, trainer: L.Trainer) -> Path:
         return Path(self.log_file or Path(trainer.default_root_dir) / f"vllm-{trainer.global_rank}.log")
@@ -174,7 +164,7 @@ class VLLMProcessRollout(VLLMRollout):
         tensor_parallel_size: GPUs that hold one copy of the model together.
         data_parallel_size: copies of the model.
         start_timeout: seconds that the server may take to start.
-        kwargs: those of `VLLMRollout`; sleep_level is without effect, lora has to be merged.
+        kwargs: those of `VLLMRollout`; sleep_level is without effect.
     """
 
     def __init__(
@@ -188,8 +178,6 @@ class VLLMProcessRollout(VLLMRollout):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if self.lora == "adapter":
-            raise ValueError("lora is adapter: a server process takes merged weights; set merged, or use VLLMRollout")
         self.cores = cores
         self.environment = environment
         self.start_timeout = start_timeout
@@ -201,7 +189,6 @@ class VLLMProcessRollout(VLLMRollout):
     samples_in_background = updates_in_flight = True
 
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
-        _refuse_stop_strings(self, pl_module)
         self._server = ServerProcess(
             pl_module.model_path,
             engine_args=self.settings(pl_module),
@@ -215,6 +202,7 @@ class VLLMProcessRollout(VLLMRollout):
             eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
             api_key=self._server.api_key,
             sampling_args=self.sampling_args,
+            adapter=adapter_engine_args(pl_module) if self.lora == "adapter" else None,
         )
 
     def close(self) -> None:
@@ -232,7 +220,10 @@ class VLLMServerRollout(RolloutCallback):
     Args:
         urls: of the servers, such as http://node7:8000. Requests go to the one with the fewest in flight.
         api_key_variable: environment variable that holds the servers' API key, if they ask for one.
-        max_in_flight: requests sent to one server at a time.
+        max_in_flight: requests sent to one server at a time, as far as it samples that many at once
+            (``--max-num-seqs``, less four that stay free for the proof).
+        lora: what a sync sends where adapters are trained: merged (whole weights) or adapter (the adapter alone; the
+            servers are started with flags for it, which the error shows where they are missing).
         sampling_args: any other argument of vLLM's SamplingParams, by name.
         weights_host: this machine's address as the servers see it. Empty finds it out.
         tolerance: the |Δ log-prob| in nats, mean and max, that the proof after a weight sync lets pass. Empty takes
@@ -245,6 +236,7 @@ class VLLMServerRollout(RolloutCallback):
         *,
         api_key_variable: str = "VLLM_API_KEY",
         max_in_flight: int = 256,
+        lora: Literal["merged", "adapter"] = "merged",
         sampling_args: dict[str, Any] | None = None,
         weights_host: str | None = None,
         tolerance: tuple[float, float] | None = None,
@@ -255,6 +247,7 @@ class VLLMServerRollout(RolloutCallback):
         self.urls = urls
         self.api_key_variable = api_key_variable
         self.max_in_flight = max_in_flight
+        self.lora = lora
         self.sampling_args = sampling_args
         self.weights_host = weights_host
 
@@ -265,18 +258,27 @@ class VLLMServerRollout(RolloutCallback):
     samples_in_background = updates_in_flight = True
 
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
-        _refuse_stop_strings(self, pl_module)
-        return ServerEngine(
+        engine = ServerEngine(
             self.urls,
             eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
             api_key=os.environ.get(self.api_key_variable),
             max_in_flight=self.max_in_flight,
             sampling_args=self.sampling_args,
+            adapter=adapter_engine_args(pl_module) if self.lora == "adapter" else None,
             weights_host=self.weights_host,
             pushes=trainer.is_global_zero,
             barrier=trainer.strategy.barrier,
             run=trainer.strategy.broadcast(secrets.token_hex(4)),
         )
+        try:
+            engine.check_stop(_stop_strings(pl_module))
+        except ValueError:
+            engine.close()
+            raise
+        return engine
+
+    def weights(self, pl_module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
+        return _weights(pl_module, self.lora)
 
 
 def refuse_bias(pl_module: L.LightningModule, sampling_args: dict[str, Any]) -> None:
@@ -298,12 +300,24 @@ def _stop_strings(pl_module: L.LightningModule) -> list[str]:
     return [*pl_module.sampling.stop, *held_out.stop]
 
 
-def _refuse_stop_strings(callback: RolloutCallback, pl_module: L.LightningModule) -> None:
-    if stop := _stop_strings(pl_module):
+def _weights(pl_module: L.LightningModule, lora: str) -> Iterator[tuple[str, Tensor]]:
+    return adapter_weights(pl_module.policy) if lora == "adapter" else pl_module.policy_weights()
+
+
+def adapter_engine_args(pl_module: L.LightningModule) -> dict[str, Any]:
+    """The engine's arguments for the module's adapter.
+
+    Raises:
+        ValueError: where it has none, or its base model is in no checkpoint.
+    """
+    if pl_module.lora is None:
+        raise ValueError("rollout lora is adapter, but the module trains whole weights; set the module's lora")
+    if pl_module.from_scratch:
         raise ValueError(
-            f"sampling.stop is {stop}, but {type(callback).__name__}'s servers work on token ids and know no stop "
-            "strings; use VLLMRollout, or end completions with an end-of-sequence token"
+            "rollout lora is adapter, but from_scratch gives the policy weights that no checkpoint holds and the "
+            "engine would not have; set rollout lora: merged"
         )
+    return adapter_settings(pl_module.lora.rank, pl_module.policy.base_model.targeted_module_names)
 
 
 def default_rollout() -> RolloutCallback:
