@@ -111,3 +111,13 @@ def test_an_efficiency_scales_the_time_it_is_about():
     base, changed = predict_cost(run(), gpu), predict_cost(run(), gpu, slow)
     assert changed.seconds["update"] == approx(3 * base.seconds["update"])
     assert changed.seconds["generate"] == approx(2 * base.seconds["generate"])
+
+
+def test_a_rollout_sampled_ahead_costs_what_outlasts_the_update():
+    in_turn = predict_cost(run(), find_gpu("H100"), PEAK).seconds
+    ahead = predict_cost(run(rollout_ahead=True), find_gpu("H100"), PEAK).seconds
+    training = in_turn["score"] + in_turn["update"]
+    assert ahead == in_turn | {"generate": max(0.0, in_turn["generate"] - training)}
+    long = {"completion_length": 4096, "mean_fill": 1.0, "engine_sequences": 8}
+    slow, hidden = (predict_cost(run(**long, rollout_ahead=a), find_gpu("H100"), PEAK).seconds for a in (False, True))
+    assert 0 < hidden["generate"] == approx(slow["generate"] - slow["score"] - slow["update"])

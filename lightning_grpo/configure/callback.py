@@ -93,7 +93,7 @@ class Prediction(Callback):
         metrics = trainer.callback_metrics
         closed = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if closed and "step_time" in metrics and trainer.global_step > 1:
-            for name in ("rollout", "reward", "score", "update"):
+            for name in ("sync", "rollout", "reward", "score", "update"):
                 self.seconds.setdefault(name, []).append(float(metrics.get(f"time/{name}", 0.0)))
             if "completions/mean_length" in metrics:
                 self.lengths.append(float(metrics["completions/mean_length"]))
@@ -116,7 +116,7 @@ class Prediction(Callback):
         updates = w.updates_per_rollout
         took = {name: updates * sum(values) / len(values) for name, values in self.seconds.items()}
         pairs = {
-            "generate": (predicted["generate"] + predicted["sync"], took["rollout"]),
+            "generate": (predicted["generate"] + predicted["sync"], took["sync"] + took["rollout"]),
             "score and update": (predicted["score"] + predicted["update"], took["score"] + took["update"]),
         }
         lines = [f"{name} {_pair(*pair, 's a rollout')}" for name, pair in pairs.items()]
@@ -173,6 +173,7 @@ def workload_of(trainer: Trainer, pl_module: LightningModule, hardware: Hardware
         micro_batch_size=pl_module.micro_batch_size,
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         num_iterations=pl_module.num_iterations,
+        rollout_ahead=bool(pl_module.rollout_ahead),
         prompt_length=max((len(row.ids) for row in getattr(data, "train", [])), default=pl_module.max_prompt_length),
         completion_length=pl_module.max_completion_length,
         precision=str(trainer.precision),

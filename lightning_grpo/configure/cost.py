@@ -48,6 +48,7 @@ class Cost:
     """Seconds of one rollout with its updates, by phase, and what of it teaches nothing."""
 
     seconds: dict[str, float]
+    """By phase; of a rollout sampled ahead, what is still to be waited for."""
     generated_tokens: float
     """Tokens sampled in one rollout, over all ranks."""
     zero_variance: float
@@ -127,6 +128,8 @@ def predict_cost(
         "update": w.num_iterations * update_seconds(w, hardware, efficiency),
         "sync": 0.0 if w.engine == "hf" else 2 * w.shape.params / hardware.link,
     }
+    if w.rollout_ahead:
+        seconds["generate"] = max(0.0, seconds["generate"] - seconds["score"] - seconds["update"])
     return Cost(
         seconds=seconds,
         generated_tokens=w.samples * w.mean_length,

@@ -51,6 +51,8 @@ class Workload:
     """Ranks over which FSDP splits weights, gradients and optimizer state. 1 is DDP."""
     engine: EngineKind = "hf"
     """hf samples from the policy itself, vllm from a copy on the same device, remote from a copy elsewhere."""
+    rollout_ahead: bool = False
+    """The next rollout is sampled while the policy trains on this one, on a device of the engine's own."""
     engine_cache: float = 0.0
     """Bytes reserved for vLLM's key-value cache."""
     engine_sequences: int = 128
