@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.rollout.guest import guest, noise_to
 from lightning_grpo.rollout.proof import Held, WeightSyncError
+from lightning_grpo.rollout.tokenizer_check import require_same_tokenizer, tokenizer_facts
 from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Sampling
 from lightning_grpo.rollout.vllm_adapter import adapter_request, load_adapter
 from lightning_grpo.rollout.vllm_weights import load_weights, replace_functions
@@ -191,6 +193,13 @@ class VLLMEngine:
         with guest():
             outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora_request)
         return [torch.tensor(output.prompt_logprobs.logprobs) for output in outputs]
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise `ValueError` where the engine has a tokenizer of its own that differs from this one."""
+        if self._has_tokenizer:
+            with guest():
+                own = tokenizer_facts(self.llm.get_tokenizer())
+            require_same_tokenizer(own, tokenizer_facts(tokenizer), at="the vLLM engine")
 
     def sleep(self) -> None:
         if self.sleep_level > 0 and not self._asleep and torch.cuda.is_available():

@@ -124,7 +124,7 @@ class VLLMRollout(RolloutCallback):
             )
         if _stop_strings(pl_module) or self.sampling_args:
             settings.setdefault("skip_tokenizer_init", False)
-        return VLLMEngine(
+        engine = VLLMEngine(
             pl_module.model_path,
             eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
             log_file=self.log_path(trainer),
@@ -132,6 +132,12 @@ class VLLMRollout(RolloutCallback):
             sampling_args=self.sampling_args,
             sleep_level=self.sleep_level,
         )
+        try:
+            engine.check_tokenizer(pl_module.tokenizer)
+        except ValueError:
+            engine.close()
+            raise
+        return engine
 
     def settings(self, pl_module: L.LightningModule) -> dict[str, Any]:
         """The engine's arguments by name, for this module's model and lengths."""

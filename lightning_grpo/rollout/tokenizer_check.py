@@ -1,0 +1,37 @@
+"""Does an engine that has a tokenizer have the trainer's? Tokens are all that passes between them, so a difference
+would show in nothing but odd samples and stop strings that never match."""
+
+import hashlib
+import json
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+PROBE = "Grüße aus 東京!\n\n\tdef f(x):  return 3.14 * x  # 1234567890 👍 <|im_start|><s>[INST]"
+
+
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What has to agree, as plain JSON, so that a server can tell it too."""
+    template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
+    return {
+        "vocabulary size": len(tokenizer),
+        "special tokens": dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)),
+        "end-of-sequence token": tokenizer.eos_token_id,
+        "encoding of a probe": tokenizer.encode(PROBE),
+        "chat template (hash)": hashlib.sha256(template.encode()).hexdigest()[:16],
+    }
+
+
+def require_same_tokenizer(engine: dict[str, Any], trainer: dict[str, Any], *, at: str) -> None:
+    """Compare the `tokenizer_facts` of both sides.
+
+    Args:
+        at: names the engine.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    differing = [name for name in trainer if engine.get(name) != trainer[name]]
+    if differing:
+        shown = "; ".join(f"{name}: {str(engine.get(name))[:80]}, not {str(trainer[name])[:80]}" for name in differing)
+        raise ValueError(f"{at} has another tokenizer than the trainer ({shown}); give both the same tokenizer files")
