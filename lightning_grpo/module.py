@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
@@ -36,6 +35,7 @@ from lightning_grpo.objective import (
     kl_penalty,
     policy_loss,
 )
+from lightning_grpo.rewind import rewind
 from lightning_grpo.rollout import Rollout
 from lightning_grpo.rollout_module import RolloutModule
 
@@ -87,6 +87,9 @@ class GRPOModule(RolloutModule):
         self.experience: Experience | None = None
         self.micro_batches: list[list[int]] = []
         self.micro_step = 0
+        self.stepped = 0
+        self.stepped_at = 0
+        self.finished = -1
         self.num_tokens = 0
         self._logged: set[str] = set()
 
@@ -204,7 +207,7 @@ class GRPOModule(RolloutModule):
                 experience.old_logprobs = self.score(self.policy, experience, one_pass)
             if self.objective.kl_in_loss:
                 experience.ref_logprobs = self.score_reference(experience, one_pass)
-        self.experience, self.micro_batches, self.micro_step = experience, one_pass * self.num_iterations, 0
+        self.experience, self.micro_batches = experience, one_pass * self.num_iterations
 
     def ends_with(self, batch: PromptBatch) -> bool:
         """Whether training ends with this rollout, as far as max_steps and max_epochs tell."""
@@ -229,7 +232,6 @@ class GRPOModule(RolloutModule):
         self.window.add({"staleness_max": Max(age.amax())})
         counts = torch.stack([self.objective.loss_mask(mask, truncated).sum(), mask.sum()]).to(self.device)
         self.loss_tokens, self.window_tokens = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        self.num_tokens += self.window_tokens
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """The loss of the next micro-batch."""
@@ -248,8 +250,6 @@ class GRPOModule(RolloutModule):
         self.window.add(metrics)
         self.window.add({"loss": Sum(loss.detach(), torch.tensor(1))})
         self.micro_step += 1
-        if self.micro_step == len(self.micro_batches):
-            self.experience, self.micro_step = None, 0
         return loss
 
     def coefficient_ahead(self, experience: Experience, sizes: dict[str, float]) -> Tensor | None:
@@ -287,6 +287,7 @@ class GRPOModule(RolloutModule):
         """Step, then log what the step saw: true means over its micro-batches and over all ranks."""
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         super().optimizer_step(*args, **kwargs)
+        self.commit()
         self.window.stop_clock()
         self.window.add({"memory/gib": Max(torch.tensor(memory_in_use(self.device)))})
         values = self.window.reduce() | {"learning_rate": rate, "num_tokens": float(self.num_tokens)}
@@ -296,6 +297,14 @@ class GRPOModule(RolloutModule):
         self._logged |= values.keys()
         values = dict.fromkeys(self._logged, float("nan")) | values
         self.log_dict(values)
+
+    def commit(self) -> None:
+        """An optimizer step is done: what came before it is not needed again."""
+        self.num_tokens += self.window_tokens
+        self.stepped, self.stepped_at = self.micro_step, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        if self.micro_step == len(self.micro_batches):
+            self.finished = self.experience.number
+            self.experience, self.micro_step, self.stepped = None, 0, 0
 
     # ── Sizes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -338,24 +347,21 @@ class GRPOModule(RolloutModule):
         columns = [prompt.columns for prompt in self.trainer.datamodule.train]
         for reward in self.rewards:
             reward.check(columns)
-        for callback in self.trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
-                raise ValueError(
-                    "a ModelCheckpoint has train_time_interval set: it would save inside an optimizer step and lose "
-                    "the gradients accumulated so far; set every_n_train_steps instead"
-                )
 
     # ── Resuming ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the rest of the rollout, of every rank; seeds and order follow from the data's position."""
+        """Keep the rest of the rollout, of every rank; seeds and order follow from the data's position.
+
+        Inside an optimizer step, whose gradients no checkpoint holds, the step is left to be taken again as a whole.
+        """
         super().on_save_checkpoint(checkpoint)
-        if self.micro_step % self.trainer.accumulate_grad_batches:
-            log.warning(
-                "this checkpoint is saved inside an optimizer step, whose gradients it does not hold: its weights can "
-                "be used, but a run can't be resumed from it"
-            )
-        mine = {"ahead": self.ahead and self.ahead.state_dict(wait=not self.trainer.interrupted)}
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        if self.micro_step != self.stepped:
+            rewind(checkpoint, self.trainer)
+        following = (self.experience.number if self.experience else self.finished) + 1
+        ahead = self.ahead if self.ahead and self.ahead.number == following else None
+        mine = {"ahead": ahead and ahead.state_dict(wait=not self.trainer.interrupted)}
         if self.experience is not None:
             mine |= {"experience": vars(self.experience), "micro_batches": self.micro_batches}
         ranks = [mine]
@@ -365,7 +371,9 @@ class GRPOModule(RolloutModule):
         checkpoint["grpo"] = {
             "ranks": ranks,
             "cut": self._cut(),
-            "micro_step": self.micro_step,
+            "micro_step": self.stepped,
+            # Lightning counts a step, and moves its schedule, only some lines after it was taken
+            "torn": progress.processed < progress.ready == self.stepped_at,
             "num_tokens": self.num_tokens,
             "coefficients": self.coefficients.state_dict(),
         }
@@ -374,13 +382,13 @@ class GRPOModule(RolloutModule):
         """Go on with the very micro-batch that was next."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["grpo"]
+        if state["torn"]:
+            raise ValueError(
+                "the checkpoint was saved in the instant after an optimizer step, before it was counted: it can't be "
+                "resumed exactly; resume from the one before"
+            )
         self.num_tokens = state["num_tokens"]
         self.coefficients.load_state_dict(state["coefficients"])
-        if state["micro_step"] % state["cut"]["trainer.accumulate_grad_batches"]:
-            raise ValueError(
-                "the checkpoint was saved inside an optimizer step and lacks the gradients accumulated until then; "
-                "resume from the one before, or pass its folder's weights as a new model"
-            )
         ranks = state["ranks"]
         in_rollout = "experience" in ranks[0]
         changed = [f"{name} {was} → {now}" for name, was in state["cut"].items() if was != (now := self._cut()[name])]
@@ -393,10 +401,12 @@ class GRPOModule(RolloutModule):
         rank = self.trainer.global_rank
         if in_rollout:
             self.experience = Experience(**ranks[rank]["experience"])
-            self.micro_batches, self.micro_step = ranks[rank]["micro_batches"], state["micro_step"]
+            self.micro_batches = ranks[rank]["micro_batches"]
+            self.micro_step = self.stepped = state["micro_step"]
         ahead = [held["ahead"] for held in ranks]
         if self.rollout_ahead and all(ahead) and len(ahead) == self.trainer.world_size:
             self.ahead = Ahead.from_state_dict(ahead[rank])
+            self.finished = self.ahead.number - 1
         elif any(ahead):
             log.warning("the rollout that the checkpoint holds sampled ahead doesn't fit this run; it is sampled again")
 

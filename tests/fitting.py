@@ -28,7 +28,12 @@ class Record(Callback):
         return [step[name] for step in self.steps]
 
 
-def module(model: str, **changes: Any) -> GRPOModule:
+def checksum(completion_ids: list[list[int]]) -> list[float]:
+    """A reward with spread in nearly every group."""
+    return [sum(ids) % 7 / 6 for ids in completion_ids]
+
+
+def module(model: str, kind: type[GRPOModule] = GRPOModule, **changes: Any) -> GRPOModule:
     """Eight prompts × four completions of at most six tokens."""
     settings: dict[str, Any] = {
         "rewards": [PrefixMatch()],
@@ -38,7 +43,7 @@ def module(model: str, **changes: Any) -> GRPOModule:
         "max_completion_length": 6,
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0),
     }
-    return GRPOModule(model, **settings | changes)
+    return kind(model, **settings | changes)
 
 
 def data(**changes: Any) -> PromptDataModule:

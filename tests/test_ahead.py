@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from fitting import data, fit, largest_difference, module, parameters
+from fitting import checksum, data, fit, largest_difference, module, parameters
 
 from lightning_grpo.data import DifficultySampler
 from lightning_grpo.monitor.checkpoint import Checkpoint
@@ -14,12 +14,6 @@ from lightning_grpo.objective import ObjectiveConfig, RolloutCorrection
 from lightning_grpo.rollout import HFRollout, RolloutCallback
 from lightning_grpo.rollout.callback import eos_token_ids
 from lightning_grpo.rollout.hf import HFEngine
-
-
-def checksum(completion_ids, **columns):
-    """A reward with spread in nearly every group."""
-    return [sum(ids) % 7 / 6 for ids in completion_ids]
-
 
 AHEAD = {
     "rollout_ahead": 1,

@@ -3,15 +3,11 @@
 import threading
 
 import pytest
-from fitting import fit, largest_difference, module, parameters
+from fitting import checksum, fit, largest_difference, module, parameters
 
 from lightning_grpo.rewards import FunctionReward, PrefixMatch
 from lightning_grpo.rollout import HFRollout
 from lightning_grpo.rollout.hf import HFEngine
-
-
-def checksum(completion_ids):
-    return [sum(ids) % 7 / 6 for ids in completion_ids]
 
 
 def test_they_are_the_same_rewards(tmp_path, tiny_model_path):

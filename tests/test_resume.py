@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from fitting import data, fit, largest_difference, module, parameters
-from lightning import Trainer
+from fitting import checksum, data, fit, largest_difference, module, parameters
+from lightning import Callback
 
+from lightning_grpo import GRPOModule
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.objective import ObjectiveConfig
 from lightning_grpo.policy import LoRA
+from lightning_grpo.rewards import PrefixMatch
 
 STEPS = 7
 
@@ -70,15 +72,63 @@ def test_other_adapters_are_refused(tmp_path, tiny_model_path):
         run(tmp_path, tiny_model_path, resume="last", changes={"lora": LoRA(rank=4)})
 
 
-def test_a_checkpoint_inside_an_optimizer_step_is_said_and_refused(tmp_path, tiny_model_path, caplog):
-    from lightning import Callback
+class SaveAnywhere(Callback):
+    """What a cluster does that ends a job: save between any two lines."""
 
-    class SaveAtOnce(Callback):
-        def on_train_batch_end(self, trainer: Trainer, pl_module, outputs, batch, batch_idx):
-            if batch_idx == 0:
-                trainer.save_checkpoint(tmp_path / "inside.ckpt")
+    def __init__(self, folder):
+        self.folder = folder
 
-    fit(tmp_path, module(tiny_model_path), steps=1, callbacks=[SaveAtOnce()])
-    assert "saved inside an optimizer step" in caplog.text
-    with pytest.raises(ValueError, match="saved inside an optimizer step"):
-        fit(tmp_path, module(tiny_model_path), ckpt_path=str(tmp_path / "inside.ckpt"))
+    def save(self, trainer, where):
+        begun = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}-{begun}-{where}.ckpt")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.save(trainer, "batch-begins")
+
+    def on_after_backward(self, trainer, pl_module):
+        self.save(trainer, "gradient-there")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.save(trainer, "batch-ends")
+
+
+class SaveAfterStep(GRPOModule):
+    """And also between an optimizer step and the end of the batch that took it."""
+
+    folder = None
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        if self.folder is not None:
+            SaveAnywhere(self.folder).save(self.trainer, "stepped")
+
+
+def test_a_checkpoint_saved_at_any_moment_goes_on_exactly(tmp_path, tiny_model_path):
+    """Two rollouts of two optimizer steps of two micro-batches; the second resamples groups."""
+    steps = 4
+    settings = {"rewards": [PrefixMatch(), checksum], "resampling_rounds": 1, "num_iterations": 1}
+
+    def train(root, resume=None, folder=None):
+        policy = module(tiny_model_path, kind=SaveAfterStep, **settings)
+        policy.folder = folder
+        callbacks = [SaveAnywhere(folder)] if folder else []
+        record = fit(
+            root, policy, data(), steps=steps, accumulate=2, ckpt_path=resume, callbacks=callbacks,
+            enable_checkpointing=True,
+        )  # fmt: skip
+        return record, parameters(policy)
+
+    folder = tmp_path / "saved"
+    whole, ended = train(tmp_path / "whole", folder=folder)
+    saved = sorted(folder.iterdir())
+    assert len(saved) == 2 * steps * 3 + steps
+    for path in saved:
+        if "stepped" in path.name:
+            with pytest.raises(ValueError, match="saved in the instant after an optimizer step"):
+                train(tmp_path / path.stem, resume=str(path))
+            continue
+        step = int(path.name.partition("-")[0])
+        resumed, other = train(tmp_path / path.stem, resume=str(path))
+        for name in ("loss", "reward", "grad_norm", "num_tokens"):
+            assert resumed[name] == whole[name][step:], (path.name, name)
+        assert largest_difference(other, ended) == 0, path.name

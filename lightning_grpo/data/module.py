@@ -308,14 +308,19 @@ class PromptDataModule(lightning.LightningDataModule):
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
-        unfinished = 0
-        if self.trainer is not None:
-            # a batch fetched and not yet trained, where the save comes from an exception
+    def state_dict(self, unfinished: int | None = None) -> dict[str, Any]:
+        """The position, and what it is a position in.
+
+        Args:
+            unfinished: how many of the batches served last are to be served again, out of the rollout as it was drawn.
+                None is a batch fetched and not yet trained, if there is one; a rollout that it begins is drawn again.
+        """
+        again = unfinished is None
+        if again and self.trainer is not None:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             unfinished = progress.ready - progress.processed
-        return {"prompts": len(self.train), "fingerprint": self._fingerprint} | self._stream.state_dict(unfinished)
+        position = self._stream.state_dict(unfinished or 0, draw_again=again)
+        return {"prompts": len(self.train), "fingerprint": self._fingerprint} | position
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was, in ``fit``. Refuses other prompts than it was saved with."""

@@ -83,16 +83,20 @@ class Stream:
         """Take note of the mean reward of each row."""
         self._observed.update(rewards)
 
-    def state_dict(self, unfinished: int = 0) -> dict[str, Any]:
-        """The position, ``unfinished`` steps (0 or 1) before the last one served. Tensors, lists and numbers only."""
+    def state_dict(self, unfinished: int = 0, *, draw_again: bool = True) -> dict[str, Any]:
+        """The position, ``unfinished`` steps before the last one served. Tensors, lists and numbers only.
+
+        Where that is the rollout's start, ``draw_again`` forgets what it drew further and observed.
+        """
         step = self.step - unfinished
+        keep = bool(step) or not draw_again
         return {
             "rollout": self.rollout,
             "step": step,
             "repeats": self.repeats,
             "rows": list(self.rows),
-            "cursor": self._cursor if step else self._cursor_at_start,
-            "observed": dict(self._observed) if step else {},
+            "cursor": self._cursor if keep else self._cursor_at_start,
+            "observed": dict(self._observed) if keep else {},
             "rates": self.rates.clone(),
         }
 
