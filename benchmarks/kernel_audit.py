@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lightning_grpo.kernels import triton_rows
-from lightning_grpo.kernels.rows import FLOOR
+from lightning_grpo.kernels.softmax import FLOOR
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

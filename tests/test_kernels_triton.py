@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_grpo.kernels import linear, linear_logprob, rows, triton_rows
+from lightning_grpo.kernels import linear, linear_logprob, rows, torch_rows, triton_rows
+from lightning_grpo.kernels.softmax import Statistics, Transform
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,8 +31,8 @@ def results(module, dtype, softcap, entropy_grad):
     a = (torch.randn(5, 1100, generator=g) * 3).to(dtype)
     a[1, 5], a[2, 9] = -torch.inf, 80.0
     targets = torch.tensor([0, 7, 300, 1000, 1099])
-    transform = rows.Transform.build(targets, 1100, torch.rand(5, generator=g) + 0.5, softcap, 1.2)
-    stats = rows.Statistics.empty(5, a.device)
+    transform = Transform.build(targets, 1100, torch.rand(5, generator=g) + 0.5, softcap, 1.2)
+    stats = Statistics.empty(5, a.device)
     found = []
     blocks = [
         (slice(0, 1029), torch.nn.functional.pad(a[:, :1029], (0, 59), value=7.0)),
@@ -56,7 +57,7 @@ def results(module, dtype, softcap, entropy_grad):
 @pytest.mark.parametrize("entropy_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_row_kernels_equal_their_torch_twins(dtype, entropy_grad, softcap):
-    ours, twins = (results(module, dtype, softcap, entropy_grad) for module in (triton_rows, rows))
+    ours, twins = (results(module, dtype, softcap, entropy_grad) for module in (triton_rows, torch_rows))
     for i, (x, y) in enumerate(zip(ours, twins, strict=True)):
         assert x.isfinite().all()
         # What is written to a block is rounded to its dtype; the interpreter cuts a bfloat16 short instead.

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_grpo.kernels import rows
+from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform, targets_within
 
 # Bytes of one block of logits: enough for the matrix products to run at full speed, small beside a model.
 BLOCK_BYTES = 16 << 20
@@ -65,7 +66,7 @@ def linear_logprob(
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     elif hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or run under autocast")
-    transform = rows.Transform.build(targets, len(weight), temperature, softcap, scale)
+    transform = Transform.build(targets, len(weight), temperature, softcap, scale)
     coefficient = None if coefficient is None else coefficient.detach().float()
     with torch.autocast(kind, enabled=False):
         return _LinearLogprob.apply(
@@ -111,7 +112,7 @@ class _LinearLogprob(torch.autograd.Function):
         if scale is not None:
             return (*(None if x is None else x if scale == 1 else x.mul_(scale) for x in ahead), *[None] * 5)
         hidden, weight, bias, targets, logprob, entropy, lse, rest, *kept = ctx.saved_tensors
-        softmax, kept = rows.Softmax(logprob, entropy, lse, rest), list(zip(kept[::2], kept[1::2], strict=True))
+        softmax, kept = Softmax(logprob, entropy, lse, rest), list(zip(kept[::2], kept[1::2], strict=True))
         c_logprob = torch.zeros_like(lse) if c_logprob is None else c_logprob
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _gradients(
@@ -128,10 +129,10 @@ def _multiple(c: Tensor, coefficient: Tensor) -> float | None:
 
 
 def _softmax(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: rows.Transform, room: Tensor
-) -> tuple[rows.Softmax, list[tuple[Tensor, Tensor]]]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: Transform, room: Tensor
+) -> tuple[Softmax, list[tuple[Tensor, Tensor]]]:
     """The rows' softmax, and G of the first blocks, as many as ``room`` holds: (g, scale) with G = −scale·g."""
-    stats = rows.Statistics.empty(len(hidden), hidden.device)
+    stats = Statistics.empty(len(hidden), hidden.device)
     width = _width(hidden, weight)
     memory = _memory(hidden, width, _dtype(hidden))
     kept = []
@@ -147,7 +148,7 @@ def _softmax(
     for (g, scale), ids in zip(kept, _ids(weight, width), strict=False):
         scale.sub_(softmax.lse).exp_()
         # The target's own column is in no proportion to the others: its row is brought to the scale of 1.
-        here, column = rows.targets_within(targets, ids)
+        here, column = targets_within(targets, ids)
         g[here] = (g[here] * scale[here, None]).to(g.dtype)
         g[here, column] = at_target[here].to(g.dtype)
         scale[here] = 1
@@ -155,10 +156,10 @@ def _softmax(
 
 
 def _frozen(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: rows.Transform
-) -> tuple[rows.Softmax, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: Transform
+) -> tuple[Softmax, Tensor]:
     """The rows' softmax, and ∂logprob/∂hidden [N, H], which a loss has only to scale."""
-    stats = rows.Statistics.empty(len(hidden), hidden.device)
+    stats = Statistics.empty(len(hidden), hidden.device)
     expected = torch.zeros(hidden.shape, device=hidden.device)
     width = _width(hidden, weight)
     memory = _memory(hidden, width, _dtype(hidden))
@@ -179,12 +180,14 @@ def _ahead(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    transform: rows.Transform,
+    transform: Transform,
     coefficient: Tensor,
     needs: tuple[bool, ...],
-) -> tuple[rows.Softmax, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Softmax, Tensor | None, Tensor | None, Tensor | None]:
     """The rows' softmax and all gradients, tokens chunk by chunk, so that no block of logits is made twice."""
-    step = max(KEEP_BYTES // (len(weight) * hidden.element_size()), 64)
+    most = max(KEEP_BYTES // (len(weight) * hidden.element_size()), 64)
+    # Chunks of one size: what is left over at the end would make narrow, slow products.
+    step = -(-len(hidden) // max(-(-len(hidden) // most), 1)) or 1
     found, grad_hidden = [], torch.empty_like(hidden) if needs[0] else None
     grad_weight, grad_bias = (
         torch.zeros_like(x) if need else None for x, need in zip((weight, bias), needs[1:], strict=True)
@@ -198,7 +201,7 @@ def _ahead(
         part, _, _ = _gradients(*some, coefficient[i], None, needs, (grad_weight, grad_bias))
         if grad_hidden is not None:
             grad_hidden[i] = part
-    return rows.Softmax(*map(torch.cat, zip(*found, strict=True))), grad_hidden, grad_weight, grad_bias
+    return Softmax(*map(torch.cat, zip(*found, strict=True))), grad_hidden, grad_weight, grad_bias
 
 
 def _gradients(
@@ -206,8 +209,8 @@ def _gradients(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    transform: rows.Transform,
-    softmax: rows.Softmax,
+    transform: Transform,
+    softmax: Softmax,
     kept: list[tuple[Tensor, Tensor]],
     c_logprob: Tensor,
     c_entropy: Tensor | None,

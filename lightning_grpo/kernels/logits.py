@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_grpo.kernels import rows
+from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform
 
 
 def logits_logprob(
@@ -27,14 +28,14 @@ def logits_logprob(
         raise ValueError(
             f"logits_logprob takes logits [N, V] and targets [N]; got {tuple(logits.shape)}, {tuple(targets.shape)}"
         )
-    transform = rows.Transform.build(targets, logits.shape[1], temperature)
+    transform = Transform.build(targets, logits.shape[1], temperature)
     return _LogitsLogprob.apply(logits, targets, transform, entropy_grad)
 
 
 class _LogitsLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, transform, entropy_grad):
-        stats = rows.Statistics.empty(len(logits), logits.device)
+        stats = Statistics.empty(len(logits), logits.device)
         rows.accumulate(logits, slice(0, logits.shape[1]), targets, transform, stats)
         softmax = stats.finish()
         ctx.transform = transform
@@ -52,7 +53,7 @@ class _LogitsLogprob(torch.autograd.Function):
         grad = torch.empty_like(logits)
         c = c_logprob * ctx.transform.factor
         ce = None if c_entropy is None else c_entropy * ctx.transform.factor
-        rows.gradient(logits, grad, slice(0, logits.shape[1]), targets, ctx.transform, rows.Softmax(*softmax), c, ce)
+        rows.gradient(logits, grad, slice(0, logits.shape[1]), targets, ctx.transform, Softmax(*softmax), c, ce)
         # Rows that the loss leaves out may hold anything, NaN too.
         idle = c == 0 if ce is None else (c == 0) & (ce == 0)
         return grad.masked_fill_(idle[:, None], 0), None, None, None

@@ -1,7 +1,7 @@
-"""The row arithmetic of `rows` as Triton kernels for CUDA and ROCm: one program a row, every logit read once or twice.
+"""The row arithmetic of `torch_rows` as Triton kernels for CUDA and ROCm: one program a row, logits read once or twice.
 
-Same names, same arguments, same results as in `rows`, whose docstring has the mathematics. A row is read and
-written with its padding: where that fills rows up to a multiple of 64 columns, every access is 128 bits wide.
+Same names, same arguments, same results. A row is read and written with its padding: where that fills rows up to a
+multiple of 64 columns, every access is 128 bits wide.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_grpo.kernels.rows import FLOOR, Softmax, Statistics, Transform
+from lightning_grpo.kernels.softmax import FLOOR, Softmax, Statistics, Transform
 
 WARPS = 8
 # Columns that a program holds in registers: eight a lane, which are whole 128-bit accesses at 2 bytes as at 4.
@@ -140,7 +140,7 @@ def _gradient_kernel(
 def accumulate(
     a: Tensor, ids: slice, targets: Tensor, transform: Transform, stats: Statistics, weights: Tensor | None = None
 ) -> Tensor | None:
-    """`rows.accumulate`."""
+    """`torch_rows.accumulate`."""
     n = len(a)
     joins = None if weights is None else torch.ones(2, n, device=a.device)
     target = a if weights is None else weights
@@ -177,7 +177,7 @@ def gradient(
     c_logprob: Tensor,
     c_entropy: Tensor | None,
 ) -> None:
-    """`rows.gradient`."""
+    """`torch_rows.gradient`."""
     n = len(a)
     if n:
         _gradient_kernel[(n,)](

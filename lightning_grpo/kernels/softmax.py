@@ -1,0 +1,101 @@
+"""The softmax of a row over the whole vocabulary, put together from blocks of it.
+
+A block a [N, ≥ W] holds the head's output for W neighbouring ids of the vocabulary; columns past W are padding. z are
+the logits of the sampled distribution. The statistics are of each row's tokens *other than its target*:
+
+    m  largest z so far      s  Σ exp(z − m)      t  Σ exp(z − m)·z      y  the target's z
+
+Leaving the target out until the end keeps 1 − p(target) exact where p(target) is nearly 1, as it is for most tokens
+that a model samples itself.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Stands for −inf: 0 · FLOOR is 0, and the softmax of a block without a finite logit is no NaN.
+FLOOR = -1e30
+
+
+class Transform(NamedTuple):
+    """From the head's output to the logits: z = factor·a, or cap·tanh(factor·a / cap) with a softcap.
+
+    Both are [N] in fp32 and already divided by the temperature: factor = scale / τ, cap = softcap / τ.
+    """
+
+    factor: Tensor
+    cap: Tensor | None
+
+    @classmethod
+    def build(
+        cls,
+        targets: Tensor,
+        vocabulary: int,
+        temperature: float | Tensor,
+        softcap: float | None = None,
+        scale: float = 1.0,
+    ) -> "Transform":
+        """For the rows of ``targets`` [N]; says what is wrong where ids or temperatures are out of range."""
+        if targets.numel():
+            low, high = (int(x) for x in targets.aminmax())
+            if low < 0 or high >= vocabulary:
+                raise ValueError(f"targets span {low} to {high}; the head has ids 0 to {vocabulary - 1}")
+        temperature = torch.as_tensor(temperature, dtype=torch.float32, device=targets.device).expand(len(targets))
+        if not (temperature > 0).all():
+            raise ValueError(f"temperature is {float(temperature.min())}; set it above 0")
+        return cls(scale / temperature, None if softcap is None else softcap / temperature)
+
+    def rows(self, index: slice | Tensor) -> "Transform":
+        return Transform(self.factor[index], None if self.cap is None else self.cap[index])
+
+    def logits(self, a: Tensor) -> Tensor:
+        """z in fp32, new memory, no lower than FLOOR."""
+        z = torch.mul(a, self.factor[:, None])
+        if self.cap is not None:
+            z.div_(self.cap[:, None]).tanh_().mul_(self.cap[:, None])
+        return z.clamp_(min=FLOOR)
+
+    def chain_(self, g: Tensor, z: Tensor) -> Tensor:
+        """g·∂z/∂a, in place, but for ``factor``, which is cheaper applied to [N, H]."""
+        return g if self.cap is None else g.mul_(1 - (z / self.cap[:, None]).square_().clamp_(max=1))
+
+
+class Statistics(NamedTuple):
+    """m, s, t, y of the module's docstring, each [N] in fp32."""
+
+    m: Tensor
+    s: Tensor
+    t: Tensor
+    y: Tensor
+
+    @classmethod
+    def empty(cls, n: int, device: torch.device) -> "Statistics":
+        return cls(torch.full((n,), FLOOR, device=device), *torch.zeros(3, n, device=device).unbind())
+
+    def finish(self) -> "Softmax":
+        m = torch.maximum(self.m, self.y)
+        shrink = (self.m - m).exp()
+        target = (self.y - m).exp()
+        total = self.s * shrink + target
+        log_total = total.log()
+        mean = (self.t * shrink + target * self.y) / total
+        return Softmax(self.y - m - log_total, m + log_total - mean, m + log_total, self.s * shrink / total)
+
+
+class Softmax(NamedTuple):
+    """Of each row, [N] in fp32: the target's log-prob, the entropy, log Σ exp z, and 1 − p(target)."""
+
+    logprob: Tensor
+    entropy: Tensor
+    lse: Tensor
+    rest: Tensor
+
+    def rows(self, index: slice | Tensor) -> "Softmax":
+        return Softmax(*(x[index] for x in self))
+
+
+def targets_within(targets: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
+    """Rows whose target lies in the block, and its columns."""
+    rows = ((targets >= ids.start) & (targets < ids.stop)).nonzero().squeeze(1)
+    return rows, targets[rows] - ids.start

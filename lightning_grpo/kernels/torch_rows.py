@@ -1,0 +1,82 @@
+"""The row arithmetic of `rows` in plain torch: runs anywhere, and says what the compiled ones compute."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_grpo.kernels.softmax import FLOOR, Softmax, Statistics, Transform, targets_within
+
+# fp32 elements of some rows that stay in a core's cache from one pass to the next.
+CACHED = 1 << 19
+
+
+def accumulate(
+    a: Tensor, ids: slice, targets: Tensor, transform: Transform, stats: Statistics, weights: Tensor | None = None
+) -> Tensor | None:
+    """Take the block ``a`` of the vocabulary's ``ids`` into the statistics, in place.
+
+    With ``weights`` [N, W] (may be ``a``), these are set to w ∝ exp(z)·∂z/∂a of the tokens other than the target, and
+    the factors (old, new) [2, N] are returned by which a sum over the vocabulary goes on: sum·old + new·Σ w·x.
+    """
+    width = ids.stop - ids.start
+    joins = None if weights is None else torch.empty(2, len(a), device=a.device)
+    for i in _cached_rows(a):
+        some = transform.rows(i)
+        m, s, t, y = (x[i] for x in stats)
+        z = some.logits(a[i, :width])
+        here = targets_within(targets[i], ids)
+        y[here[0]] = z[here]
+        z[here] = FLOOR
+        # torch's softmax is one fused pass, faster than exp alone: p is exp(z − top) times its own largest element. Its
+        # denominator is summed too roughly (1e-5 at 50,000 ids) to be taken for the sum of exp(z − top).
+        p = torch.softmax(z, 1)
+        top = z.amax(1)
+        largest = torch.maximum(m, top)
+        old, new = (m - largest).exp_(), (top - largest).exp_().div_(p.amax(1))
+        s.mul_(old).add_(new * p.sum(1))
+        t.mul_(old).add_(new * torch.linalg.vecdot(p, z))
+        m.copy_(largest)
+        if weights is not None:
+            weights[i, :width].copy_(some.chain_(p, z))
+            joins[0, i], joins[1, i] = old, new
+    return joins
+
+
+def gradient(
+    a: Tensor,
+    out: Tensor,
+    ids: slice,
+    targets: Tensor,
+    transform: Transform,
+    softmax: Softmax,
+    c_logprob: Tensor,
+    c_entropy: Tensor | None,
+) -> None:
+    """Write ∂loss/∂a, but for ``factor``, into ``out`` [N, ≥ W], which may be ``a``.
+
+    From c_logprob = ∂loss/∂logprob and c_entropy = ∂loss/∂entropy, [N] each:
+    ∂loss/∂z = c_logprob·(onehot − p) − c_entropy·p·(log p + entropy).
+    """
+    width = ids.stop - ids.start
+    for i in _cached_rows(a):
+        some, row, c = transform.rows(i), softmax.rows(i), c_logprob[i]
+        z = some.logits(a[i, :width])
+        here = targets_within(targets[i], ids)
+        p = torch.softmax(z, 1)
+        scale = (z.amax(1) - row.lse).exp_().div_(p.amax(1))
+        at_target = (c * row.rest)[here[0]]
+        if c_entropy is None:
+            g = p.mul_((-c * scale)[:, None])
+        else:
+            surprise = (z - (row.lse - row.entropy)[:, None]).mul_(c_entropy[i][:, None])
+            p.mul_(scale[:, None])
+            at_target -= (p * surprise)[here]
+            g = surprise.add_(c[:, None]).mul_(p).neg_()
+        g[here] = at_target
+        out[i, :width].copy_(some.chain_(g, z))
+
+
+def _cached_rows(a: Tensor) -> Iterator[slice]:
+    step = max(1, CACHED // a.shape[1])
+    return (slice(i, i + step) for i in range(0, a.shape[0], step))

@@ -1,0 +1,121 @@
+"""The C++ row kernels against their torch twins."""
+
+import pytest
+import torch
+
+from lightning_grpo.kernels import cpp_rows, linear_logprob, logits_logprob, rows, torch_rows
+from lightning_grpo.kernels.softmax import Statistics, Transform
+
+needs_compiler = pytest.mark.skipif(cpp_rows._library() is None, reason="needs a C++ compiler")
+
+
+def block(dtype):
+    """Logits of five tokens for 1,100 ids, one −∞ and one large; targets, transform and the loss's coefficients."""
+    g = torch.Generator().manual_seed(0)
+    a = (torch.randn(5, 1100, generator=g) * 3).to(dtype)
+    a[1, 5], a[2, 9] = -torch.inf, 80.0
+    targets = torch.tensor([0, 7, 300, 1000, 1099])
+    transform = Transform.build(targets, 1100, torch.rand(5, generator=g) + 0.5, None, 1.2)
+    return a, targets, transform, torch.randn(2, 5, generator=g)
+
+
+def results(module, dtype, entropy_grad, keep):
+    a, targets, transform, c = block(dtype)
+    stats, found = Statistics.empty(5, a.device), []
+    blocks = [(slice(0, 1029), a[:, :1029]), (slice(1029, 1100), a[:, 1029:].clone())]
+    for ids, part in blocks:
+        weights = torch.empty(part.shape, dtype=dtype) if keep else None
+        joins = module.accumulate(part, ids, targets, transform, stats, weights)
+        found += [joins[0], weights * joins[1][:, None]] if keep else []
+    softmax = stats.finish()
+    for ids, part in blocks:
+        out = torch.empty(part.shape, dtype=dtype)
+        module.gradient(part, out, ids, targets, transform, softmax, c[0], c[1] if entropy_grad else None)
+        found.append(out)
+        in_place = part.clone()
+        module.gradient(in_place, in_place, ids, targets, transform, softmax, c[0], c[1] if entropy_grad else None)
+        assert torch.equal(in_place, out)
+    return [*softmax, *found]
+
+
+@needs_compiler
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("entropy_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpp_rows_equal_their_torch_twins(dtype, entropy_grad, keep):
+    ours, twins = (results(module, dtype, entropy_grad, keep) for module in (cpp_rows, torch_rows))
+    for i, (x, y) in enumerate(zip(ours, twins, strict=True)):
+        assert x.isfinite().all()
+        rounded = i >= 4 and dtype == torch.bfloat16
+        torch.testing.assert_close(x, y, rtol=1e-2 if rounded else 1e-5, atol=5e-6)
+
+
+@needs_compiler
+def test_exponentials_are_exact_to_fp32():
+    """The sums of 2,000 rows of one to 64 logits down to where e^z is no number any more, against float64."""
+    a = torch.linspace(0, -110, 2000)[:, None] * torch.linspace(0, 1, 64)
+    a[0] = torch.linspace(-1e-3, 0, 64)
+    targets = torch.full((2000,), 64)
+    stats = Statistics.empty(2000, a.device)
+    weights = torch.empty(2000, 64)
+    cpp_rows.accumulate(a, slice(0, 64), targets, Transform.build(targets, 65, 1.0), stats, weights)
+    expected = (a.double() - a.double().amax(1, keepdim=True)).exp()
+    torch.testing.assert_close(stats.s.double(), expected.sum(1), rtol=5e-7, atol=0)
+    torch.testing.assert_close(weights.double(), expected, rtol=3e-7, atol=2e-38)
+
+
+@needs_compiler
+def test_nan_and_infinity_show():
+    """A NaN or +∞ in a row that counts reaches its log-prob, wherever it stands; other rows stay as they are."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for column in (0, 1, 63, 299):
+            logits = torch.zeros(3, 300, dtype=dtype)
+            logits[1, column], logits[2, column] = torch.nan, torch.inf
+            found = logits_logprob(logits, torch.tensor([5, 5, 5]))
+            assert [x.isnan().tolist() for x in found] == [[False, True, True]] * 2
+
+
+@needs_compiler
+def test_rows_of_a_wider_tensor():
+    """Blocks need not be contiguous, only their rows."""
+    wide = torch.randn(6, 400, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0, 3, 50, 98, 99, 7])
+    found = []
+    for logits in (wide[:, 100:200], wide[:, 100:200].contiguous()):
+        leaf = logits.detach().requires_grad_()
+        logprob, entropy = logits_logprob(leaf, targets)
+        logprob.sum().backward()
+        found.append([logprob, entropy, leaf.grad])
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_plain_torch_where_there_is_no_compiler(monkeypatch, caplog):
+    """The same values, and one line that says so."""
+    hidden, weight = (torch.randn(n, 16, generator=torch.Generator().manual_seed(n)) for n in (9, 1100))
+    targets = torch.arange(9)
+    expected = linear_logprob(hidden, weight, targets)
+    monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
+    cpp_rows._library.cache_clear()
+    try:
+        for _ in range(2):
+            found = linear_logprob(hidden, weight, targets)
+    finally:
+        cpp_rows._library.cache_clear()
+    assert len(caplog.records) == 1 and "a-compiler-that-is-not-there" in caplog.text
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=5e-6)
+
+
+def test_plain_torch_takes_what_cpp_does_not():
+    """Softcaps, float16, columns apart."""
+    transform = Transform.build(torch.tensor([0]), 4, 1.0)
+    chosen = [
+        rows._rows_for(a, t)
+        for a, t in (
+            (torch.zeros(1, 4), transform._replace(cap=torch.ones(1))),
+            (torch.zeros(1, 4).half(), transform),
+            (torch.zeros(4, 2)[:, :1].T, transform),
+        )
+    ]
+    assert chosen == [torch_rows] * 3
