@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_grpo.kernels import linear, linear_logprob, logits_logprob
+from lightning_grpo.kernels import linear, linear_logprob, logits_logprob, products
 from lightning_grpo.kernels.reference import naive_logprob
 
 
@@ -328,3 +328,18 @@ def test_errors_name_the_argument():
         linear_logprob(hidden, weight.T, targets)
     with pytest.raises(ValueError, match=r"logits \[N, V\]"):
         logits_logprob(hidden, targets[:2])
+
+
+def test_fp32_without_onednn_by_name(monkeypatch, caplog):
+    """A torch without its private operator gives the same values from its public ones, and says what it costs."""
+    hidden, weight, bias, targets, c = problem(20, 64, 1537)
+    expected = solve(linear_logprob, hidden, weight, bias, targets, c, dtype=torch.float32)
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    products._onednn_linear.cache_clear()
+    try:
+        assert products._onednn_linear() is None
+        found = solve(linear_logprob, hidden, weight, bias, targets, c, dtype=torch.float32)
+    finally:
+        products._onednn_linear.cache_clear()
+    assert len(caplog.records) == 1 and "_linear_pointwise" in caplog.text
+    assert_close(found, expected, values=5e-6, gradients=2e-6)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_grpo.kernels import rows
+from lightning_grpo.kernels.products import block_memory, head, logits_dtype, product, view, write
 from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform, targets_within
 
 # Bytes of one block of logits: enough for the matrix products to run at full speed, small beside a model.
@@ -134,11 +135,11 @@ def _softmax(
     """The rows' softmax, and G of the first blocks, as many as ``room`` holds: (g, scale) with G = −scale·g."""
     stats = Statistics.empty(len(hidden), hidden.device)
     width = _width(hidden, weight)
-    memory = _memory(hidden, width, _dtype(hidden))
+    memory = block_memory(hidden, width, logits_dtype(hidden))
     kept = []
     for ids in _ids(weight, width):
-        _, a = _head(hidden, weight, bias, ids, memory)
-        g = _view(room, a.shape) if room.numel() >= a.numel() else None
+        _, a = head(hidden, weight, bias, ids, memory)
+        g = view(room, a.shape) if room.numel() >= a.numel() else None
         joins = rows.accumulate(a, ids, targets, transform, stats, weights=g)
         if g is not None:
             room = room[a.numel() :]
@@ -162,13 +163,13 @@ def _frozen(
     stats = Statistics.empty(len(hidden), hidden.device)
     expected = torch.zeros(hidden.shape, device=hidden.device)
     width = _width(hidden, weight)
-    memory = _memory(hidden, width, _dtype(hidden))
+    memory = block_memory(hidden, width, logits_dtype(hidden))
     scratch = _scratch(memory, hidden, width)
     for ids in _ids(weight, width):
-        w, a = _head(hidden, weight, bias, ids, memory)
-        g = a if scratch is memory else _view(scratch, a.shape)
+        w, a = head(hidden, weight, bias, ids, memory)
+        g = a if scratch is memory else view(scratch, a.shape)
         old, new = rows.accumulate(a, ids, targets, transform, stats, weights=g)
-        expected.mul_(old[:, None]).addcmul_(_product(g[:, : len(w)], w), new[:, None])
+        expected.mul_(old[:, None]).addcmul_(product(g[:, : len(w)], w), new[:, None])
     softmax = stats.finish()
     at_target = transform.chain_(softmax.rest.clone()[:, None], stats.y[:, None])
     expected.mul_(-(stats.m - softmax.lse).exp()[:, None]).addcmul_(at_target, weight[targets])
@@ -185,7 +186,7 @@ def _ahead(
     needs: tuple[bool, ...],
 ) -> tuple[Softmax, Tensor | None, Tensor | None, Tensor | None]:
     """The rows' softmax and all gradients, tokens chunk by chunk, so that no block of logits is made twice."""
-    most = max(KEEP_BYTES // (len(weight) * hidden.element_size()), 64)
+    most = max(_budget(KEEP_BYTES, hidden) // (len(weight) * hidden.element_size()), 64)
     # Chunks of one size: what is left over at the end would make narrow, slow products.
     step = -(-len(hidden) // max(-(-len(hidden) // most), 1)) or 1
     found, grad_hidden = [], torch.empty_like(hidden) if needs[0] else None
@@ -234,7 +235,7 @@ def _gradients(
         grad_weight = torch.empty_like(weight)
     if needs[2] and grad_bias is None:
         grad_bias = torch.empty_like(bias)
-    memory = _memory(h, width, _dtype(h))
+    memory = block_memory(h, width, logits_dtype(h))
     scratch = _scratch(memory, h, width)
     for i, ids in enumerate(_ids(weight, width)):
         if i < len(kept):
@@ -242,90 +243,45 @@ def _gradients(
             g, scale = kept[i] if every else (x[active] for x in kept[i])
             to_rows = (-scale * c_logprob)[:, None]
         else:
-            w, a = _head(h, weight, bias, ids, memory)
-            g, to_rows = a if scratch is memory else _view(scratch, a.shape), None
+            w, a = head(h, weight, bias, ids, memory)
+            g, to_rows = a if scratch is memory else view(scratch, a.shape), None
             rows.gradient(a, g, ids, targets, transform, softmax, c_logprob, c_entropy)
         g = g[:, : len(w)]
         if needs[0]:
-            part = _product(g, w)
+            part = product(g, w)
             grad_hidden = grad_hidden.add_(part) if to_rows is None else grad_hidden.addcmul_(part, to_rows)
         if needs[1]:
             right = scaled if to_rows is None else (h * (factor * to_rows)).to(h.dtype)
-            _write(grad_weight[ids], g.T, right, add=onto[0] is not None)
+            write(grad_weight[ids], g.T, right, add=onto[0] is not None)
         if needs[2]:
             right = factor if to_rows is None else factor * to_rows
-            _write(grad_bias[ids, None], g.T, right.to(g.dtype), add=onto[1] is not None)
+            write(grad_bias[ids, None], g.T, right.to(g.dtype), add=onto[1] is not None)
     if needs[0]:
         grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
         grad_hidden = grad_hidden if every else torch.zeros_like(hidden).index_copy_(0, active, grad_hidden)
     return grad_hidden, grad_weight, grad_bias
 
 
-def _write(out: Tensor, x: Tensor, y: Tensor, *, add: bool) -> None:
-    """out = x @ y, or out += x @ y."""
-    if out.dtype != x.dtype or _onednn(x):
-        out.add_(_product(x, y)) if add else out.copy_(_product(x, y))
-    elif add:
-        out.addmm_(x, y)
-    else:
-        torch.mm(x, y, out=out)
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, y.T, None, "none", [], "") if _onednn(x) else x @ y
-
-
-def _onednn(x: Tensor) -> bool:
-    """Whether to ask oneDNN by name: for fp32 torch asks MKL, which leaves AVX-512 unused on CPUs not of Intel's."""
-    fp32 = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
-    return fp32 and torch.backends.mkldnn.is_available()
+def _budget(bytes_: int, hidden: Tensor) -> int:
+    """Of a block, or of a chunk of tokens whose gradients are known ahead: a CPU is as fast with half as much."""
+    return bytes_ if hidden.is_cuda else bytes_ // 2
 
 
 def _width(hidden: Tensor, weight: Tensor) -> int:
     """Vocabulary ids in a block of logits."""
-    width = BLOCK_BYTES // (max(len(hidden), 1) * _dtype(hidden).itemsize) // 64 * 64
+    width = _budget(BLOCK_BYTES, hidden) // (max(len(hidden), 1) * logits_dtype(hidden).itemsize) // 64 * 64
     return min(max(width, 512), len(weight))
-
-
-def _dtype(hidden: Tensor) -> torch.dtype:
-    """Of the logits: fp32 where the matrix product can give it."""
-    return torch.float32 if hidden.is_cuda else hidden.dtype
 
 
 def _ids(weight: Tensor, width: int) -> Iterator[slice]:
     return (slice(i, min(i + width, len(weight))) for i in range(0, len(weight), width))
 
 
-def _memory(hidden: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """For a block of logits [N, W]. On a GPU rows are padded to 128 bytes, or an odd width would split every access."""
-    return torch.empty(len(hidden), width + (-width % 64 if hidden.is_cuda else 0), dtype=dtype, device=hidden.device)
-
-
 def _scratch(memory: Tensor, hidden: Tensor, width: int) -> Tensor:
     """For what is multiplied with the weights, in their precision: ``memory`` itself where that is in it."""
-    return memory if memory.dtype == hidden.dtype else _memory(hidden, width, hidden.dtype)
+    return memory if memory.dtype == hidden.dtype else block_memory(hidden, width, hidden.dtype)
 
 
 def _room(hidden: Tensor, weight: Tensor, most: int) -> Tensor:
     """For G of these rows [N, V], padding included, or as much of it as ``most`` bytes hold."""
     return hidden.new_empty(min(len(hidden) * (len(weight) + 64), most // hidden.element_size()))
-
-
-def _view(memory: Tensor, shape: torch.Size) -> Tensor:
-    return memory.view(-1)[: shape.numel()].view(shape)
-
-
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: slice, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights [W, H] of ``ids`` and the head's output [N, ≥ W] for them, made in ``memory`` where it can be."""
-    w = weight[ids].to(hidden.dtype)
-    if _onednn(hidden):
-        b = None if bias is None else bias[ids].to(hidden.dtype)
-        return w, torch.ops.mkldnn._linear_pointwise(hidden, w, b, "none", [], "")
-    a = _view(memory, torch.Size((len(hidden), len(w) + (-len(w) % 64 if hidden.is_cuda else 0))))
-    out = a[:, : len(w)]
-    wider = {} if out.dtype == hidden.dtype else {"out_dtype": out.dtype}
-    if bias is None:
-        torch.mm(hidden, w.T, **wider, out=out)
-    else:
-        torch.addmm(bias[ids].to(hidden.dtype), hidden, w.T, **wider, out=out)
-    return w, a

@@ -1,0 +1,86 @@
+"""Matrix products of blocks of the vocabulary, by the fastest routine that a device has for them."""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def logits_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the logits: fp32 where the matrix product can give it."""
+    return torch.float32 if hidden.is_cuda else hidden.dtype
+
+
+def block_memory(hidden: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """For a block of logits [N, W]. On a GPU rows are padded to 128 bytes, or an odd width would split every access."""
+    return torch.empty(len(hidden), width + (-width % 64 if hidden.is_cuda else 0), dtype=dtype, device=hidden.device)
+
+
+def view(memory: Tensor, shape: torch.Size) -> Tensor:
+    """The first elements of ``memory`` in this shape."""
+    return memory.view(-1)[: shape.numel()].view(shape)
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: slice, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights [W, H] of ``ids`` and the head's output [N, ≥ W] for them, made in ``memory`` where it can be."""
+    w = weight[ids].to(hidden.dtype)
+    b = None if bias is None else bias[ids].to(hidden.dtype)
+    if linear := _routine(hidden):
+        return w, linear(hidden, w, b)
+    a = view(memory, torch.Size((len(hidden), len(w) + (-len(w) % 64 if hidden.is_cuda else 0))))
+    out = a[:, : len(w)]
+    wider = {} if out.dtype == hidden.dtype else {"out_dtype": out.dtype}
+    if b is None:
+        torch.mm(hidden, w.T, **wider, out=out)
+    else:
+        torch.addmm(b, hidden, w.T, **wider, out=out)
+    return w, a
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y."""
+    linear = _routine(x)
+    return x @ y if linear is None else linear(x, y.T, None)
+
+
+def write(out: Tensor, x: Tensor, y: Tensor, *, add: bool) -> None:
+    """out = x @ y, or out += x @ y."""
+    if out.dtype != x.dtype or _routine(x):
+        out.add_(product(x, y)) if add else out.copy_(product(x, y))
+    elif add:
+        out.addmm_(x, y)
+    else:
+        torch.mm(x, y, out=out)
+
+
+def _routine(x: Tensor) -> Callable | None:
+    """x @ yᵀ + b to be called by name; None where torch's own choice is the best."""
+    fp32 = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+    return _onednn_linear() if fp32 else None
+
+
+@functools.cache
+def _onednn_linear() -> Callable | None:
+    """oneDNN's product, for fp32: torch asks MKL, which leaves AVX-512 unused on CPUs not of Intel's.
+
+    The operator is torch's own and private, so it is tried once: without it torch's choice serves, at half the speed.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return None
+    x, y, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]]), torch.tensor([7.0, 8.0])
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise
+        linear = lambda x, y, b: operator(x, y, b, "none", [], "")
+        if torch.equal(linear(x, y, b), torch.tensor([[18.0, 25.0]])):
+            return linear
+        reason = "it computes something else"
+    except (AttributeError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+    log.warning(
+        f"torch {torch.__version__} has no mkldnn._linear_pointwise; fp32 heads take up to twice as long: {reason}"
+    )
+    return None
