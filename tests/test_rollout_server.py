@@ -281,6 +281,14 @@ def test_stop_strings_need_servers_with_a_tokenizer(servers, tiny_model_path, tm
         trainer_with(callback, tmp_path).fit(module, loader())
 
 
+def test_a_server_with_another_tokenizer_is_refused(server, tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    module = Sampler(tiny_model_path)
+    module.tokenizer.add_tokens(["and one more"])
+    with pytest.raises(ValueError, match=f"{server.url} has another tokenizer than the trainer .vocabulary size"):
+        trainer_with(VLLMServerRollout([server.url]), tmp_path).fit(module, loader())
+
+
 def test_adapters_alone_go_to_servers_that_take_them(servers, tiny_model_path, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", servers[2].api_key)
     module = AdaptedSampler(tiny_model_path)

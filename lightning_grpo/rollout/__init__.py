@@ -5,10 +5,11 @@ from lightning_grpo.rollout.hf import HFEngine
 from lightning_grpo.rollout.proof import Mismatch, Tolerance, WeightSyncError, mismatch
 from lightning_grpo.rollout.seeds import rollout_seeds
 from lightning_grpo.rollout.server_engine import ServerEngine
+from lightning_grpo.rollout.server_rollout import VLLMProcessRollout, VLLMServerRollout
 from lightning_grpo.rollout.sync import SyncedEngine, SyncReport
 from lightning_grpo.rollout.types import Completion, Engine, FinishReason, OnGroup, Rollout, Sampling
 from lightning_grpo.rollout.vllm_engine import VLLMEngine
-from lightning_grpo.rollout.vllm_rollout import VLLMProcessRollout, VLLMRollout, VLLMServerRollout, default_rollout
+from lightning_grpo.rollout.vllm_rollout import VLLMRollout, default_rollout
 from lightning_grpo.rollout.weights import adapter_weights, policy_weights
 
 __all__ = [

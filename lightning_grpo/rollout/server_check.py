@@ -1,6 +1,8 @@
 """What a vLLM server must have been started with to be sampled from and to take weights."""
 
 import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ CANARIES = 4
 class ServerInfo:
     """How a server was started."""
 
+    url: str
     dtype: torch.dtype
     """What it computes in."""
     max_num_seqs: int
@@ -37,6 +40,8 @@ class ServerInfo:
     """Whether it can look for stop strings."""
     adapter_rank: int | None
     """The largest LoRA adapter that it takes in place of whole weights; None where it takes those."""
+    transfer: str | None
+    """vLLM's own weight transfer that it was started for, such as nccl; None where weights come over TCP alone."""
 
 
 async def check_server(endpoint: Endpoint) -> ServerInfo:
@@ -72,18 +77,73 @@ async def check_server(endpoint: Endpoint) -> ServerInfo:
             f"{endpoint.url} does not sample from token ids ({error}); start it with: {command()}"
         ) from error
     return ServerInfo(
+        url=endpoint.url,
         dtype=getattr(torch, str(model["dtype"]).removeprefix("torch.")),
         max_num_seqs=config["scheduler_config"]["max_num_seqs"],
         has_tokenizer=not model["skip_tokenizer_init"],
         adapter_rank=(config["lora_config"] or {}).get("max_lora_rank"),
+        transfer=(config["weight_transfer_config"] or {}).get("backend"),
     )
+
+
+def check_alike(infos: Sequence[ServerInfo], adapter: dict[str, Any] | None) -> None:
+    """Can these servers be used together, for the adapter that `adapter_settings` describes or for whole weights?
+
+    Raises:
+        ValueError: names the first that can't.
+    """
+    for info in infos:
+        if info.dtype != infos[0].dtype:
+            raise ValueError(
+                f"{info.url} computes in {info.dtype}, {infos[0].url} in {infos[0].dtype}; start them alike"
+            )
+        if adapter is None and info.adapter_rank is not None:
+            raise ValueError(f"{info.url} takes adapters; set rollout lora: adapter, or start it with: {command()}")
+        if adapter is not None and (info.adapter_rank or 0) < adapter["max_lora_rank"]:
+            raise ValueError(
+                f"{info.url} takes no adapters of rank {adapter['max_lora_rank']}; set rollout lora: merged, or start "
+                f"it with: {command(**adapter)}"
+            )
+
+
+def check_stop(infos: Sequence[ServerInfo], stop: Sequence[str]) -> None:
+    """Raise `ValueError` where there are stop strings and a server can't look for them."""
+    for info in infos:
+        if stop and not info.has_tokenizer:
+            raise ValueError(
+                f"sampling.stop is {stop}, but {info.url} was started without a tokenizer; start it with: {command()} "
+                "(and without --tokens-only or --skip-tokenizer-init)"
+            )
+
+
+def choose_transfer(infos: Sequence[ServerInfo], wanted: str, adapter: dict[str, Any] | None) -> str:
+    """How weights travel: tcp, ipc or nccl. auto is what all servers were started for where there is a GPU here.
+
+    Raises:
+        ValueError: where the servers were not started for what is wanted.
+    """
+    offered = {info.transfer for info in infos}
+    if wanted == "auto":
+        both_can = torch.cuda.is_available() and adapter is None and offered in ({"ipc"}, {"nccl"})
+        return str(offered.pop()) if both_can else "tcp"
+    if wanted == "tcp":
+        return wanted
+    if adapter is not None:
+        raise ValueError(f"transfer is {wanted}, but an adapter goes to servers over tcp alone; set tcp")
+    if offered != {wanted}:
+        raise ValueError(
+            f"transfer is {wanted}, but not all servers were started for it; set tcp, or start them with: "
+            + "VLLM_ALLOW_INSECURE_SERIALIZATION=1 " * (wanted == "ipc")
+            + command(weight_transfer_config={"backend": wanted})
+        )
+    return wanted
 
 
 def command(**engine_args: Any) -> str:
     """What starts such a server, in a shell."""
     environment = [f"{name}={value}" for name, value in SERVER_ENVIRONMENT.items()]
     program = "python -m vllm.entrypoints.openai.api_server --model MODEL"
-    return " ".join([*environment, program, *SERVER_FLAGS, *as_flags(engine_args)])
+    return " ".join([*environment, program, *SERVER_FLAGS, *map(shlex.quote, as_flags(engine_args))])
 
 
 def as_flags(engine_args: dict[str, Any]) -> list[str]:

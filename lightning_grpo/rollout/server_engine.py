@@ -9,18 +9,28 @@ import itertools
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.rollout.endpoint import Endpoint, EndpointLost, EventLoop
+from lightning_grpo.rollout.gpu_transfer import IPCTransfer, NCCLTransfer
 from lightning_grpo.rollout.pool import Pool
 from lightning_grpo.rollout.proof import Held, WeightSyncError
-from lightning_grpo.rollout.server_check import CANARIES, ServerInfo, check_server, command
+from lightning_grpo.rollout.server_check import (
+    CANARIES,
+    ServerInfo,
+    check_alike,
+    check_server,
+    check_stop,
+    choose_transfer,
+)
 from lightning_grpo.rollout.server_weights import TCPTransfer, go_on, name_adapter, pause
 from lightning_grpo.rollout.tail import Tail
+from lightning_grpo.rollout.tokenizer_check import require_same_tokenizer, tokenizer_facts
 from lightning_grpo.rollout.types import Completion, OnGroup, Sampling
 from lightning_grpo.rollout.vllm_adapter import ADAPTER_NAME
 from lightning_grpo.rollout.wire import own_address
@@ -42,6 +52,8 @@ class ServerEngine:
         adapter: what `adapter_settings` says that the servers were started with, where `update_weights` takes a LoRA
             adapter (`adapter_weights`) instead of whole weights.
         weights_host: address at which the servers can reach this process. None finds it out.
+        transfer: how weights travel: tcp; ipc (to servers on this process's GPU) or nccl (to other GPUs), for which the
+            servers are started; auto, which on a GPU is what they were started for.
         pushes: whether this rank sends the weights. One rank of a distributed run does; all consume the stream.
         barrier: called by all ranks before and after a sync; waits for the others.
         run: the run's name in the versions that servers report, the same on all ranks. None draws one.
@@ -60,6 +72,7 @@ class ServerEngine:
         sampling_args: dict[str, Any] | None = None,
         adapter: dict[str, Any] | None = None,
         weights_host: str | None = None,
+        transfer: Literal["auto", "tcp", "ipc", "nccl"] = "auto",
         pushes: bool = True,
         barrier: Callable[[], None] = lambda: None,
         run: str | None = None,
@@ -79,49 +92,39 @@ class ServerEngine:
         self._barrier = barrier
         self._request_ids = (f"{secrets.token_hex(8)}-{n}" for n in itertools.count())
         self._pool = Pool([Endpoint(url, api_key, room=max_in_flight) for url in urls])
-        hosts = [urlsplit(endpoint.url).hostname for endpoint in self.endpoints]
-        self._transfer = TCPTransfer(weights_host or own_address([host for host in hosts if host]))
         self._loop = EventLoop()
         try:
-            self._agree(self._loop.wait(self._pool.each(check_server)))
+            self._infos: list[ServerInfo] = self._loop.wait(self._pool.each(check_server))
+            check_alike(self._infos, adapter)
+            chosen = choose_transfer(self._infos, transfer, adapter)
         except BaseException:
             self.close()
             raise
+        for endpoint, info in zip(self.endpoints, self._infos, strict=True):
+            endpoint.room = min(endpoint.room, max(1, info.max_num_seqs // 2, info.max_num_seqs - CANARIES))
+        host = weights_host or own_address([urlsplit(info.url).hostname for info in self._infos])
+        self._transfer = IPCTransfer() if chosen == "ipc" else {"tcp": TCPTransfer, "nccl": NCCLTransfer}[chosen](host)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the servers compute in; weights are cast to it before they travel."""
+        return self._infos[0].dtype
 
     @property
     def endpoints(self) -> list[Endpoint]:
         return self._pool.endpoints
 
-    def _agree(self, infos: Sequence[ServerInfo]) -> None:
-        """Take over from the servers what they have to have in common."""
-        rank = self._adapter["max_lora_rank"] if self._adapter else None
-        for endpoint, info in zip(self.endpoints, infos, strict=True):
-            if info.dtype != infos[0].dtype:
-                raise ValueError(
-                    f"{endpoint.url} computes in {info.dtype}, {self.endpoints[0].url} in {infos[0].dtype}; "
-                    "start them alike"
-                )
-            if rank is None and info.adapter_rank is not None:
-                raise ValueError(
-                    f"{endpoint.url} takes adapters; set rollout lora: adapter, or start it with: {command()}"
-                )
-            if rank is not None and (info.adapter_rank or 0) < rank:
-                raise ValueError(
-                    f"{endpoint.url} takes no adapters of rank {rank}; set rollout lora: merged, or start it with: "
-                    f"{command(**self._adapter)}"
-                )
-            endpoint.room = min(endpoint.room, max(1, info.max_num_seqs // 2, info.max_num_seqs - CANARIES))
-        self.dtype = infos[0].dtype
-        """What the servers compute in; weights are cast to it before they travel."""
-        self._without_tokenizer = [e.url for e, i in zip(self.endpoints, infos, strict=True) if not i.has_tokenizer]
-
     def check_stop(self, stop: Sequence[str]) -> None:
         """Raise `ValueError` where there are stop strings and a server can't look for them."""
-        if stop and self._without_tokenizer:
-            raise ValueError(
-                f"sampling.stop is {stop}, but {self._without_tokenizer[0]} was started without a tokenizer; start it "
-                f"with: {command()} (and without --tokens-only or --skip-tokenizer-init)"
-            )
+        check_stop(self._infos, stop)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise `ValueError` where a server has a tokenizer of its own that differs from this one."""
+        facts = tokenizer_facts(tokenizer)
+        for endpoint, info in zip(self.endpoints, self._infos, strict=True):
+            if info.has_tokenizer:
+                told = self._loop.wait(endpoint.call("/collective_rpc", {"method": "tokenizer_facts"}))
+                require_same_tokenizer(told["results"][0], facts, at=endpoint.url)
 
     # ── Sampling ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -224,7 +227,7 @@ class ServerEngine:
         return f"{self._run}.{version}"
 
     def _params(self, sampling: Sampling, max_tokens: int) -> dict[str, Any]:
-        self.check_stop(sampling.stop)
+        check_stop(self._infos, sampling.stop)
         return {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

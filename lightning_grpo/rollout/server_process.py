@@ -4,7 +4,6 @@ import ctypes
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,9 @@ from typing import Any
 from urllib.error import URLError
 
 from lightning_grpo.rollout.server_check import SERVER_ENVIRONMENT, SERVER_FLAGS, as_flags
+from lightning_grpo.rollout.wire import free_port
 
+HERE = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -44,12 +45,12 @@ class ServerProcess:
         start_timeout: float = 900.0,
     ) -> None:
         self.api_key = secrets.token_hex(32)
-        self.url = f"http://127.0.0.1:{_free_port()}"
+        self.url = f"http://{HERE}:{free_port(HERE)}"
         self.log_file = log_file
         log_file.parent.mkdir(parents=True, exist_ok=True)
         port = self.url.rpartition(":")[2]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-        command += ["--host", "127.0.0.1", "--port", port, *SERVER_FLAGS, *as_flags(engine_args)]
+        command += ["--host", HERE, "--port", port, *SERVER_FLAGS, *as_flags(engine_args)]
         own = SERVER_ENVIRONMENT | {"VLLM_API_KEY": self.api_key, "VLLM_NO_USAGE_STATS": "1"}
         if cores is not None:
             own |= {"OMP_NUM_THREADS": str(len(cores))}
@@ -105,8 +106,3 @@ def _at_birth(cores: list[int] | None) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if cores is not None:
         os.sched_setaffinity(0, cores)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]

@@ -1,8 +1,6 @@
-"""vLLM engines for a module: in the trainer's process, in a child process, on servers elsewhere."""
+"""vLLM in the trainer's process, for a module."""
 
 import logging
-import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +12,6 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from lightning_grpo.rollout.callback import HFRollout, RolloutCallback, eos_token_ids, max_model_len
-from lightning_grpo.rollout.server_engine import ServerEngine
-from lightning_grpo.rollout.server_process import ServerProcess
 from lightning_grpo.rollout.vllm_adapter import adapter_settings
 from lightning_grpo.rollout.vllm_engine import VLLMEngine, require_vllm, vllm_version
 from lightning_grpo.rollout.weights import adapter_weights
@@ -122,7 +118,7 @@ class VLLMRollout(RolloutCallback):
                 f"engine_args.tensor_parallel_size is {settings['tensor_parallel_size']}: an engine in the trainer's "
                 "process uses that process's device alone; use VLLMProcessRollout"
             )
-        if _stop_strings(pl_module) or self.sampling_args:
+        if stop_strings(pl_module) or self.sampling_args:
             settings.setdefault("skip_tokenizer_init", False)
         engine = VLLMEngine(
             pl_module.model_path,
@@ -154,137 +150,10 @@ class VLLMRollout(RolloutCallback):
         return settings
 
     def weights(self, pl_module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
-        return _weights(pl_module, self.lora)
+        return weights_for(pl_module, self.lora)
 
     def log_path(self, trainer: L.Trainer) -> Path:
         return Path(self.log_file or Path(trainer.default_root_dir) / f"vllm-{trainer.global_rank}.log")
-
-
-class VLLMProcessRollout(VLLMRollout):
-    """Samples with a vLLM server that is a child of this process: on cores or a GPU of its own, its memory, threads and
-    libraries apart from the trainer's. Each rank starts one. It can sample while the policy trains.
-
-    Args:
-        cores: CPU cores of the server, by number. Empty shares the trainer's.
-        environment: variables of the server, such as CUDA_VISIBLE_DEVICES.
-        tensor_parallel_size: GPUs that hold one copy of the model together.
-        data_parallel_size: copies of the model.
-        start_timeout: seconds that the server may take to start.
-        kwargs: those of `VLLMRollout`; sleep_level is without effect.
-    """
-
-    def __init__(
-        self,
-        *,
-        cores: list[int] | None = None,
-        environment: dict[str, str] | None = None,
-        tensor_parallel_size: int = 1,
-        data_parallel_size: int = 1,
-        start_timeout: float = 900.0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.cores = cores
-        self.environment = environment
-        self.start_timeout = start_timeout
-        self.sleeps = False
-        parallel = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
-        self.engine_args |= {name: size for name, size in parallel.items() if size != 1}
-        self._server: ServerProcess | None = None
-
-    samples_in_background = updates_in_flight = True
-
-    def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
-        self._server = ServerProcess(
-            pl_module.model_path,
-            engine_args=self.settings(pl_module),
-            log_file=self.log_path(trainer),
-            environment=self.environment,
-            cores=self.cores,
-            start_timeout=self.start_timeout,
-        )
-        return ServerEngine(
-            [self._server.url],
-            eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
-            api_key=self._server.api_key,
-            sampling_args=self.sampling_args,
-            adapter=adapter_engine_args(pl_module) if self.lora == "adapter" else None,
-        )
-
-    def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-
-
-class VLLMServerRollout(RolloutCallback):
-    """Samples with vLLM servers that are already running, here or on other machines.
-
-    They are started with VLLM_SERVER_DEV_MODE=1 and the flags that ``docs/engines.md`` lists, in a network where only
-    the trainer reaches them: vLLM asks for the API key for sampling, but not for its control endpoints.
-
-    Args:
-        urls: of the servers, such as http://node7:8000. Requests go to the one with the fewest in flight.
-        api_key_variable: environment variable that holds the servers' API key, if they ask for one.
-        max_in_flight: requests sent to one server at a time, as far as it samples that many at once
-            (``--max-num-seqs``, less four that stay free for the proof).
-        lora: what a sync sends where adapters are trained: merged (whole weights) or adapter (the adapter alone; the
-            servers are started with flags for it, which the error shows where they are missing).
-        sampling_args: any other argument of vLLM's SamplingParams, by name.
-        weights_host: this machine's address as the servers see it. Empty finds it out.
-        tolerance: the |Δ log-prob| in nats, mean and max, that the proof after a weight sync lets pass. Empty takes
-            both from the dtypes and from what the first sync shows.
-    """
-
-    def __init__(
-        self,
-        urls: list[str],
-        *,
-        api_key_variable: str = "VLLM_API_KEY",
-        max_in_flight: int = 256,
-        lora: Literal["merged", "adapter"] = "merged",
-        sampling_args: dict[str, Any] | None = None,
-        weights_host: str | None = None,
-        tolerance: tuple[float, float] | None = None,
-    ) -> None:
-        super().__init__(tolerance=tolerance)
-        if not urls:
-            raise ValueError("urls is empty; name at least one vLLM server, such as http://localhost:8000")
-        self.urls = urls
-        self.api_key_variable = api_key_variable
-        self.max_in_flight = max_in_flight
-        self.lora = lora
-        self.sampling_args = sampling_args
-        self.weights_host = weights_host
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            refuse_bias(pl_module, self.sampling_args or {})
-
-    samples_in_background = updates_in_flight = True
-
-    def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
-        engine = ServerEngine(
-            self.urls,
-            eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
-            api_key=os.environ.get(self.api_key_variable),
-            max_in_flight=self.max_in_flight,
-            sampling_args=self.sampling_args,
-            adapter=adapter_engine_args(pl_module) if self.lora == "adapter" else None,
-            weights_host=self.weights_host,
-            pushes=trainer.is_global_zero,
-            barrier=trainer.strategy.barrier,
-            run=trainer.strategy.broadcast(secrets.token_hex(4)),
-        )
-        try:
-            engine.check_stop(_stop_strings(pl_module))
-        except ValueError:
-            engine.close()
-            raise
-        return engine
-
-    def weights(self, pl_module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
-        return _weights(pl_module, self.lora)
 
 
 def refuse_bias(pl_module: L.LightningModule, sampling_args: dict[str, Any]) -> None:
@@ -301,12 +170,14 @@ def refuse_bias(pl_module: L.LightningModule, sampling_args: dict[str, Any]) -> 
         )
 
 
-def _stop_strings(pl_module: L.LightningModule) -> list[str]:
+def stop_strings(pl_module: L.LightningModule) -> list[str]:
+    """Those of training and of validation."""
     held_out = getattr(pl_module, "validation_sampling", pl_module.sampling)
     return [*pl_module.sampling.stop, *held_out.stop]
 
 
-def _weights(pl_module: L.LightningModule, lora: str) -> Iterator[tuple[str, Tensor]]:
+def weights_for(pl_module: L.LightningModule, lora: str) -> Iterator[tuple[str, Tensor]]:
+    """A fresh stream of the policy's weights, merged, or of its adapter alone."""
     return adapter_weights(pl_module.policy) if lora == "adapter" else pl_module.policy_weights()
 
 

@@ -51,6 +51,11 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Hel
     return _held(_places(model))
 
 
+def held_weights(worker: Any) -> list[Held]:
+    """What a running engine holds in the parameters themselves, as `load_weights` returns it."""
+    return _held(_places(worker.get_model()))
+
+
 def replace_functions() -> None:
     """Two functions that are wrong for a guest on a CPU: one binds the process's memory to a NUMA node, one compiles
     for up to 20 s to count the rank of a sampled token."""

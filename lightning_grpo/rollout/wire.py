@@ -95,6 +95,12 @@ def own_address(towards: Sequence[str]) -> str:
         return probe.getsockname()[0]
 
 
+def free_port(host: str) -> int:
+    """A port that nobody listens on at this machine's address `host`."""
+    with socket.create_server((host, 0)) as probe:
+        return probe.getsockname()[1]
+
+
 def _send_header(connection: socket.socket, header: dict[str, Any]) -> None:
     data = json.dumps(header).encode()
     connection.sendall(len(data).to_bytes(8, "big") + data)
