@@ -31,7 +31,7 @@ def smoke(root: Path, *options: str, ranks: int = 1) -> tuple[dict[str, torch.Te
         "--data.prompts_per_rollout", "24",
         "--model.micro_batch_size", "96", "--trainer.strategy", "ddp" if ranks > 1 else "auto", *options,
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     state = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
@@ -39,22 +39,38 @@ def smoke(root: Path, *options: str, ranks: int = 1) -> tuple[dict[str, torch.Te
     return state["state_dict"], list(csv.DictReader((logs / "metrics.csv").open()))
 
 
+AHEAD = [
+    "--rollout", "test_ahead.CopyRollout", "--model.rollout_ahead", "1",
+    "--model.objective.rollout_correction", "{level: token, mode: truncate, upper: 2.0}",
+]  # fmt: skip
+
+
 @pytest.mark.slow
-def test_two_ranks_end_where_one_process_ends(tmp_path):
+@pytest.mark.parametrize("options", [[], AHEAD], ids=["in turn", "ahead"])
+def test_two_ranks_end_where_one_process_ends(tmp_path, options):
     # 24 prompts a rollout, two optimizer steps of it
-    one, rows_of_one = smoke(tmp_path / "one", "--trainer.accumulate_grad_batches", "2")
-    two, rows_of_two = smoke(tmp_path / "two", "--trainer.accumulate_grad_batches", "1", ranks=2)
+    one, rows_of_one = smoke(tmp_path / "one", "--trainer.accumulate_grad_batches", "2", *options)
+    two, rows_of_two = smoke(tmp_path / "two", "--trainer.accumulate_grad_batches", "1", *options, ranks=2)
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
     assert len(rows_of_one) == len(rows_of_two) == 4
     for mine, theirs in zip(rows_of_one, rows_of_two, strict=True):
-        for name in ("reward", "reward_std", "completions/mean_length", "num_tokens", "loss", "grad_norm", "entropy"):
+        for name in (
+            "reward",
+            "reward_std",
+            "completions/mean_length",
+            "num_tokens",
+            "loss",
+            "grad_norm",
+            "entropy",
+            "staleness",
+        ):
             assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-4, abs=1e-7, nan_ok=True), name
     assert len({row["reward"] for row in rows_of_one}) == 4
 
     resumed, rows = smoke(
         tmp_path / "two", "--trainer.accumulate_grad_batches", "1",
-        "--ckpt_path", str(tmp_path / "two" / "checkpoints" / "step-000002.ckpt"), ranks=2,
+        "--ckpt_path", str(tmp_path / "two" / "checkpoints" / "step-000002.ckpt"), *options, ranks=2,
     )  # fmt: skip
     assert [row["loss"] for row in rows] == [row["loss"] for row in rows_of_two[2:]]
     assert all(torch.equal(resumed[name], two[name]) for name in two)

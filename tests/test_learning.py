@@ -48,6 +48,16 @@ def test_every_seed_learns(tmp_path, seed):
     assert sum(rewards[-5:]) / 5 >= 0.95
 
 
+@pytest.mark.slow
+def test_samples_of_an_older_policy_teach_it_too(tmp_path):
+    options = ["--rollout", "test_ahead.CopyRollout", "--model.rollout_ahead", "1"]
+    options += ["--model.objective.rollout_correction", "{level: token, mode: truncate, upper: 2.0}"]
+    rows = smoke(tmp_path, *options)
+    rewards, ages = ([float(row[name]) for row in rows] for name in ("reward", "staleness"))
+    assert rewards[0] < 0.1 and ages[:4] == [0, 1, 1, 1]
+    assert sum(rewards[-5:]) / 5 >= 0.95
+
+
 class Shuffled(PrefixMatch):
     """The right rewards, each given to another completion."""
 
