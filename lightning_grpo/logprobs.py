@@ -5,7 +5,8 @@ states which predict a completion's token and passes them to `linear_logprob` wi
 prompt length, T completion length, V vocabulary, H hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,8 @@ def completion_logprobs(
     else:
         shared = _shared_prompts(model, batch) if share_prompt else None
         run = _unshared if shared is None else _shared
-        found = run(model, head, batch, shared)
+        with _casts_once():
+            found = run(model, head, batch, shared)
     return tuple(torch.zeros(mask.shape, device=x.device).masked_scatter(mask.bool(), x) for x in found)
 
 
@@ -98,6 +100,20 @@ class _Batch:
         """The model's arguments; the last token predicts nothing and is left out."""
         mask = torch.cat([self.prompt_mask, self.completion_mask], 1)[:, :-1]
         return model_inputs(model, torch.cat([self.prompt_ids, self.completion_ids], 1)[:, :-1], mask)
+
+
+@contextmanager
+def _casts_once() -> Iterator[None]:
+    """Let autocast cast each weight once for all forward passes inside, and keep one copy for the backward.
+
+    Not without gradients: what is cast then has none, and must not be found by a pass that wants them.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(cached or torch.is_grad_enabled())
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def _unshared(model, head: Head, batch: _Batch, _) -> tuple[Tensor, Tensor]:

@@ -282,6 +282,23 @@ class GRPOModule(RolloutModule):
                 "a lower learning rate, trainer.gradient_clip_val or precision bf16-mixed are the usual cures"
             )
         self.window.mean("grad_norm", norm)
+        self.grad_norm = float(norm)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that is known already. Lightning would compute it again, and refuse fused optimizers."""
+        if gradient_clip_algorithm == "value" or not gradient_clip_val:
+            return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        scale = gradient_clip_val / (self.grad_norm + 1e-6)
+        if scale < 1:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.mul_(scale)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then log what the step saw: true means over its micro-batches and over all ranks."""

@@ -9,6 +9,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_grpo.logprobs import completion_logprobs
 
@@ -311,3 +312,24 @@ def test_fsdp2_sharded_head(tmp_path):
     """Two processes: an untied head sharded on its own, and a tied one in the root's group."""
     expected = {name: solve(naive, make(name), batch()) for name in ("Llama", "Gemma2")}
     torch.multiprocessing.spawn(_sharded, (str(tmp_path / "store"), expected), nprocs=2)
+
+
+def test_autocast_casts_a_weight_once_and_never_without_its_gradient():
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._to_copy.default and args[0].shape == weight.shape
+            return func(*args, **kwargs or {})
+
+    model = make("Llama")
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with torch.no_grad():
+            completion_logprobs(model, **batch())
+        with Casts() as casts:
+            logprobs, _ = completion_logprobs(model, **batch())
+    # two layers, two matrices of this shape in each
+    assert casts.count == 4
+    logprobs.sum().backward()
+    assert float(weight.grad.norm()) > 0

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from fitting import data, fit, largest_difference, module, parameters
+from lightning import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from lightning_grpo import GRPOModule, PromptDataModule
@@ -246,3 +248,23 @@ def test_validation_counts_pass_at_k(tmp_path, tiny_model_path):
     fit(tmp_path, policy, prompts, steps=1, limit_val_batches=1.0, num_sanity_val_steps=-1)
     assert policy.held_out["val/pass@1"] == 0.25
     assert policy.held_out["val/pass@4"] == 1.0
+
+
+def test_clipping_bounds_the_step_and_takes_fused_optimizers(tmp_path, tiny_model_path):
+    policy = module(tiny_model_path, optimizer=lambda p: torch.optim.SGD(p, lr=1.0, fused=True))
+    record = fit(tmp_path, policy, steps=1, gradient_clip_val=1e-3, precision="bf16-mixed")
+    start, end = parameters_at_start(tiny_model_path), parameters(policy)
+    moved = torch.cat([(end[name] - start[name]).flatten() for name in start]).norm()
+    assert record["grad_norm"][0] > 2e-3
+    assert float(moved) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_fused_optimizer_is_refused_where_gradients_are_scaled(tmp_path, tiny_model_path):
+    policy = module(tiny_model_path, optimizer=lambda p: torch.optim.AdamW(p, fused=True))
+    policy.configure_model()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(policy)
+    policy.trainer = trainer
+    trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu")
+    with pytest.raises(ValueError, match="fused is true"):
+        policy.configure_optimizers()

@@ -58,6 +58,8 @@ def config(plan: Plan) -> dict[str, Any]:
         module["lora"] = {"rank": rank, "alpha": 2.0 * rank.value, "target_modules": "all-linear"}
     optimizer = {"lr": c["learning_rate"]}
     optimizer["weight_decay"] = c["weight_decay"]
+    if w.optimizer == "adamw" and w.precision != "16-mixed":
+        optimizer["fused"] = True
     module |= {
         "sampling": {"temperature": c["temperature"]},
         "objective": {name: c[name] for name in ("loss_type", "beta", "epsilon", "epsilon_high") if name in c},

@@ -99,4 +99,6 @@ def quick_decoding(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(cached)
+        # Copies made without gradients must not be found by a pass that wants them.
+        torch.clear_autocast_cache()
         config._attn_implementation = own
