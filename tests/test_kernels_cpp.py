@@ -90,6 +90,21 @@ def test_rows_of_a_wider_tensor():
         assert torch.equal(x, y)
 
 
+@needs_compiler
+def test_values_of_other_types_are_never_misread():
+    """Targets may be int32; statistics that cannot be written in place are refused."""
+    a, targets, transform, _ = block(torch.float32)
+    found = []
+    for ids in (targets, targets.int(), targets.repeat_interleave(2)[::2]):
+        stats = Statistics.empty(5, a.device)
+        cpp_rows.accumulate(a, slice(0, 1100), ids, transform, stats)
+        found.append(stats.finish().logprob)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    apart = Statistics(*torch.zeros(5, 4).unbind(1))
+    with pytest.raises(ValueError, match="statistics must be contiguous"):
+        cpp_rows.accumulate(a, slice(0, 1100), targets, transform, apart)
+
+
 def test_plain_torch_where_there_is_no_compiler(monkeypatch, caplog):
     """The same values, and one line that says so."""
     hidden, weight = (torch.randn(n, 16, generator=torch.Generator().manual_seed(n)) for n in (9, 1100))

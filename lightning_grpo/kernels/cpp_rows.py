@@ -49,7 +49,8 @@ def accumulate(
 ) -> Tensor | None:
     """`torch_rows.accumulate`."""
     joins = None if weights is None else torch.ones(2, len(a))
-    _call("accumulate", a, weights, ids, targets, transform.factor, *stats, None if joins is None else joins[0])
+    written = (*stats, None if joins is None else joins[0])
+    _call("accumulate", a, weights, ids, targets, (transform.factor,), written)
     return joins
 
 
@@ -64,27 +65,26 @@ def gradient(
     c_entropy: Tensor | None,
 ) -> None:
     """`torch_rows.gradient`."""
-    _call(
-        "gradient",
-        a,
-        out,
-        ids,
-        targets,
-        transform.factor,
-        softmax.lse,
-        softmax.rest,
-        softmax.entropy,
-        c_logprob,
-        c_entropy,
-    )
+    read = (transform.factor, softmax.lse, softmax.rest, softmax.entropy, c_logprob, c_entropy)
+    _call("gradient", a, out, ids, targets, read)
 
 
-def _call(name: str, a: Tensor, out: Tensor | None, ids: slice, *rows: Tensor | None) -> None:
-    """What is written must be contiguous or have rows that are; what is read is made so."""
-    # Kept alive through the call.
-    rows = [None if x is None else x.contiguous() for x in rows]
+def _call(
+    name: str,
+    a: Tensor,
+    out: Tensor | None,
+    ids: slice,
+    targets: Tensor,
+    read: tuple[Tensor | None, ...],
+    written: tuple[Tensor | None, ...] = (),
+) -> None:
+    """Hand over pointers: rows of ``a`` and ``out``, then [N] of each of the others, in the function's order."""
+    if not all(x is None or (x.is_contiguous() and x.dtype == torch.float32) for x in written):
+        raise ValueError("statistics must be contiguous fp32, as Statistics.empty lays them out")
+    # Held until the function has returned.
+    values = [targets.long().contiguous(), *(None if x is None else x.float().contiguous() for x in read), *written]
     pointer = lambda x: None if x is None else ctypes.c_void_p(x.data_ptr())
     block = lambda x: (pointer(x), ctypes.c_int64(0 if x is None else x.stride(0)))
     sizes = (ctypes.c_int64(n) for n in (len(a), ids.stop - ids.start, ids.start))
     function = getattr(_library(), f"{name}_{NAMES[a.dtype]}")
-    function(*block(a), *block(out), *sizes, ctypes.c_float(FLOOR), *map(pointer, rows))
+    function(*block(a), *block(out), *sizes, ctypes.c_float(FLOOR), *map(pointer, values))
