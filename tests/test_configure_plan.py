@@ -5,7 +5,7 @@ import json
 import yaml
 from pytest import approx, mark, raises
 
-from lightning_grpo.configure import find_gpu, plan
+from lightning_grpo.configure import find_gpu, plan, to_yaml
 from lightning_grpo.configure.command import main, parse_pins
 from lightning_grpo.configure.evidence import TASKS
 from lightning_grpo.configure.hardware import GPUS
@@ -47,7 +47,7 @@ def test_every_plan_fits_and_its_numbers_divide(task, gpu):
 
 def test_every_choice_has_a_reason_and_comes_with_a_comment_in_the_yaml():
     made = plan(**QWEN)
-    text = made.to_yaml()
+    text = to_yaml(made)
     assert all(choice.why for choice in made.choices.values())
     for name in ("num_generations", "beta", "micro_batch_size", "dtype"):
         lines = text.splitlines()
@@ -174,7 +174,7 @@ def test_the_real_command_line_accepts_the_plan(changes, pins, tmp_path, tiny_mo
 
     made = plan(**{"task": "math_reasoning", "model": "SmolLM2-135M-Instruct"} | changes, pins=pins)
     file = tmp_path / "plan.yaml"
-    file.write_text(made.to_yaml())
+    file.write_text(to_yaml(made))
     with raises(SystemExit) as stop:
         cli.main(["fit", "--config", str(file), "--print_config"])
     assert stop.value.code in (0, None)

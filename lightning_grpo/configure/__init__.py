@@ -4,7 +4,9 @@ from lightning_grpo.configure.callback import Prediction
 from lightning_grpo.configure.cost import Cost, Efficiency, predict_cost, zero_variance_share
 from lightning_grpo.configure.hardware import GPUS, Hardware, find_gpu, this_machine
 from lightning_grpo.configure.memory import Memory, predict_memory
-from lightning_grpo.configure.planner import Plan, plan
+from lightning_grpo.configure.planned import Plan
+from lightning_grpo.configure.planner import plan
+from lightning_grpo.configure.render import to_yaml
 from lightning_grpo.configure.shape import ModelShape, find_model
 from lightning_grpo.configure.summary import describe_run, identity_line
 from lightning_grpo.configure.workload import Workload, check_batch_arithmetic
@@ -28,5 +30,6 @@ __all__ = [
     "predict_cost",
     "predict_memory",
     "this_machine",
+    "to_yaml",
     "zero_variance_share",
 ]

@@ -13,8 +13,9 @@ import yaml
 from lightning_grpo.configure import calibration
 from lightning_grpo.configure.evidence import TASKS
 from lightning_grpo.configure.hardware import GPUS, GiB
-from lightning_grpo.configure.planner import PINNABLE, plan
-from lightning_grpo.configure.render import draw
+from lightning_grpo.configure.pins import PINNABLE
+from lightning_grpo.configure.planner import plan
+from lightning_grpo.configure.render import draw, table, to_yaml
 
 
 def parser() -> argparse.ArgumentParser:
@@ -132,5 +133,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"lightning-grpo configure: {error}", file=sys.stderr)
         return 2
-    sys.stdout.write(made.table() if arguments.explain else made.to_yaml())
+    sys.stdout.write(table(made) if arguments.explain else to_yaml(made))
     return 0

@@ -2,111 +2,26 @@
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning_grpo.configure import evidence
 from lightning_grpo.configure.calibration import load as load_calibration
-from lightning_grpo.configure.cost import Cost, Efficiency, pass_rate_grid, predict_cost
+from lightning_grpo.configure.cost import Efficiency, pass_rate_grid, predict_cost
 from lightning_grpo.configure.evidence import CLASSIC, FIXED, TASKS, Choice
 from lightning_grpo.configure.hardware import GB, Hardware, cores, find_gpu
 from lightning_grpo.configure.levers import fits, ways_to_fit
-from lightning_grpo.configure.memory import Memory, predict_memory
+from lightning_grpo.configure.memory import predict_memory
+from lightning_grpo.configure.pins import check_pins
+from lightning_grpo.configure.planned import Plan
 from lightning_grpo.configure.prompts import PromptStatistics, prompt_statistics
 from lightning_grpo.configure.shape import ModelShape, divisors, find_model
 from lightning_grpo.configure.summary import refusal
 from lightning_grpo.configure.workload import Workload, check_batch_arithmetic
 
-PINNABLE: dict[str, type] = {
-    "num_generations": int,
-    "prompts_per_rollout": int,
-    "micro_batch_size": int,
-    "accumulate_grad_batches": int,
-    "num_iterations": int,
-    "max_prompt_length": int,
-    "max_completion_length": int,
-    "beta": float,
-    "learning_rate": float,
-    "epsilon": float,
-    "epsilon_high": float,
-    "loss_type": str,
-    "scale_rewards": str,
-    "temperature": float,
-    "precision": str,
-    "dtype": str,
-    "gradient_checkpointing": bool,
-    "optimizer": str,
-    "lora_rank": int,
-    "strategy": str,
-    "engine": str,
-    "engine_sleep": bool,
-    "engine_cache": float,
-    "warmup_steps": int,
-    "lr_schedule": str,
-    "weight_decay": float,
-    "gradient_clip_val": float,
-    "max_steps": int,
-    "seed": int,
-}
-
 # Largest micro-batch tried: tokens of one forward pass.
 LARGEST_MICRO_BATCH = {"cpu": 4096, "cuda": 65536}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A complete run: its choices with their reasons, and what it will need. `render` makes YAML and tables of it."""
-
-    task: str
-    preset: str
-    model: str
-    hardware: Hardware
-    workload: Workload
-    choices: dict[str, Choice]
-    """By option name; the values are those of the run."""
-    memory: Memory
-    cost: Cost
-    max_steps: int
-    levers: tuple[str, ...]
-    """What was pulled to make the run fit."""
-    prompts: str | None
-    reward: str | None
-    prompt_statistics: PromptStatistics | None
-    budget_hours: float | None
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def step_seconds(self) -> float:
-        """Of one optimizer step, its share of the rollout included."""
-        return self.cost.total / self.workload.updates_per_rollout
-
-    @property
-    def hours(self) -> float:
-        """Of the whole run, on the clock."""
-        return self.step_seconds * self.max_steps / 3600
-
-    @property
-    def device_hours(self) -> float:
-        """Of all devices together."""
-        return self.hours * self.workload.ranks
-
-    @property
-    def tokens(self) -> float:
-        """Tokens sampled in the whole run."""
-        return self.cost.generated_tokens * self.max_steps / self.workload.updates_per_rollout
-
-    def to_yaml(self) -> str:
-        """A complete configuration for ``lightning-grpo fit``, a comment above each choice."""
-        from lightning_grpo.configure.render import to_yaml
-
-        return to_yaml(self)
-
-    def table(self) -> str:
-        """What was chosen and why, memory by phase and part, time and cost, as text."""
-        from lightning_grpo.configure.render import table
-
-        return table(self)
 
 
 def plan(
@@ -135,7 +50,7 @@ def plan(
         prompts: .jsonl or .parquet file whose lengths (and pass rates) are taken into account.
         reward: name of a class in lightning_grpo.rewards, or dotted path of a reward function of your own.
         budget_hours: hours on the clock; decides the number of steps.
-        pins: options with fixed values, of `PINNABLE`; the rest is planned around them.
+        pins: options with fixed values, of `pins.PINNABLE`; the rest is planned around them.
         preset: evidence, or classic for the founding presets.
         efficiency: measured shares of the device's peak rates; None takes those in ``calibration``, or assumes them.
         calibration: file of measurements; None takes the user's.
@@ -150,7 +65,7 @@ def plan(
         raise ValueError(f"--num_gpus is {num_gpus}; set 1 or more")
     if budget_hours is not None and budget_hours <= 0:
         raise ValueError(f"--budget_hours is {budget_hours}; set a number of hours above 0")
-    pins = _check_pins(pins, lora)
+    pins = check_pins(pins, lora)
     hardware = find_gpu(gpu)
     shape = find_model(model)
     statistics = prompt_statistics(prompts, model) if prompts else None
@@ -193,42 +108,6 @@ def plan(
         budget_hours=budget_hours,
         notes=_notes(run, task, statistics, reward),
     )
-
-
-def _check_pins(pins: Mapping[str, Any], lora: bool) -> dict[str, Any]:
-    out = {}
-    for name, value in pins.items():
-        if name not in PINNABLE:
-            raise ValueError(f"--set {name}: unknown; set one of {', '.join(PINNABLE)}")
-        kind = PINNABLE[name]
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}[kind]
-        if isinstance(value, bool) != (kind is bool) or (kind is str) != isinstance(value, str):
-            raise ValueError(f"--set {name}={value}: set {wanted}")
-        if kind is int and value != int(value):
-            raise ValueError(f"--set {name}={value}: set {wanted}")
-        if kind in (int, float) and value < 0:
-            raise ValueError(f"--set {name}={value}: set 0 or more")
-        out[name] = kind(value)
-    if lora and out.get("lora_rank") == 0:
-        raise ValueError("--lora and --set lora_rank=0 contradict each other; leave one out")
-    allowed = {
-        "precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
-        "dtype": ("float32", "bfloat16", "float16"),
-        "optimizer": ("adamw", "adamw_8bit", "sgd"),
-        "engine": ("hf", "vllm"),
-        "strategy": ("auto", "ddp", "fsdp"),
-        "lr_schedule": ("constant", "linear", "cosine"),
-    }
-    for name, values in allowed.items():
-        if name in out and out[name] not in values:
-            raise ValueError(f"--set {name}={out[name]}: set one of {', '.join(values)}")
-    precision, dtype = out.get("precision"), out.get("dtype")
-    forced = {"32-true": "float32", "bf16-true": "bfloat16", "16-true": "float16"}.get(precision)
-    if forced and dtype not in (None, forced):
-        raise ValueError(f"--set precision={precision} and dtype={dtype} contradict each other: set dtype={forced}")
-    if forced:
-        out["dtype"] = forced
-    return out
 
 
 def _choose(

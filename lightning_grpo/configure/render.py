@@ -9,7 +9,7 @@ import yaml
 
 from lightning_grpo.configure.evidence import TASKS, Choice
 from lightning_grpo.configure.hardware import GB, GiB
-from lightning_grpo.configure.planner import Plan
+from lightning_grpo.configure.planned import Plan
 from lightning_grpo.configure.summary import hours, identity_line, memory_line, time_line
 
 WIDTH = 108
