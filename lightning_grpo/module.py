@@ -304,6 +304,8 @@ class GRPOModule(RolloutModule):
         """Step, then log what the step saw: true means over its micro-batches and over all ranks."""
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         super().optimizer_step(*args, **kwargs)
+        # Lightning would keep them until the next backward pass, through all of the next rollout.
+        self.trainer.optimizers[0].zero_grad()
         self.commit()
         self.window.stop_clock()
         self.window.add({"memory/gib": Max(torch.tensor(memory_in_use(self.device)))})

@@ -147,6 +147,8 @@ def test_states_follow_precision_optimizer_shards_and_adapters():
     assert "reference" not in adapters
     assert parts(beta=0.1)["reference"] == 4 * N
     assert "reference" not in full
+    elsewhere = predict_memory(run(small(), beta=0.1), cpu).phases
+    assert not any("gradients" in elsewhere[phase] for phase in ("generate", "score"))
 
 
 def test_the_peak_is_the_larger_of_generating_and_training_when_the_engine_sleeps():

@@ -268,3 +268,17 @@ def test_a_fused_optimizer_is_refused_where_gradients_are_scaled(tmp_path, tiny_
     trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu")
     with pytest.raises(ValueError, match="fused is true"):
         policy.configure_optimizers()
+
+
+def test_gradients_are_gone_while_the_engine_samples(tmp_path, tiny_model_path):
+    held = []
+
+    class Spy(GRPOModule):
+        def rollout(self, batch):
+            held.append([name for name, p in self.named_parameters() if p.grad is not None])
+            return super().rollout(batch)
+
+    policy = module(tiny_model_path)
+    policy.__class__ = Spy
+    fit(tmp_path, policy, steps=2)
+    assert held == [[], []]

@@ -56,17 +56,14 @@ def predict_memory(w: Workload, hardware: Hardware) -> Memory:
 
 
 def _states(w: Workload) -> Parts:
-    """What lies in memory all the time, from the first optimizer step on.
-
-    Gradients are among it: Lightning clears them after the next forward, not after the step.
-    """
+    """What lies in memory all the time, from the first optimizer step on. Gradients don't outlive the update."""
     state = STATE_BYTES[w.optimizer]
     if w.optimizer != "adamw_8bit":
         state *= w.trained_bytes / 4
     parts = {"weights": w.shape.params * w.weight_bytes}
     if w.lora_rank:
         parts["LoRA adapters"] = w.trained * w.trained_bytes
-    parts |= {"gradients": w.trained * w.trained_bytes, "optimizer": w.trained * state}
+    parts["optimizer"] = w.trained * state
     if w.needs_reference and not w.lora_rank:
         parts["reference"] = w.shape.params * w.weight_bytes
     return {part: size / w.shards for part, size in parts.items()}
@@ -127,7 +124,7 @@ def _score(w: Workload, hardware: Hardware) -> Parts:
 
 def _update(w: Workload, hardware: Hardware) -> Parts:
     """The largest of three moments: the loss is known, the last gradient arrives, the optimizer steps."""
-    states = _states(w)
+    states = _states(w) | {"gradients": w.trained * w.trained_bytes / w.shards}
     kept = activations(w)
     tokens = w.micro_batch_size * (w.prompt_length + w.completion_length)
     # The residual stream has the parameters' type, also under autocast.
