@@ -5,7 +5,8 @@ completions of exactly the same length (the checkpoint's copy has an end-of-sequ
 same micro-batches, a reward that leaves no group without spread, advantages without scaling, DAPO's loss, AdamW,
 gradients clipped at 1, no gradient checkpointing. After warm-up steps it reports the medians of a step's seconds, whole
 and in parts (sampling, sending the weights to the engine, the rest: rewards, scoring, loss, gradients, optimizer), and
-the peak of its resident memory (VmHWM, weights, libraries and all). Both sides' tokens trained and losses stand beside.
+the peak of its resident memory (VmHWM, weights, libraries and all). Beside them stand tokens trained, the mean size of
+an advantage and the first gradient's norm: on both sides about the same, since only the samples differ.
 
 Contenders: `hf` is TRL with transformers' generate, its default, against ours with `HFRollout`; `vllm` is TRL with vLLM
 in its process (colocate, without its importance sampling correction, which ours hasn't by default either) against ours
@@ -115,14 +116,15 @@ def run_trl(job: dict, clock: Clock) -> dict:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    losses, trained = [], []
+    norms, trained = [], []
 
     class Steps(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             clock.step()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            losses.append(logs["loss"]) if "loss" in logs else None
+            if "grad_norm" in logs:
+                norms.append(float(logs["grad_norm"]))
 
     class Counting(GRPOTrainer):
         def compute_loss(self, model, inputs, **kwargs):
@@ -174,7 +176,7 @@ def run_trl(job: dict, clock: Clock) -> dict:
     trainer.train()
     per_step = len(trained) // len(clock.steps)
     return {
-        "losses": losses,
+        "grad_norms": norms,
         "tokens": [sum(t for t, _ in trained[i : i + per_step]) for i in range(0, len(trained), per_step)],
         "advantages": statistics.mean(a for _, a in trained),
     }
@@ -188,13 +190,13 @@ def run_ours(job: dict, clock: Clock) -> dict:
     from lightning_grpo.objective import ObjectiveConfig
     from lightning_grpo.rollout import HFRollout, VLLMRollout
 
-    losses, trained, advantages = [], [], []
+    norms, trained, advantages = [], [], []
 
     class Steps(lightning.Callback):
         def on_train_batch_end(self, trainer, module, *args):
             if trainer.global_step > len(clock.steps):
                 clock.step()
-                losses.append(float(trainer.callback_metrics["loss"]))
+                norms.append(float(trainer.callback_metrics["grad_norm"]))
                 trained.append(int(trainer.callback_metrics["num_tokens"]) - sum(trained))
 
     class Timed(GRPOModule):
@@ -238,7 +240,7 @@ def run_ours(job: dict, clock: Clock) -> dict:
         devices=1,
     )
     trainer.fit(module, PromptDataModule(str(rows), prompts_per_rollout=job["prompts"]))
-    return {"losses": losses, "tokens": trained, "advantages": statistics.mean(advantages)}
+    return {"grad_norms": norms, "tokens": trained, "advantages": statistics.mean(advantages)}
 
 
 def worker(job: dict) -> dict:
@@ -279,7 +281,7 @@ def describe(found: dict) -> str:
     seconds = "".join(f"{part} {found[part]:6.2f}  " for part in ("total", "generate", "sync", "update"))
     return (
         f"{seconds}s   peak {found['peak']:5.2f} GB, resident {found['resident']:5.2f}   "
-        f"{found['tokens'][-1]} tokens, |A| {found['advantages']:.3f}, loss {found['losses'][-1]:+.4f}"
+        f"{found['tokens'][-1]} tokens, |A| {found['advantages']:.3f}, gradient {found['grad_norms'][0]:.3f}"
     )
 
 
