@@ -15,7 +15,7 @@ from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform, targe
 # fast with a half.
 BLOCK_BYTES = 16 << 20
 # Bytes of probabilities that a trainable head's forward keeps, so that logits need not be made again. With the
-# coefficient known ahead none are made again, and a CPU is as fast with chunks of a quarter.
+# coefficient known ahead none are made again, and a CPU is as fast with chunks of a half, a quarter in fp32.
 KEEP_BYTES = 256 << 20
 
 
@@ -188,7 +188,7 @@ def _ahead(
     needs: tuple[bool, ...],
 ) -> tuple[Softmax, Tensor | None, Tensor | None, Tensor | None]:
     """The rows' softmax and all gradients, tokens chunk by chunk, so that no block of logits is made twice."""
-    size = KEEP_BYTES if hidden.is_cuda else KEEP_BYTES // 4
+    size = KEEP_BYTES if hidden.is_cuda else KEEP_BYTES // hidden.element_size()
     most = max(size // (len(weight) * hidden.element_size()), 64)
     # Chunks of one size: what is left over at the end would make narrow, slow products.
     step = -(-len(hidden) // max(-(-len(hidden) // most), 1)) or 1
