@@ -258,10 +258,9 @@ def test_options_are_checked(make, message):
 
 
 @pytest.mark.vllm
-def test_tensor_parallelism_in_process_is_refused(tiny_model_path, tmp_path):
-    callback = VLLMRollout(engine_args={"tensor_parallel_size": 2})
-    with pytest.raises(ValueError, match="use VLLMProcessRollout"):
-        trainer_with(callback, tmp_path).fit(Sampler(tiny_model_path), loader())
+def test_an_engine_over_more_ranks_than_there_are_is_refused(tiny_model_path, tmp_path):
+    with pytest.raises(ValueError, match="tensor_parallel_size is 2, but the trainer has 1 ranks"):
+        trainer_with(VLLMRollout(tensor_parallel_size=2), tmp_path).fit(Sampler(tiny_model_path), loader())
 
 
 def test_stop_strings_reach_the_engine(callback, tiny_model_path, tmp_path):

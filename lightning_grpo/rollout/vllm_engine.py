@@ -107,7 +107,7 @@ class VLLMEngine:
 
             replace_functions()
             self._host_group = torch.distributed.is_initialized()
-            if torch.cuda.is_available():
+            if torch.cuda.is_available() or settings.get("tensor_parallel_size", 1) > 1:
                 settings |= _on_this_device(self._host_group)
             try:
                 self.llm = LLM(model, **settings)
@@ -284,9 +284,11 @@ def _cut(engine: Any, spare: int) -> list[Any]:
 
 
 def _on_this_device(host_group: bool) -> dict[str, Any]:
-    """Place the engine on this rank's GPU: vLLM's own choice in process is the first one, on every rank."""
-    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
-    os.environ["RANK"] = str(torch.distributed.get_rank() if host_group else 0)
+    """Place the engine on this rank's GPU, in the trainer's process group: vLLM's own choice in process is the first
+    GPU, on every rank."""
+    rank = torch.distributed.get_rank() if host_group else 0
+    os.environ["RANK"] = str(rank)
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if torch.cuda.is_available() else rank)
     if not host_group:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             os.environ |= {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}

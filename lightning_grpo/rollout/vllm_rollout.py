@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from lightning_grpo.rollout.callback import HFRollout, RolloutCallback, eos_token_ids, max_model_len
 from lightning_grpo.rollout.vllm_adapter import adapter_settings
 from lightning_grpo.rollout.vllm_engine import VLLMEngine, require_vllm, vllm_version
+from lightning_grpo.rollout.vllm_shared import SharedVLLMEngine
 from lightning_grpo.rollout.weights import adapter_weights
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class VLLMRollout(RolloutCallback):
         enforce_eager: don't compile. On a CPU compiling takes about a minute at each start, and samples faster
             afterwards. Empty compiles on GPUs only.
         quantization: how vLLM quantizes the weights it is given, such as fp8. Empty doesn't.
+        tensor_parallel_size: neighbouring ranks of the trainer that hold one engine's weights together, and sample the
+            prompts of all of them; 1 gives each rank a whole engine. For a server process: its GPUs.
         sleep_level: what the engine gives back on a GPU while the policy trains: 0 nothing, 1 the key-value cache
             (weights move to host memory), 2 the weights too.
         lora: what a sync sends where adapters are trained: merged (whole weights with the adapter in them, sampled at
@@ -71,6 +74,7 @@ class VLLMRollout(RolloutCallback):
         block_size: int | None = None,
         enforce_eager: bool | None = None,
         quantization: str | None = None,
+        tensor_parallel_size: int = 1,
         sleep_level: Literal[0, 1, 2] = 1,
         lora: Literal["merged", "adapter"] = "merged",
         log_file: str | None = None,
@@ -91,6 +95,10 @@ class VLLMRollout(RolloutCallback):
         self.lora = lora
         if lora == "adapter" and self.sleep_level == 2:
             raise ValueError("sleep_level is 2: it drops the weights that lora: adapter never sends; set 1 or 0")
+        if tensor_parallel_size < 1:
+            raise ValueError(
+                f"tensor_parallel_size is {tensor_parallel_size}; set 1, or how many ranks share an engine"
+            )
         self.log_file = log_file
         self.sampling_args = sampling_args
         settings = {
@@ -103,6 +111,7 @@ class VLLMRollout(RolloutCallback):
             "block_size": block_size if block_size is not None or on_gpu else 32,
             "enforce_eager": not on_gpu if enforce_eager is None else enforce_eager,
             "quantization": quantization,
+            "tensor_parallel_size": tensor_parallel_size,
         }
         self.engine_args = {k: v for k, v in settings.items() if v is not None} | (engine_args or {})
 
@@ -113,14 +122,15 @@ class VLLMRollout(RolloutCallback):
 
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> VLLMEngine:
         settings = self.settings(pl_module)
-        if settings.get("tensor_parallel_size", 1) != 1:
+        ranks = settings["tensor_parallel_size"]
+        if ranks > 1 and self.lora == "adapter":
             raise ValueError(
-                f"engine_args.tensor_parallel_size is {settings['tensor_parallel_size']}: an engine in the trainer's "
-                "process uses that process's device alone; use VLLMProcessRollout"
+                f"tensor_parallel_size is {ranks} and lora is adapter: what ranks hold of an adapter together can not "
+                "be compared; set lora: merged"
             )
         if stop_strings(pl_module) or self.sampling_args:
             settings.setdefault("skip_tokenizer_init", False)
-        engine = VLLMEngine(
+        engine = (VLLMEngine if ranks == 1 else SharedVLLMEngine)(
             pl_module.model_path,
             eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
             log_file=self.log_path(trainer),

@@ -6,8 +6,8 @@ that moved are packed. The fingerprint of a packed matrix is taken where it ente
 packed anew is known as stale.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,17 +38,19 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Hel
     """
     model = worker.get_model()
     _compute_from_parameters(model)
-    on_cpu = worker.device.type == "cpu"
     places = _places(model)
-    stream = iter(weights)
+    blocks: dict[tuple[str, str], tuple[Fingerprint, Fingerprint]] = {}
+    stream = _noting_blocks(weights, places, blocks)
     first = next(stream, ("", None))
     stream = chain([first], stream)
     # Where vLLM renames the checkpoint's tensors, the first has another name already.
-    if on_cpu and worker.parallel_config.world_size == 1 and first[0] in places and _are_complete(places, model):
-        return _write(places, stream)
-    _reload(worker, stream)
-    _compute_from_parameters(model)
-    return _held(_places(model))
+    if worker.device.type == "cpu" and first[0] in places and _are_complete(places, model):
+        held = _write(places, stream)
+    else:
+        _reload(worker, stream)
+        _compute_from_parameters(model)
+        held = _held(_places(model))
+    return [_of_whole(h, blocks) for h in held]
 
 
 def held_weights(worker: Any) -> list[Held]:
@@ -72,35 +74,40 @@ def replace_functions() -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """A tensor of the checkpoint in a layer of the engine."""
+    """A block of a checkpoint's tensor in rows of an engine's parameter: all of it, unless ranks share the model."""
 
     name: str
     prefix: str
     layer: nn.Module
     parameter: str
-    parts: tuple[tuple[str, int | None], ...]
-    """The checkpoint's names of what makes up the parameter, with the rows of each; None stands for all rows."""
-    is_packed: bool
+    shape: tuple[int, ...]
+    """Of the checkpoint's tensor."""
+    corner: tuple[int, ...]
+    """Where the block begins in it."""
+    block: tuple[int, ...]
+    """The block's shape."""
+    row: int
+    """Where it begins in the parameter."""
+    parts: tuple[str, ...]
+    """Names of all that the parameter is made of."""
 
     @property
     def value(self) -> nn.Parameter:
         return getattr(self.layer, self.parameter)
 
-    def write(self, tensor: Tensor) -> None:
-        target = _part(self.value.data, self.parts, self.name)
-        if target.shape != tensor.shape:
-            raise ValueError(f"its shape is {tuple(tensor.shape)}, but {self.prefix} takes {tuple(target.shape)}")
-        target.copy_(tensor)
+    @property
+    def is_packed(self) -> bool:
+        return self.parameter == "weight" and hasattr(self.layer, "cpu_linear") and self.value.numel() == 0
 
+    def block_of(self, tensor: Tensor) -> Tensor:
+        if tensor.shape != self.shape:
+            raise ValueError(f"the shape of {self.name} is {tuple(tensor.shape)}, but {self.prefix} takes {self.shape}")
+        for dim, (start, size) in enumerate(zip(self.corner, self.block, strict=True)):
+            tensor = tensor.narrow(dim, start, size)
+        return tensor
 
-def _part(whole: Tensor, parts: Iterable[tuple[str, int | None]], name: str) -> Tensor:
-    """The rows of `whole` that are the part with this name."""
-    start = 0
-    for part, rows in parts:
-        if part == name:
-            return whole if rows is None else whole[start : start + rows]
-        start += rows or 0
-    raise KeyError(name)
+    def rows_of(self, whole: Tensor) -> Tensor:
+        return whole[self.row : self.row + self.block[0]] if self.block else whole
 
 
 def _places(model: nn.Module) -> dict[str, list[_Place]]:
@@ -116,20 +123,56 @@ def _places(model: nn.Module) -> dict[str, list[_Place]]:
         if method is not None and not type(method).__name__.startswith("Unquantized"):
             continue
         parent, _, leaf = prefix.rpartition(".")
-        names, sizes = fusions.get(leaf), getattr(layer, "output_sizes", None)
         for parameter, value in layer.named_parameters(recurse=False):
             if value.ndim > 2:
                 continue
-            if names and sizes and len(names) == len(sizes):
-                parts = tuple((f"{parent}.{name}.{parameter}", rows) for name, rows in zip(names, sizes, strict=True))
-            else:
-                owner = embedding if prefix == "lm_head" and parameter == "weight" and tied else prefix
-                rows = getattr(layer, "org_vocab_size", None) if parameter == "weight" else None
-                parts = ((f"{owner}.{parameter}", rows),)
-            is_packed = parameter == "weight" and hasattr(layer, "cpu_linear") and value.numel() == 0
-            for name, _ in parts:
-                places.setdefault(name, []).append(_Place(name, prefix, layer, parameter, parts, is_packed))
+            owner = embedding if prefix == "lm_head" and parameter == "weight" and tied else prefix
+            names, row = [f"{owner}.{parameter}"], 0
+            blocks = [(tuple(value.shape), (0,) * value.ndim, tuple(value.shape))]
+            if hasattr(layer, "org_vocab_size"):
+                blocks = [_vocabulary_block(layer, value)]
+            elif hasattr(layer, "output_partition_sizes"):
+                fused = fusions.get(leaf, [])
+                if len(fused) == len(layer.output_partition_sizes):
+                    names = [f"{parent}.{part}.{parameter}" for part in fused]
+                blocks = _linear_blocks(layer, matrix=parameter == "weight")
+                if len(names) < len(blocks):
+                    # The checkpoint has it fused: ranks would hold several blocks of one tensor.
+                    if layer.tp_size > 1:
+                        continue
+                    shape = (sum(block[0] for _, _, block in blocks), *blocks[0][0][1:])
+                    blocks = [(shape, (0,) * len(shape), shape)]
+            for name, (shape, corner, block) in zip(names, blocks, strict=True):
+                place = _Place(name, prefix, layer, parameter, shape, corner, block, row, tuple(names))
+                places.setdefault(name, []).append(place)
+                row += block[0] if block else 0
     return places
+
+
+_Block = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def _vocabulary_block(layer: nn.Module, value: Tensor) -> _Block:
+    rows, rest = layer.shard_indices, tuple(value.shape[1:])
+    start, end = rows.org_vocab_start_index, rows.org_vocab_end_index
+    return (layer.org_vocab_size, *rest), (start, *(0 for _ in rest)), (end - start, *rest)
+
+
+def _linear_blocks(layer: nn.Module, *, matrix: bool) -> list[_Block]:
+    """Of each tensor that the layer is made of: its shape in the checkpoint, this rank's corner and block."""
+    whole = getattr(layer, "output_sizes", [layer.output_size])
+    if hasattr(layer, "total_num_kv_heads"):
+        # Ranks beyond the number of heads share one: the layer's own sizes count it twice.
+        keys = layer.total_num_kv_heads
+        whole = [layer.total_num_heads * layer.head_size, keys * layer.head_size, keys * layer.v_head_size]
+    sizes = [(n, mine) for n, mine in zip(whole, layer.output_partition_sizes, strict=True)]
+    columns = [(layer.input_size, getattr(layer, "input_size_per_partition", layer.input_size))] if matrix else []
+    blocks = []
+    for size in sizes:
+        dims = [size, *columns]
+        corner = [layer.tp_rank * (n // mine) // layer.tp_size * mine if n != mine else 0 for n, mine in dims]
+        blocks.append((tuple(n for n, _ in dims), tuple(corner), tuple(mine for _, mine in dims)))
+    return blocks
 
 
 def _are_complete(places: dict[str, list[_Place]], model: nn.Module) -> bool:
@@ -158,9 +201,31 @@ def _held(places: dict[str, list[_Place]]) -> list[Held]:
                 held.append(Held(name, place.prefix, None))
                 continue
             if id(place.value) not in fingerprints:
-                fingerprints[id(place.value)] = Fingerprint.of(_part(place.value, place.parts, name))
+                fingerprints[id(place.value)] = Fingerprint.of(place.rows_of(place.value))
             held.append(Held(name, place.prefix, fingerprints[id(place.value)]))
     return held
+
+
+def _noting_blocks(
+    weights: Iterable[tuple[str, Tensor]],
+    places: dict[str, list[_Place]],
+    blocks: dict[tuple[str, str], tuple[Fingerprint, Fingerprint]],
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass the weights on; note the fingerprints of blocks that this rank shall hold, with those of whole tensors."""
+    for name, tensor in weights:
+        for place in places.get(name, ()):
+            if place.block != place.shape:
+                cast = tensor.to(place.value.dtype)
+                blocks[name, place.prefix] = Fingerprint.of(place.block_of(cast)), Fingerprint.of(cast)
+        yield name, tensor
+
+
+def _of_whole(held: Held, blocks: dict[tuple[str, str], tuple[Fingerprint, Fingerprint]]) -> Held:
+    """What the sender can compare: who holds its block of a tensor tells the whole tensor's fingerprint."""
+    if (held.name, held.place) not in blocks:
+        return held
+    block, whole = blocks[held.name, held.place]
+    return replace(held, fingerprint=whole if held.fingerprint == block else None)
 
 
 # ── Straight into their places ────────────────────────────────────────────────────────────────────────────────────
@@ -180,11 +245,11 @@ def _write(places: dict[str, list[_Place]], weights: Iterable[tuple[str, Tensor]
         for place in places[name]:
             if place.is_packed:
                 pieces = waiting.setdefault(place.layer, {})
-                pieces[name] = tensor
+                pieces[name] = place.block_of(tensor)
                 if len(pieces) == len(place.parts):
                     held += _pack(place, waiting.pop(place.layer))
             elif place is places[name][0] or place.value is not places[name][0].value:
-                place.write(tensor)
+                place.rows_of(place.value.data).copy_(place.block_of(tensor))
     if missing:
         raise WeightSyncError(
             f"no weights came for {len(missing)} tensors of the engine: {', '.join(sorted(missing)[:8])}"
@@ -197,13 +262,10 @@ def _pack(place: _Place, pieces: dict[str, Tensor]) -> list[Held]:
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     layer = place.layer
-    for name, rows in place.parts:
-        shape = (rows or layer.output_size, layer.input_size)
-        if pieces[name].shape != shape:
-            raise ValueError(f"the shape of {name} is {tuple(pieces[name].shape)}, but {place.prefix} takes {shape}")
-    parts = [pieces[name] for name, _ in place.parts]
+    parts = [pieces[name] for name in place.parts]
     whole = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(layer.weight.dtype).contiguous()
-    fingerprints = {name: Fingerprint.of(_part(whole, place.parts, name)) for name in pieces}
+    rows = whole.split([len(part) for part in parts])
+    fingerprints = {name: Fingerprint.of(part) for name, part in zip(place.parts, rows, strict=True)}
     if _packed.get(layer) != fingerprints:
         _packed.pop(layer, None)
         # The old one goes first: its memory is the new one's.
