@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.rollout.callback import RolloutCallback, eos_token_ids
+from lightning_grpo.rollout.server_check import CANARIES
 from lightning_grpo.rollout.server_engine import ServerEngine
 from lightning_grpo.rollout.server_process import ServerProcess
 from lightning_grpo.rollout.vllm_rollout import (
@@ -89,6 +90,11 @@ class VLLMProcessRollout(VLLMRollout):
             transfer=self.transfer,
         )
         return _checked(engine, pl_module)
+
+    def settings(self, pl_module: L.LightningModule) -> dict[str, Any]:
+        settings = super().settings(pl_module)
+        # The proof's sequences get places of their own beside the completions.
+        return settings | {"max_num_seqs": settings["max_num_seqs"] + CANARIES}
 
     def _gpu_environment(self) -> dict[str, str]:
         environment = {}
