@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from threading import Barrier
+from threading import Barrier, current_thread
 
 import pytest
 import torch
@@ -179,8 +179,12 @@ def wait_for(condition):
 
 def test_samples_follow_the_policy(synced, policy):
     heard = {}
-    groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS, on_group=heard.__setitem__)
-    assert [heard[i] for i in range(3)] == groups
+
+    def on_group(i, completions):
+        heard[i] = completions, current_thread()
+
+    groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS, on_group=on_group)
+    assert [heard[i] for i in range(3)] == [(group, current_thread()) for group in groups]
     assert worst(synced, groups) < 1e-4
     assert synced.last_sync.compared == synced.last_sync.tensors == 20
     perturb(policy)
@@ -377,6 +381,16 @@ def test_an_unreachable_server_is_left_out(synced, engine):
     engine.endpoints[1].lost = "for this test"
     with pytest.raises(ConnectionError, match="no vLLM endpoint is left"):
         synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+
+
+def test_an_error_in_a_callback_ends_the_call(synced, engine):
+    def on_group(i, completions):
+        raise KeyError("a fault in a reward")
+
+    with pytest.raises(KeyError, match="a fault in a reward"):
+        synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS, on_group=on_group)
+    wait_for(lambda: engine.endpoints[0].in_flight == 0)
+    assert worst(synced, synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)) < 1e-4
 
 
 def test_closing_ends_what_runs_in_the_background(synced, engine, first_tokens):

@@ -9,6 +9,7 @@ import itertools
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
+from queue import SimpleQueue
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -137,8 +138,17 @@ class ServerEngine:
         seeds: Sequence[Sequence[int]],
         on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
+        finished: SimpleQueue[tuple[int, list[Completion]] | None] = SimpleQueue()
         params = self._params(sampling, max_tokens)
-        return self._loop.wait(self._generate(prompts, params, seeds, sampling.cutoff, on_group))
+        call = self._loop.start(self._generate(prompts, params, seeds, sampling.cutoff, finished.put))
+        call.add_done_callback(lambda _: finished.put(None))
+        try:
+            while (group := finished.get()) is not None:
+                if on_group is not None:
+                    on_group(*group)
+            return call.result()
+        finally:
+            call.cancel()
 
     async def _generate(
         self,
@@ -146,14 +156,13 @@ class ServerEngine:
         params: dict[str, Any],
         seeds: Sequence[Sequence[int]],
         cutoff: float,
-        on_group: OnGroup | None,
+        finished: Callable[[tuple[int, list[Completion]]], None],
     ) -> list[list[Completion]]:
         tail = Tail(sum(map(len, seeds)), cutoff)
 
         async def group(i: int) -> list[Completion]:
             done = list(await asyncio.gather(*(self._sample(prompts[i], params | {"seed": s}, tail) for s in seeds[i])))
-            if on_group is not None:
-                on_group(i, done)
+            finished((i, done))
             return done
 
         tasks = [asyncio.ensure_future(group(i)) for i in range(len(prompts))]
