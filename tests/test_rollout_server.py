@@ -10,6 +10,7 @@ from threading import Barrier, current_thread
 
 import pytest
 import torch
+from conftest import tiny_llama
 from test_rollout_adapter import adapted
 from test_rollout_callback import Sampler, loader, trainer_with
 from transformers import AutoModelForCausalLM
@@ -50,14 +51,24 @@ class AdaptedSampler(Sampler):
 
 
 @pytest.fixture(scope="module")
+def tiny_model_path(tokenizer, tmp_path_factory):
+    """The tiny model with room for completions that take a while."""
+    path = tmp_path_factory.mktemp("long_model")
+    tiny_llama(tokenizer, max_position_embeddings=1024).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
 def servers(tiny_model_path, tmp_path_factory):
     """Three servers: two for whole weights, the second of them without a tokenizer, and one for adapters, which
     `VLLMProcessRollout` starts."""
     folder = tmp_path_factory.mktemp("servers")
-    callbacks = [VLLMProcessRollout(dtype="float32", max_num_seqs=64, lora=lora) for lora in ("merged", "adapter")]
+    settings = {"dtype": "float32", "max_num_seqs": 64, "environment": {"OMP_NUM_THREADS": "1"}}
+    callbacks = [VLLMProcessRollout(**settings, lora=lora) for lora in ("merged", "adapter")]
     modules = [sampler(tiny_model_path) for sampler in (Sampler, AdaptedSampler)]
     for module in modules:
-        module.max_prompt_length, module.max_completion_length = 7, 245
+        module.max_prompt_length, module.max_completion_length = 7, 1000
         module.configure_model()
     settings = callbacks[0].settings(modules[0])
 
@@ -67,7 +78,7 @@ def servers(tiny_model_path, tmp_path_factory):
             engine_args=settings | engine_args,
             log_file=folder / name,
             cores=sorted(os.sched_getaffinity(0)),
-            environment={"VLLM_API_KEY": KEY},
+            environment={"VLLM_API_KEY": KEY, "OMP_NUM_THREADS": "1"},
         )
 
     def for_adapters():
@@ -212,7 +223,7 @@ def test_sampling_ahead_keeps_its_version_while_the_policy_moves(synced, policy)
 def test_weights_updated_in_flight(synced, policy, engine, first_tokens):
     """Completions go on with the new weights: their later tokens are the new policy's, whatever came before."""
     engine.sampling_args = {"stop_token_ids": []}
-    ahead = synced.ahead(lambda: synced.generate(PROMPTS, Sampling(), max_tokens=240, seeds=SEEDS))
+    ahead = synced.ahead(lambda: synced.generate(PROMPTS, Sampling(), max_tokens=600, seeds=SEEDS))
     wait_for(lambda: first_tokens)
     perturb(policy)
     synced.turn = 1
@@ -251,11 +262,13 @@ def test_requests_of_one_rank_do_not_slip_over_to_the_weights_of_another(server,
 
 
 def test_the_last_completions_are_cut_off(synced, engine):
-    everything = synced.generate(PROMPTS, Sampling(), max_tokens=240, seeds=SEEDS)
-    groups = synced.generate(PROMPTS, Sampling(cutoff=0.25), max_tokens=240, seeds=SEEDS)
-    pairs = [(cut, whole) for g, w in zip(groups, everything, strict=True) for cut, whole in zip(g, w, strict=True)]
+    seeds = [[*group, *(seed + 1 for seed in group)] for group in SEEDS]
+    everything = synced.generate(PROMPTS, Sampling(), max_tokens=900, seeds=seeds)
+    groups = synced.generate(PROMPTS, Sampling(cutoff=0.15), max_tokens=900, seeds=seeds)
+    pairs = list(zip(chain(*groups), chain(*everything), strict=True))
     aborted = [(cut, whole) for cut, whole in pairs if cut.finish_reason == "abort"]
-    assert 1 <= len(aborted) <= 9
+    # 0.15 · 24 rounded up are waited for.
+    assert len(pairs) == 24 and 1 <= len(aborted) <= 20
     for cut, whole in aborted:
         assert 1 <= len(cut.token_ids) == len(cut.logprobs) == len(cut.versions) <= len(whole.token_ids)
         assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
