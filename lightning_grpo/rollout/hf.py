@@ -3,7 +3,6 @@
 Shapes: R rows alive in a batch, L cached positions, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -96,8 +95,7 @@ class HFEngine:
         if sampling.stop and self.tokenizer is None:
             raise ValueError(f"sampling.stop is {sampling.stop}: stop strings need HFEngine(tokenizer=…)")
         groups: list[list[Completion | None]] = [[None] * len(group) for group in seeds]
-        total = sum(map(len, seeds))
-        spare = total - math.ceil(sampling.cutoff * total)
+        spare = sampling.spare(sum(map(len, seeds)))
         with self._inference():
             batches = list(self._batches(prompts, seeds))
             for batch in batches:

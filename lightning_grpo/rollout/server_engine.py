@@ -140,7 +140,9 @@ class ServerEngine:
     ) -> list[list[Completion]]:
         finished: SimpleQueue[tuple[int, list[Completion]] | None] = SimpleQueue()
         params = self._params(sampling, max_tokens)
-        call = self._loop.start(self._generate(prompts, params, seeds, sampling.cutoff, finished.put))
+        count = sum(map(len, seeds))
+        tail = Tail(count, sampling.spare(count))
+        call = self._loop.start(self._generate(prompts, params, seeds, tail, finished.put))
         call.add_done_callback(lambda _: finished.put(None))
         try:
             while (group := finished.get()) is not None:
@@ -155,11 +157,9 @@ class ServerEngine:
         prompts: Sequence[Sequence[int]],
         params: dict[str, Any],
         seeds: Sequence[Sequence[int]],
-        cutoff: float,
+        tail: Tail,
         finished: Callable[[tuple[int, list[Completion]]], None],
     ) -> list[list[Completion]]:
-        tail = Tail(sum(map(len, seeds)), cutoff)
-
         async def group(i: int) -> list[Completion]:
             done = list(await asyncio.gather(*(self._sample(prompts[i], params | {"seed": s}, tail) for s in seeds[i])))
             finished((i, done))

@@ -1,7 +1,6 @@
 """Ends the last completions of a call early, so that it does not wait for a few long ones."""
 
 import asyncio
-import math
 from collections import defaultdict
 from contextlib import suppress
 
@@ -9,16 +8,16 @@ from lightning_grpo.rollout.endpoint import Endpoint, EndpointLost
 
 
 class Tail:
-    """Cuts completions where they are, once the share that is waited for has ended and every one has begun.
+    """Cuts completions where they are, once as many have ended as are waited for and every one has begun.
 
     Args:
         count: completions of the call.
-        share: of them, whose end is waited for; in (0, 1].
+        spare: of them, how many may be cut.
     """
 
-    def __init__(self, count: int, share: float) -> None:
+    def __init__(self, count: int, spare: int) -> None:
         self._count = count
-        self._to_end = math.ceil(share * count)
+        self._to_end = count - spare
         self._begun: set[str] = set()
         self._running: dict[str, Endpoint] = {}
         self._cut: set[str] = set()

@@ -4,6 +4,7 @@ Shapes: B prompts, G generations, N = B·G completions (row i·G + g is sample g
 completion length.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, Self
@@ -47,6 +48,10 @@ class Sampling:
             raise ValueError(f"sampling.repetition_penalty is {self.repetition_penalty}; set 1 (off) or above 0")
         if not 0 < self.cutoff <= 1:
             raise ValueError(f"sampling.cutoff is {self.cutoff}; set a share of the completions in (0, 1]")
+
+    def spare(self, count: int) -> int:
+        """How many of ``count`` completions sampled together `cutoff` allows to be cut short."""
+        return count - math.ceil(self.cutoff * count)
 
     @property
     def truncations(self) -> dict[str, float]:

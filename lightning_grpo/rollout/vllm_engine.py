@@ -3,7 +3,6 @@
 import gc
 import itertools
 import logging
-import math
 import os
 import socket
 import weakref
@@ -138,8 +137,7 @@ class VLLMEngine:
         groups: list[list[Completion | None]] = [[None] * len(group) for group in seeds]
         places: dict[str, tuple[int, int]] = {}
         engine = self.llm.llm_engine
-        total = sum(map(len, seeds))
-        spare = total - math.ceil(sampling.cutoff * total)
+        spare = sampling.spare(sum(map(len, seeds)))
         try:
             with guest():
                 for i, (prompt, group) in enumerate(zip(prompts, seeds, strict=True)):
