@@ -82,9 +82,9 @@ void slopes(const T *a, T *out, int64_t n, float factor, float floor, float lse,
 
 template <bool weights, class T>
 void accumulate(const T *a, int64_t a_stride, T *w, int64_t w_stride, int64_t rows, int64_t width, int64_t first,
-                float floor, const int64_t *targets, const float *factors, float *m, float *s, float *t, float *y,
-                float *old) {
-#pragma omp parallel for
+                int threads, float floor, const int64_t *targets, const float *factors, float *m, float *s, float *t,
+                float *y, float *old) {
+#pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         const T *row = a + i * a_stride;
         T *to = weights ? w + i * w_stride : nullptr;
@@ -112,9 +112,9 @@ void accumulate(const T *a, int64_t a_stride, T *w, int64_t w_stride, int64_t ro
 
 template <class T>
 void gradient(const T *a, int64_t a_stride, T *out, int64_t out_stride, int64_t rows, int64_t width, int64_t first,
-              float floor, const int64_t *targets, const float *factors, const float *lse, const float *rest,
-              const float *entropy, const float *c, const float *c_entropy) {
-#pragma omp parallel for
+              int threads, float floor, const int64_t *targets, const float *factors, const float *lse,
+              const float *rest, const float *entropy, const float *c, const float *c_entropy) {
+#pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         const T *row = a + i * a_stride;
         T *to = out + i * out_stride;
@@ -135,17 +135,17 @@ void gradient(const T *a, int64_t a_stride, T *out, int64_t out_stride, int64_t 
 
 #define EXPORT(NAME, T)                                                                                                \
     extern "C" void accumulate_##NAME(const T *a, int64_t a_stride, T *w, int64_t w_stride, int64_t rows,              \
-                                      int64_t width, int64_t first, float floor, const int64_t *targets,               \
+                                      int64_t width, int64_t first, int threads, float floor, const int64_t *targets,  \
                                       const float *factors, float *m, float *s, float *t, float *y, float *old) {      \
-        (w ? accumulate<true, T> : accumulate<false, T>)(a, a_stride, w, w_stride, rows, width, first, floor, targets, \
-                                                         factors, m, s, t, y, old);                                    \
+        (w ? accumulate<true, T> : accumulate<false, T>)(a, a_stride, w, w_stride, rows, width, first, threads, floor, \
+                                                         targets, factors, m, s, t, y, old);                           \
     }                                                                                                                  \
     extern "C" void gradient_##NAME(const T *a, int64_t a_stride, T *out, int64_t out_stride, int64_t rows,            \
-                                    int64_t width, int64_t first, float floor, const int64_t *targets,                 \
+                                    int64_t width, int64_t first, int threads, float floor, const int64_t *targets,    \
                                     const float *factors, const float *lse, const float *rest, const float *entropy,   \
                                     const float *c, const float *c_entropy) {                                          \
-        gradient<T>(a, a_stride, out, out_stride, rows, width, first, floor, targets, factors, lse, rest, entropy, c,  \
-                    c_entropy);                                                                                        \
+        gradient<T>(a, a_stride, out, out_stride, rows, width, first, threads, floor, targets, factors, lse, rest,     \
+                    entropy, c, c_entropy);                                                                            \
     }
 
 EXPORT(float32, float)

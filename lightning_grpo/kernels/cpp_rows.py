@@ -87,4 +87,6 @@ def _call(
     block = lambda x: (pointer(x), ctypes.c_int64(0 if x is None else x.stride(0)))
     sizes = (ctypes.c_int64(n) for n in (len(a), ids.stop - ids.start, ids.start))
     function = getattr(_library(), f"{name}_{NAMES[a.dtype]}")
-    function(*block(a), *block(out), *sizes, ctypes.c_float(FLOOR), *map(pointer, values))
+    # torch may have another OpenMP library than the compiler, which would not know its number of threads.
+    threads = ctypes.c_int(torch.get_num_threads())
+    function(*block(a), *block(out), *sizes, threads, ctypes.c_float(FLOOR), *map(pointer, values))
