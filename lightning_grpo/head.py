@@ -73,6 +73,7 @@ _said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def say_once(model: nn.Module, message: str) -> None:
+    """Log a warning about this model, unless it was logged before."""
     said = _said.setdefault(model, set())
     if message not in said:
         said.add(message)
