@@ -28,7 +28,7 @@ def smoke(root: Path, *options: str, ranks: int = 1) -> tuple[dict[str, torch.Te
         sys.executable, *launcher, "-m", "lightning_grpo", "fit", "--config", "configs/smoke.yaml",
         "--trainer.default_root_dir", str(root), "--trainer.devices", str(ranks), "--trainer.max_steps", "4",
         "--checkpoint.every_n_train_steps", "2", "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "5.0",
-        "--data.prompts_per_rollout", "24",
+        "--model.optimizer.fused", "false", "--data.prompts_per_rollout", "24",
         "--model.micro_batch_size", "96", "--trainer.strategy", "ddp" if ranks > 1 else "auto", *options,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
