@@ -3,7 +3,7 @@
 Shapes: B prompts and N = B·G completions on this rank, R rewards.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class RolloutModule(PolicyModule):
         *args: Any,
         num_generations: int = 8,
         resampling_rounds: int = 0,
-        rollout_ahead: Literal[0, 1] = 0,
+        rollout_ahead: int = 0,
         in_flight_updates: bool = False,
         **kwargs: Any,
     ) -> None:
