@@ -263,12 +263,14 @@ def test_requests_of_one_rank_do_not_slip_over_to_the_weights_of_another(server,
 
 def test_the_last_completions_are_cut_off(synced, engine):
     seeds = [[*group, *(seed + 1 for seed in group)] for group in SEEDS]
-    everything = synced.generate(PROMPTS, Sampling(), max_tokens=900, seeds=seeds)
-    groups = synced.generate(PROMPTS, Sampling(cutoff=0.15), max_tokens=900, seeds=seeds)
+    # Seldom and at very different lengths: the first ends long before the last, also on a busy machine.
+    engine.eos_token_ids, ends = [], {"stop": ["ab", "cd", "ef", "gh", "ij"]}
+    everything = synced.generate(PROMPTS, Sampling(**ends), max_tokens=900, seeds=seeds)
+    groups = synced.generate(PROMPTS, Sampling(**ends, cutoff=0.01), max_tokens=900, seeds=seeds)
     pairs = list(zip(chain(*groups), chain(*everything), strict=True))
     aborted = [(cut, whole) for cut, whole in pairs if cut.finish_reason == "abort"]
-    # 0.15 · 24 rounded up are waited for.
-    assert len(pairs) == 24 and 1 <= len(aborted) <= 20
+    # 0.01 · 24 rounded up is waited for.
+    assert len(pairs) == 24 and 1 <= len(aborted) <= 23
     for cut, whole in aborted:
         assert 1 <= len(cut.token_ids) == len(cut.logprobs) == len(cut.versions) <= len(whole.token_ids)
         assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
