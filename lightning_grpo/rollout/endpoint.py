@@ -14,6 +14,10 @@ class EndpointLost(ConnectionError):
     """An endpoint can't be used: it can't be reached, it failed, or it holds other weights than it should."""
 
 
+class ConnectionDropped(EndpointLost):
+    """One connection did not come about or broke; the endpoint itself may be well."""
+
+
 class Endpoint:
     """One server.
 
@@ -30,8 +34,9 @@ class Endpoint:
         self.client = httpx.AsyncClient(
             base_url=self.url,
             headers=headers,
-            timeout=httpx.Timeout(600.0, connect=10.0),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            timeout=httpx.Timeout(600.0, connect=30.0),
+            # vLLM closes a connection that was idle for 5 s, perhaps at the moment of the next request.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
         )
         self.in_flight = 0
         self.lost: str | None = None
@@ -68,6 +73,13 @@ class Endpoint:
         except httpx.HTTPError as error:
             raise self._loss(error) from error
 
+    async def is_well(self) -> bool:
+        """Whether it answers, and its engine runs."""
+        try:
+            return (await self.client.get("/health")).status_code == 200
+        except httpx.HTTPError:
+            return False
+
     def _refuse(self, reply: httpx.Response, path: str) -> None:
         if reply.status_code == 401:
             raise PermissionError(f"{self.url} refuses the API key (HTTP 401); set api_key")
@@ -76,7 +88,9 @@ class Endpoint:
         reply.raise_for_status()
 
     def _loss(self, error: httpx.HTTPError) -> EndpointLost:
-        return EndpointLost(f"{self.url}: {type(error).__name__} {error}".strip())
+        broke = isinstance(error, httpx.TransportError) and not isinstance(error, httpx.ReadTimeout)
+        kind = ConnectionDropped if broke else EndpointLost
+        return kind(f"{self.url}: {type(error).__name__} {error}".strip())
 
 
 class EventLoop:

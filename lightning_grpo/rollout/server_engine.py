@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_grpo.rollout.endpoint import Endpoint, EndpointLost, EventLoop
+from lightning_grpo.rollout.endpoint import ConnectionDropped, Endpoint, EndpointLost, EventLoop
 from lightning_grpo.rollout.gpu_transfer import IPCTransfer, NCCLTransfer
 from lightning_grpo.rollout.pool import Pool
 from lightning_grpo.rollout.proof import Held, WeightSyncError
@@ -36,6 +36,8 @@ from lightning_grpo.rollout.types import Completion, OnGroup, Sampling
 from lightning_grpo.rollout.vllm_adapter import ADAPTER_NAME
 from lightning_grpo.rollout.wire import own_address
 
+MAX_DROPS = 3
+"""Connections that a completion may lose to endpoints that are well."""
 TOKENS_A_MESSAGE = 100
 """A server tells of a completion's first token and then after this many, which also shows that it is alive."""
 
@@ -175,15 +177,18 @@ class ServerEngine:
 
     async def _sample(self, prompt: Sequence[int], params: dict[str, Any], tail: Tail) -> Completion:
         """One completion from the endpoint with the most room; another endpoint's where that one fails."""
-        request_id = next(self._request_ids)
-        body = self._body(prompt, params) | {"request_id": request_id, "stream": True}
+        drops = 0
         while True:
+            request_id = next(self._request_ids)
+            body = self._body(prompt, params) | {"request_id": request_id, "stream": True}
             async with self._pool.room() as endpoint:
                 try:
                     return await self._ask(endpoint, body, tail)
                 except EndpointLost as error:
                     tail.lost(request_id)
-                    self._pool.lose(endpoint, error)
+                    drops += isinstance(error, ConnectionDropped)
+                    if not isinstance(error, ConnectionDropped) or drops > MAX_DROPS or not await endpoint.is_well():
+                        self._pool.lose(endpoint, error)
 
     def _body(self, prompt: Sequence[int], params: dict[str, Any]) -> dict[str, Any]:
         body = {"token_ids": list(prompt), "sampling_params": params}

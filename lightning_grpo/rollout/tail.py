@@ -35,8 +35,9 @@ class Tail:
         await self._cut_if_due()
 
     def lost(self, request_id: str) -> None:
-        """Its endpoint failed; it begins again elsewhere."""
+        """It is asked for again, as another request."""
         self._running.pop(request_id, None)
+        self._begun.discard(request_id)
         self._cut.discard(request_id)
 
     def has_cut(self, request_id: str) -> bool:
