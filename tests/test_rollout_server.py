@@ -35,6 +35,7 @@ from lightning_grpo.rollout.server_engine import ServerEngine
 from lightning_grpo.rollout.server_process import ServerProcess
 from lightning_grpo.rollout.server_weights import TCPTransfer
 from lightning_grpo.rollout.tail import Tail
+from lightning_grpo.rollout.wire import WeightOffer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 EOS = 1
@@ -389,6 +390,43 @@ def test_one_of_two_servers_with_other_weights_is_named(both, policy, servers, m
     named = {"dropped": "log-probs at {} differ", "altered": r"model.norm.weight \(altered in model.norm at {}\)"}
     with pytest.raises(WeightSyncError, match=named[fault].format(servers[1].url)):
         synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+
+
+def test_workers_that_share_a_model_compare_their_shards(tiny_model_path, policy, tmp_path, monkeypatch):
+    module = Sampler(tiny_model_path)
+    module.configure_model()
+    callback = VLLMProcessRollout(
+        tensor_parallel_size=2,
+        dtype="float32",
+        enforce_eager=True,
+        environment={"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    engine = callback.build_engine(trainer_with(callback, tmp_path), module)
+    try:
+        synced = synced_with(engine, policy)
+        groups = synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+        assert synced.last_sync.compared == synced.last_sync.tensors == 20
+        assert worst(synced, groups) < 1e-4
+        send, name = WeightOffer.send, "model.layers.1.mlp.down_proj.weight"
+
+        def faulty(offer, weights):
+            """One worker gets a value of one tensor otherwise, too little for a log-prob to show it."""
+            weights, (first, second) = list(weights), offer._receivers
+            offer._receivers = [first]
+            send(offer, weights)
+            offer._receivers = [second]
+            send(offer, [(n, w + 1e-7 if n == name else w) for n, w in weights])
+
+        monkeypatch.setattr(WeightOffer, "send", faulty)
+        perturb(policy)
+        synced.turn = 1
+        with pytest.raises(
+            WeightSyncError, match=rf"{name} \(altered in model.layers.1.mlp.down_proj at .*, worker \d"
+        ):
+            synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+    finally:
+        engine.close()
+        callback.close()
 
 
 def test_weights_of_another_run_are_not_sampled_from(both, policy, servers, first_tokens):

@@ -18,14 +18,18 @@ class WeightReceiver:
 
     def receive_policy(self, host: str, port: str, token: str) -> list[dict[str, Any]]:
         """Fetch and load what is offered, the adapter alone where the server takes adapters (``--enable-lora``); tells
-        what is held afterwards (nothing where it is sharded)."""
+        what is held afterwards. Of weights that workers share, each compares its part with the same part of what came;
+        of an adapter that they share, nothing is told."""
         replace_functions()
-        load = load_weights if self.lora_config is None else load_adapter
-        return self._told(load(self, fetch(host, int(port), token)))
+        weights = fetch(host, int(port), token)
+        if self.lora_config is None:
+            return _as_json(load_weights(self, weights))
+        held = load_adapter(self, weights)
+        return [] if self._is_shared else _as_json(held)
 
     def held_policy(self) -> list[dict[str, Any]]:
-        """What is held of weights that came another way."""
-        return self._told(held_weights(self))
+        """What is held of weights that came another way; nothing where workers share them."""
+        return [] if self._is_shared else _as_json(held_weights(self))
 
     def tokenizer_facts(self) -> dict[str, Any]:
         """Of the tokenizer with which the server looks for stop strings."""
@@ -33,5 +37,10 @@ class WeightReceiver:
 
         return tokenizer_facts(cached_tokenizer_from_config(self.model_config))
 
-    def _told(self, held: list[Held]) -> list[dict[str, Any]]:
-        return [] if self.parallel_config.world_size > 1 else [h.to_json() for h in held]
+    @property
+    def _is_shared(self) -> bool:
+        return self.parallel_config.world_size > 1
+
+
+def _as_json(held: list[Held]) -> list[dict[str, Any]]:
+    return [h.to_json() for h in held]

@@ -56,12 +56,13 @@ class TCPTransfer:
 
 def held_by(endpoints: Sequence[Endpoint], replies: Sequence[dict[str, Any]]) -> list[Held]:
     """What the workers of each endpoint told."""
-    return [
-        Held.from_json(held, at=endpoint.url)
-        for endpoint, reply in zip(endpoints, replies, strict=True)
-        for worker in reply["results"]
-        for held in worker
-    ]
+    held = []
+    for endpoint, reply in zip(endpoints, replies, strict=True):
+        workers = reply["results"]
+        for rank, told in enumerate(workers):
+            at = endpoint.url + (f", worker {rank}" if len(workers) > 1 else "")
+            held += [Held.from_json(h, at=at) for h in told]
+    return held
 
 
 async def pause(endpoints: Sequence[Endpoint], *, in_flight: bool) -> None:
