@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from itertools import chain
 from threading import Barrier, current_thread
 
+import fitting
 import httpx
 import psutil
 import pytest
 import torch
 from conftest import tiny_llama
+from test_ahead import AHEAD
 from test_rollout_adapter import adapted
 from test_rollout_callback import Sampler, loader, trainer_with
 from transformers import AutoModelForCausalLM
@@ -479,6 +481,22 @@ def test_a_module_trains_against_running_servers(servers, tiny_model_path, tmp_p
     trainer_with(callback, tmp_path).fit(module, loader())
     assert [report.version for report, _ in module.rounds] == [0, 1, 2]
     assert all(report.canary.max < 1e-3 and report.compared == 20 for report, _ in module.rounds)
+
+
+@pytest.mark.parametrize("in_flight", [False, True], ids=["in turn", "in flight"])
+def test_a_policy_trains_while_servers_sample_its_next_rollout(
+    servers, tiny_model_path, tmp_path, monkeypatch, in_flight
+):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    policy = fitting.module(tiny_model_path, **AHEAD, in_flight_updates=in_flight)
+    rollout = VLLMServerRollout([s.url for s in servers[:2]])
+    record = fitting.fit(tmp_path, policy, steps=6, accumulate=2, rollout=rollout)
+    # Two optimizer steps a rollout. Samples are of the step at which the rollout before began, or later.
+    assert record["staleness_max"][:2] == [0, 1]
+    assert all(0 < newest <= oldest for newest, oldest in zip(record["staleness_max"][2:], [2, 3, 2, 3], strict=True))
+    assert in_flight or record["staleness_max"][2:] == [2, 3, 2, 3]
+    assert record["sampling/sampling_logp_difference/mean"][0] < 1e-4
+    assert all(gap > 1e-4 for gap in record["sampling/sampling_logp_difference/mean"][2:])
 
 
 def test_a_wrong_api_key_is_refused_at_start(server):
