@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -41,6 +42,9 @@ class Reward(ABC):
     early: bool = False
     """Judge each group as soon as it is sampled, in another thread, while others still are. For slow rewards: it is
     then called with one group at a time, not with the whole rollout."""
+    time_limit: float | None = 300.0
+    """Seconds that one call may take; then the run ends with an error that says where it hangs. After a tenth it warns.
+    Null waits for ever."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -49,6 +53,10 @@ class Reward(ABC):
 
     def __post_init__(self) -> None:
         self.name = self.name or type(self).name
+        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
+            raise ValueError(
+                f"the time_limit of the reward {self.name!r} is {self.time_limit}; set seconds above 0, or null"
+            )
 
     @abstractmethod
     def __call__(
@@ -84,6 +92,7 @@ class FunctionReward(Reward):
         if not callable(self.function):
             raise ValueError(f"reward function {self.function!r} can't be called; give a function or its dotted path")
         self.name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
+        super().__post_init__()
 
     def __call__(self, **arguments: Any) -> Scores | Awaitable[Scores]:
         return call_with(self.function, arguments)

@@ -4,15 +4,17 @@ import asyncio
 import inspect
 import math
 import numbers
+import traceback
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_grpo.rewards.base import Reward, Scores, call_with
+from lightning_grpo.rewards.time_limit import in_hand, overdue, within
 
 
 def compute_rewards(
@@ -37,7 +39,8 @@ def compute_rewards(
 
     Raises:
         ValueError: a reward gave the wrong count of values, or one that is no finite number. Whatever a reward raises
-            itself goes through, with the reward's name noted.
+            itself goes through, with the reward's name noted, and the completion it was at.
+        TimeoutError: a call took longer than the reward's `time_limit`.
     """
     N = len(completions)
     for name, values in (("prompts", prompts), ("completion_ids", completion_ids), ("columns", columns)):
@@ -59,20 +62,26 @@ def compute_rewards(
 
 
 @contextmanager
-def _named(reward: Reward) -> Iterator[None]:
+def _named(reward: Reward, arguments: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.add_note(f"raised by the reward {reward.name!r}")
+        at = in_hand(list(traceback.walk_tb(error.__traceback__)), arguments)
+        error.add_note(f"raised by the reward {reward.name!r}" + (f" at {at}" if at else ""))
         raise
+
+
+def _call(reward: Reward, arguments: Mapping[str, Any]) -> Any:
+    with _named(reward, arguments):
+        return call_with(reward, arguments)
 
 
 def _call_all(rewards: Sequence[Reward], arguments: dict[str, Any]) -> list[Any]:
     answers: list[Any] = []
     try:
         for reward in rewards:
-            with _named(reward):
-                answers.append(call_with(reward, arguments))
+            call = partial(_call, reward, arguments)
+            answers.append(within(reward.time_limit, repr(reward.name), arguments, call))
     except Exception:
         for answer in filter(inspect.iscoroutine, answers):
             answer.close()
@@ -80,17 +89,30 @@ def _call_all(rewards: Sequence[Reward], arguments: dict[str, Any]) -> list[Any]
     waiting = [i for i, answer in enumerate(answers) if inspect.isawaitable(answer)]
     if waiting:
         # a notebook's thread has a running loop, where asyncio.run is refused: a thread of its own works everywhere
-        with ThreadPoolExecutor(1) as thread:
-            together = _gather([rewards[i] for i in waiting], [answers[i] for i in waiting])
-            for i, answer in zip(waiting, thread.submit(asyncio.run, together).result(), strict=True):
-                answers[i] = answer
+        names = " or ".join(repr(rewards[i].name) for i in waiting)
+        limits = [rewards[i].time_limit for i in waiting]
+        together = _gather([rewards[i] for i in waiting], [answers[i] for i in waiting], arguments)
+        # each is told by the loop when its time is over; a second more is for one that doesn't let the loop run
+        limit = None if None in limits else max(limits) + 1.0
+        judged = within(limit, names, arguments, partial(asyncio.run, together), elsewhere=True)
+        for i, answer in zip(waiting, judged, strict=True):
+            answers[i] = answer
     return answers
 
 
-async def _gather(rewards: Sequence[Reward], answers: Sequence[Awaitable[Scores]]) -> list[Scores]:
+async def _gather(
+    rewards: Sequence[Reward], answers: Sequence[Awaitable[Scores]], arguments: Mapping[str, Any]
+) -> list[Scores]:
     async def one(reward: Reward, answer: Awaitable[Scores]) -> Scores:
-        with _named(reward):
-            return await answer
+        try:
+            async with asyncio.timeout(reward.time_limit) as limit:
+                with _named(reward, arguments):
+                    return await answer
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            stack = list(traceback.walk_tb(error.__context__.__traceback__))
+            raise overdue(reward.time_limit, repr(reward.name), arguments, stack) from None
 
     return await asyncio.gather(*(one(*pair) for pair in zip(rewards, answers, strict=True)))
 

@@ -1,0 +1,248 @@
+"""Rewards that don't end: they end, with an error that says where they hang."""
+
+import asyncio
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import pytest
+from fitting import fit, module
+from test_ahead import AHEAD, CopyRollout
+
+from lightning_grpo.rewards import FunctionReward, compute_rewards, time_limit
+
+COMPLETIONS = ["so 4", "a" * 40 + "!"]
+
+
+def judge(*functions, time_limit=0.3):
+    rewards = [FunctionReward(function=function, time_limit=time_limit) for function in functions]
+    return compute_rewards(rewards, ["2 + 2 =", "Say a"], COMPLETIONS, [[0], [1]], [{}, {}])
+
+
+def loop(completion):
+    while True:
+        with suppress(Exception):
+            len(completion)
+
+
+def regex(completion):
+    re.fullmatch("(a+)+", completion)
+
+
+def sleep(completion):
+    time.sleep(1000)
+
+
+def wait(completion):
+    threading.Event().wait()
+
+
+def swallow(completion):
+    try:
+        time.sleep(1000)
+    except:  # noqa: E722
+        time.sleep(1000)
+
+
+def hanging(how):
+    def hangs(completions):
+        return [float(completion == "so 4" or how(completion)) for completion in completions]
+
+    return hangs
+
+
+def check(error, how):
+    message = str(error)
+    assert message.startswith("the reward 'hangs' was still at work after 0.3 s, with row 1, the completion 'aaaa")
+    assert "of the prompt 'Say a' in hand: bound" in message and "raise its time_limit (null: none)" in message
+    (note,) = error.__notes__
+    assert note.startswith("it was at\n") and f"in {how.__name__}\n" in note
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    threads = set(threading.enumerate())
+    yield
+    assert signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+    # but the threads of rewards that wait for something outside of Python
+    assert {thread.name for thread in set(threading.enumerate()) - threads} <= {"reward"}
+
+
+@pytest.mark.parametrize("how", [loop, regex, sleep, wait, swallow])
+def test_in_the_main_thread(how):
+    with pytest.raises(TimeoutError) as raised:
+        judge(hanging(how))
+    check(raised.value, how)
+
+
+@pytest.mark.parametrize("how", [loop, sleep, wait])
+def test_in_another_thread(how):
+    with ThreadPoolExecutor(1) as pool, pytest.raises(TimeoutError) as raised:
+        pool.submit(judge, hanging(how)).result()
+    check(raised.value, how)
+
+
+def test_a_loop_in_another_thread_does_not_go_on():
+    threads = []
+
+    def hangs(completions):
+        threads.append(threading.current_thread())
+        while True:
+            pass
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(TimeoutError, match="with 2 completions in hand"):
+        pool.submit(judge, hangs).result()
+    threads[0].join(30)
+    assert not threads[0].is_alive()
+
+
+def test_what_cannot_be_interrupted_ends_the_process(tmp_path, monkeypatch):
+    """`re` in another thread lets no other Python run, not even this test: a process of its own."""
+    monkeypatch.setattr(time_limit, "GRACE", 0.2)
+
+    def hang_in_a_thread():
+        with (tmp_path / "stderr").open("w") as file:
+            os.dup2(file.fileno(), 2)
+        monkeypatch.setattr(sys, "__stderr__", open(2, "w", closefd=False))  # noqa: SIM115
+        thread = threading.Thread(target=judge, args=(hanging(regex),))
+        thread.start()
+        thread.join()
+
+    process = multiprocessing.get_context("fork").Process(target=hang_in_a_thread)
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 1
+    stacks = (tmp_path / "stderr").read_text()
+    assert "in regex\n" in stacks and "in the reward 'hangs', limited to 0.3 s\n" in stacks
+
+
+async def awaits(completions):
+    await asyncio.sleep(1000)
+
+
+async def blocks(completions):
+    time.sleep(1000)
+
+
+async def fine(completions):
+    return [0.0, 0.0]
+
+
+def test_async_rewards():
+    with pytest.raises(
+        TimeoutError, match=r"the reward 'awaits' was still at work after 0\.3 s, with 2 compl"
+    ) as raised:
+        judge(fine, awaits)
+    assert "await asyncio.sleep(1000)" in raised.value.__notes__[0]
+    with pytest.raises(TimeoutError, match=r"the reward 'fine' or 'blocks' was still at work after 1\.3 s") as raised:
+        judge(fine, blocks)
+    assert "in blocks\n" in raised.value.__notes__[0]
+
+
+def test_an_async_rewards_own_timeout_is_its_own():
+    async def impatient(completions):
+        await asyncio.wait_for(asyncio.sleep(1000), timeout=0.01)
+
+    with pytest.raises(TimeoutError) as raised:
+        judge(impatient, time_limit=100)
+    assert raised.value.__notes__ == ["raised by the reward 'impatient'"]
+
+
+@pytest.mark.parametrize("changes", [{}, AHEAD], ids=["in turn", "ahead"])
+def test_early_rewards_end_the_run(tmp_path, tiny_model_path, changes):
+    def hangs(prompts, completions, trainer_state):
+        if trainer_state.global_step:
+            time.sleep(1000)
+        return [float(len(completion)) for completion in completions]
+
+    reward = FunctionReward(function=hangs, early=True, time_limit=0.3)
+    policy = module(tiny_model_path, **changes | {"rewards": [reward]})
+    with pytest.raises(TimeoutError, match=r"the reward 'hangs' was still at work after 0\.3 s, with 4 completions in"):
+        fit(tmp_path, policy, rollout=CopyRollout())
+    assert policy.trainer.global_step >= 1
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_warning_comes_first(caplog, elsewhere):
+    def slow(completions):
+        while not caplog.messages:
+            time.sleep(0.01)
+        return [1.0, 2.0]
+
+    with ThreadPoolExecutor(1) as pool:
+        table = pool.submit(judge, slow, time_limit=5.0).result() if elsewhere else judge(slow, time_limit=5.0)
+    assert table.tolist() == [[1.0], [2.0]]
+    assert caplog.messages == ["the reward 'slow' is at work for 0.5 s now; at its time_limit of 5 s the run ends"]
+
+
+def test_without_a_limit_nothing_watches():
+    def looks(completions):
+        handler, timer = signal.getsignal(signal.SIGVTALRM), signal.getitimer(signal.ITIMER_VIRTUAL)
+        return [float(handler is signal.SIG_DFL and timer == (0, 0)), threading.active_count()]
+
+    assert judge(looks, time_limit=None).tolist() == [[1.0], [threading.active_count()]]
+    assert judge(looks).tolist() == [[0.0], [threading.active_count() + 1]]
+    assert judge(fine, time_limit=None).tolist() == [[0.0], [0.0]]
+
+
+def test_rewards_may_use_alarms_of_their_own():
+    class Alarm(Exception):
+        pass
+
+    def hangs(completions):
+        def ring(*_):
+            raise Alarm
+
+        before = signal.signal(signal.SIGALRM, ring)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            time.sleep(1000)
+        except Alarm:
+            regex(COMPLETIONS[1])
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+    with pytest.raises(TimeoutError, match="the reward 'hangs'"):
+        judge(hangs)
+
+
+def test_the_signal_of_another_is_left_alone():
+    seen = []
+
+    def mine(*_):
+        seen.append(True)
+
+    def rings(completions):
+        signal.raise_signal(signal.SIGVTALRM)
+        return [0.0, 0.0]
+
+    before = signal.signal(signal.SIGVTALRM, mine)
+    try:
+        judge(rings)
+        assert seen and signal.getsignal(signal.SIGVTALRM) is mine
+    finally:
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("inf"), float("nan")])
+def test_limits_that_make_no_sense(seconds):
+    with pytest.raises(ValueError, match=f"the time_limit of the reward 'sleep' is {seconds}; set seconds above 0"):
+        FunctionReward(function=sleep, time_limit=seconds)
+
+
+def test_an_error_names_the_completion():
+    def breaks(completions):
+        return [1 / (4 - len(text)) for text in reversed(completions)]
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        judge(breaks)
+    assert raised.value.__notes__ == [
+        "raised by the reward 'breaks' at row 0, the completion 'so 4' of the prompt '2 + 2 ='"
+    ]
