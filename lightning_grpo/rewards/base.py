@@ -43,8 +43,8 @@ class Reward(ABC):
     """Judge each group as soon as it is sampled, in another thread, while others still are. For slow rewards: it is
     then called with one group at a time, not with the whole rollout."""
     time_limit: float | None = 300.0
-    """Seconds that one call may take; then the run ends with an error that says where it hangs. After a tenth it warns.
-    Null waits for ever."""
+    """Seconds that one call may take; then the run ends with an error that says where it hangs, and on what. A tenth
+    of it brings a warning. Null waits for ever."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -92,9 +92,8 @@ def _call_all(rewards: Sequence[Reward], arguments: dict[str, Any]) -> list[Any]
         names = " or ".join(repr(rewards[i].name) for i in waiting)
         limits = [rewards[i].time_limit for i in waiting]
         together = _gather([rewards[i] for i in waiting], [answers[i] for i in waiting], arguments)
-        # each is told by the loop when its time is over; a second more is for one that doesn't let the loop run
-        limit = None if None in limits else max(limits) + 1.0
-        judged = within(limit, names, arguments, partial(asyncio.run, together), elsewhere=True)
+        limit = None if None in limits else max(limits)
+        judged = within(limit, names, arguments, partial(asyncio.run, together), loop=True)
         for i, answer in zip(waiting, judged, strict=True):
             answers[i] = answer
     return answers

@@ -51,8 +51,7 @@ class ReasoningGym(Reward):
     """The score that the reasoning-gym task itself gives, for rows from ``data.source: reasoning_gym:TASK``.
 
     Tasks whose scorer evaluates code from the answer are refused (`REFUSED`): what a model writes must not run in the
-    trainer. An answer on which a scorer raises scores 0; their count is logged. Scorers run in this process and have
-    no time limit.
+    trainer. An answer on which a scorer raises scores 0; their count is logged. Scorers run in this process.
     """
 
     extract: str = "whole"

@@ -41,7 +41,7 @@ class Overdue(BaseException):
 
 
 def within(
-    limit: float | None, name: str, arguments: Mapping[str, Any], call: Callable[[], T], *, elsewhere: bool = False
+    limit: float | None, name: str, arguments: Mapping[str, Any], call: Callable[[], T], *, loop: bool = False
 ) -> T:
     """What ``call()`` returns, or raises, in ``limit`` seconds; None waits for ever.
 
@@ -50,17 +50,18 @@ def within(
         name: of the reward.
         arguments: of the reward, for messages: ``prompts`` and ``completions``.
         call: stays in the main thread if that is where it is asked for.
-        elsewhere: give it a thread of its own in any case.
+        loop: it runs an event loop that minds the limits itself: in a thread of its own, with a second more.
 
     Raises:
         TimeoutError: it is over.
     """
     if limit is None:
-        return _left_behind(limit, name, arguments, call) if elsewhere else call()
-    call = _titled(f"the reward {name}, limited to {limit:g} s", call)
-    elsewhere = elsewhere or threading.current_thread() is not threading.main_thread()
+        return _left_behind(limit, name, arguments, call) if loop else call()
+    call = _titled(f"the reward {name}, limited by its time_limit to {limit:g} s", call)
     with _last_resort(limit + GRACE):
-        return (_left_behind if elsewhere else _interrupted)(limit, name, arguments, call)
+        if not loop and threading.current_thread() is threading.main_thread():
+            return _interrupted(limit, name, arguments, call)
+        return _left_behind(limit, name, arguments, call, slack=1.0 if loop else 0.0)
 
 
 def overdue(limit: float, name: str, arguments: Mapping[str, Any], stack: Stack) -> TimeoutError:
@@ -127,7 +128,9 @@ def _interrupted(limit: float, name: str, arguments: Mapping[str, Any], call: Ca
         signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
 
 
-def _left_behind(limit: float | None, name: str, arguments: Mapping[str, Any], call: Callable[[], T]) -> T:
+def _left_behind(
+    limit: float | None, name: str, arguments: Mapping[str, Any], call: Callable[[], T], slack: float = 0.0
+) -> T:
     answer: Future[T] = Future()
     done = threading.Event()
 
@@ -141,7 +144,7 @@ def _left_behind(limit: float | None, name: str, arguments: Mapping[str, Any], c
 
     thread = threading.Thread(target=judge, name="reward", daemon=True)
     thread.start()
-    if not _in_time(done, limit, name):
+    if not _in_time(done, limit, name) and not done.wait(slack):
         stack = _inside(sys._current_frames().get(thread.ident))
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Overdue))
         raise overdue(limit, name, arguments, stack)
@@ -152,7 +155,9 @@ def _in_time(done: threading.Event, limit: float | None, name: str) -> bool:
     if limit is None:
         return done.wait()
     if not done.wait(soon := limit * WARN_AFTER):
-        log.warning("the reward %s is at work for %g s now; at its time_limit of %g s the run ends", name, soon, limit)
+        log.warning(
+            "the reward %s has been at work for %g s; at its time_limit of %g s the run ends", name, soon, limit
+        )
     return done.wait(limit * (1 - WARN_AFTER))
 
 
@@ -183,7 +188,7 @@ def _last_resort(seconds: float) -> Iterator[None]:
     def wind() -> None:
         if _deadlines:
             seconds = max(min(_deadlines.values()) - time.monotonic(), 1e-3)
-            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=2)
         else:
             faulthandler.cancel_dump_traceback_later()
 
