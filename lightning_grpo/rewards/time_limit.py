@@ -97,7 +97,9 @@ def _interrupted(limit: float, name: str, arguments: Mapping[str, Any], call: Ca
     done, deadline = threading.Event(), time.monotonic() + limit
 
     def ring(signum: int, frame: FrameType | None) -> None:
-        if not done.is_set() and time.monotonic() >= deadline:
+        # while one ring is writing its error, the next must not interrupt it
+        rings = any(at.f_code is ring.__code__ for at, _ in traceback.walk_stack(frame))
+        if not rings and not done.is_set() and time.monotonic() >= deadline:
             raise Overdue(overdue(limit, name, arguments, _inside(frame)))
 
     def watch() -> None:
