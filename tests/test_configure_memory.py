@@ -113,6 +113,7 @@ def test_kept_activations_are_those_of_the_closed_form(kind, dtype):
 def test_fake_tensors_keep_what_the_trainer_keeps(changes):
     w = run(small(), **changes)
     model, batch = random_policy(w, "cpu"), random_batch(w, "cpu")
+    attention = model.config._attn_implementation
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}
 
@@ -125,7 +126,7 @@ def test_fake_tensors_keep_what_the_trainer_keeps(changes):
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=w.precision == "bf16-mixed"):
         completion_logprobs(model, **batch, share_prompt=w.shares_prompt)
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    expected = activations(w).layer * w.shape.layers + activations(w).ends
+    expected = activations(w, attention).layer * w.shape.layers + activations(w, attention).ends
     head = 4 * 32 * 512 * w.compute_bytes + 6 * 4 * 32 * 128 * 4
     assert 0.97 * expected <= real <= 1.03 * expected + head
 

@@ -48,11 +48,13 @@ def saved_bytes(weights: set[int]) -> Iterator[dict[int, int]]:
 
 
 def _kept(shape: ModelShape, layers: int, rows: int, prompts: int, P: int, T: int, settings: tuple) -> int:
-    precision, dtype, rank, targets = settings
+    attention, precision, dtype, rank, targets = settings
     low = torch.float16 if precision.startswith("16") else torch.bfloat16
     autocast = torch.autocast("cpu", dtype=low) if precision.endswith("mixed") else contextlib.nullcontext()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(with_layers(shape.config, layers), dtype=getattr(torch, dtype)).train()
+        config = with_layers(shape.config, layers)
+        kind = getattr(torch, dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation=attention).train()
         if rank:
             chosen = targets if isinstance(targets, str) else list(targets)
             get_peft_model(model, LoraConfig(r=rank, target_modules=chosen, task_type="CAUSAL_LM"))
@@ -107,9 +109,9 @@ def _activations(shape: ModelShape, *sizes) -> Activations:
     return Activations(layer=two - one, ends=max(0, 2 * one - two))
 
 
-def activations(w: Workload) -> Activations:
-    """What the forward of one micro-batch of ``w`` keeps."""
+def activations(w: Workload, attention: str = "sdpa") -> Activations:
+    """What the forward of one micro-batch of ``w`` keeps, with transformers' attention of this name."""
     rows = w.micro_batch_size
     prompts = ceil(rows / w.num_generations) if w.shares_prompt else rows
-    settings = (w.precision, w.dtype, w.lora_rank, w.lora_targets)
+    settings = (attention, w.precision, w.dtype, w.lora_rank, w.lora_targets)
     return _activations(w.shape, rows, prompts, w.prompt_length, w.completion_length, settings)

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lightning_grpo.attention import NAME as ATTENTION
 from lightning_grpo.configure.cost import Efficiency, decode_seconds
 from lightning_grpo.configure.hardware import Hardware
 from lightning_grpo.configure.workload import Workload
@@ -36,7 +37,7 @@ def random_policy(w: Workload, device: torch.device | str) -> nn.Module:
     """The model of ``w`` with random weights, ready to be trained."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
-            w.shape.config, dtype=getattr(torch, w.dtype), attn_implementation="sdpa"
+            w.shape.config, dtype=getattr(torch, w.dtype), attn_implementation=ATTENTION
         )
     if w.lora_rank:
         targets = w.lora_targets if isinstance(w.lora_targets, str) else list(w.lora_targets)

@@ -7,7 +7,8 @@ numbers of the run. States as in "ZeRO" (Rajbhandari et al. 2020, arXiv:1910.020
 
 from dataclasses import dataclass
 
-from lightning_grpo.configure.activations import activations
+from lightning_grpo.attention import NAME as ATTENTION
+from lightning_grpo.configure.activations import Activations, activations
 from lightning_grpo.configure.hardware import GiB, Hardware
 from lightning_grpo.configure.workload import STATE_BYTES, Workload
 from lightning_grpo.kernels.linear import BLOCK_BYTES, KEEP_BYTES
@@ -110,13 +111,17 @@ def _generate(w: Workload) -> Parts:
     return {"KV cache": cache, "weight copies": copies, "sampling": 12 * rows * w.shape.vocab}
 
 
+def _kept(w: Workload, hardware: Hardware) -> Activations:
+    return activations(w, ATTENTION if hardware.is_cpu else "sdpa")
+
+
 def _score(w: Workload, hardware: Hardware) -> Parts:
     """Old and reference log-probs, without gradients: one layer's activations at a time."""
     if not (w.needs_old_logprobs or w.needs_reference):
         return {}
     tokens = w.micro_batch_size * (w.prompt_length + w.completion_length)
     return {
-        "activations": activations(w).layer + 2 * tokens * w.shape.hidden * w.weight_bytes,
+        "activations": _kept(w, hardware).layer + 2 * tokens * w.shape.hidden * w.weight_bytes,
         "weight copies": _weight_copies(w),
         "logits blocks": _head(w, hardware, trained=False),
     }
@@ -125,7 +130,7 @@ def _score(w: Workload, hardware: Hardware) -> Parts:
 def _update(w: Workload, hardware: Hardware) -> Parts:
     """The largest of three moments: the loss is known, the last gradient arrives, the optimizer steps."""
     states = _states(w) | {"gradients": w.trained * w.trained_bytes / w.shards}
-    kept = activations(w)
+    kept = _kept(w, hardware)
     tokens = w.micro_batch_size * (w.prompt_length + w.completion_length)
     # The residual stream has the parameters' type, also under autocast.
     residual = tokens * w.shape.hidden * w.weight_bytes

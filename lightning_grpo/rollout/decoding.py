@@ -93,7 +93,7 @@ def quick_decoding(model: nn.Module) -> Iterator[None]:
     """
     config = model.config.get_text_config()
     own, cached = config._attn_implementation, torch.is_autocast_cache_enabled()
-    config._attn_implementation = NAME if own == "sdpa" else own
+    config._attn_implementation = NAME if str(own).startswith("sdpa") else own
     torch.set_autocast_cache_enabled(True)
     try:
         yield

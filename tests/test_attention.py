@@ -1,0 +1,183 @@
+"""The policy's attention in transformers' models: as exact as eager attention, and SDPA where it does not apply."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from lightning_grpo.attention import LONGEST, NAME, _multiplies_bfloat16, attend
+from lightning_grpo.logprobs import completion_logprobs
+from lightning_grpo.policy import LoRA, frozen_copy, load_policy
+
+pytestmark = pytest.mark.skipif(not _multiplies_bfloat16(), reason="needs bfloat16 products")
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+MODELS = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Gemma2": {"head_dim": 8, "sliding_window": 6, "attn_logit_softcapping": None, "query_pre_attn_scalar": 8},
+    "Mistral": {"sliding_window": 5},
+}
+
+
+def make(name: str, **changes) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SMALL | MODELS[name] | changes)
+    return getattr(transformers, f"{name}ForCausalLM")(config).train()
+
+
+def batch(padded: bool = True) -> dict[str, torch.Tensor]:
+    """Two groups of three; left-padded prompts, completions of 2 to 7 tokens."""
+    g = torch.Generator().manual_seed(1)
+    prompt_ids = torch.randint(2, 97, (2, 9), generator=g).repeat_interleave(3, 0)
+    completion_ids = torch.randint(2, 97, (6, 7), generator=g)
+    left, right = torch.tensor([0, 0, 0, 3, 3, 3])[:, None], torch.tensor([7, 2, 5, 3, 7, 4])[:, None]
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": torch.arange(9) >= left * padded,
+        "completion_ids": completion_ids,
+        "completion_mask": torch.arange(7) < right.masked_fill(torch.tensor(not padded), 7),
+    }
+
+
+def results(model: nn.Module, attention: str, low: bool = True, padded: bool = True, share_prompt: bool = True):
+    """Log-probs, and the gradient of all weights as one vector."""
+    model.set_attn_implementation(attention)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        logprobs, _ = completion_logprobs(model, **batch(padded), share_prompt=share_prompt)
+    logprobs.sum().backward()
+    return logprobs.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_as_near_the_truth_as_with_eager_attention(name, padded, share_prompt):
+    model = make(name)
+    exact = results(model, "eager", low=False, padded=padded)
+    both = [results(model, kind, padded=padded, share_prompt=share_prompt) for kind in (NAME, "eager")]
+    ours, eager = ([((x - y).norm() / y.norm()).item() for x, y in zip(found, exact, strict=True)] for found in both)
+    assert not torch.equal(both[0][1], results(model, "sdpa", padded=padded, share_prompt=share_prompt)[1])
+    assert all(x < 1.3 * y + 1e-3 for x, y in zip(ours, eager, strict=True))
+    assert max(ours) < 0.1
+
+
+def test_in_float32_a_model_is_sdpas_bit_by_bit():
+    model = make("Llama")
+    ours, theirs = results(model, NAME, low=False), results(model, "sdpa", low=False)
+    assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+def test_recomputed_layers_give_the_same_gradients():
+    model = make("Llama")
+    plain = results(model, NAME, share_prompt=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert all(torch.equal(x, y) for x, y in zip(plain, results(model, NAME, share_prompt=False), strict=True))
+
+
+def test_scoring_and_training_give_the_same_logprobs():
+    model = make("Llama")
+    trained, _ = results(model, NAME)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scored, _ = completion_logprobs(model, **batch())
+    assert torch.equal(trained, scored)
+
+
+# --- where it applies -------------------------------------------------------------------------------------------------
+
+
+def call(T: int = 6, L: int = 6, dtype: torch.dtype = torch.bfloat16, mask: str | None = "bool", **options):
+    """(ours, SDPA's) for causal attention of the last T of L positions, the second row left-padded."""
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.num_key_value_groups = 2
+    query = torch.randn(2, 4, T, 8, dtype=dtype, requires_grad=True)
+    key, value = (torch.randn(2, 2, L, 8, dtype=dtype) for _ in range(2))
+    sees = torch.ones(2, 1, T, L, dtype=torch.bool).tril(L - T)
+    sees[1, ..., 0] = False
+    hidden = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, -100.0)
+    given = {"bool": sees, "float": hidden, None: None, "of all rows": sees[:1], "of heads": sees.expand(2, 4, T, L)}
+    torch.manual_seed(1)
+    ours, _ = attend(module, query, key, value, given[mask], **options)
+    torch.manual_seed(1)
+    return ours, sdpa_attention_forward(module, query, key, value, given[mask], **options)[0]
+
+
+def by_products(out: torch.Tensor) -> bool:
+    return out.grad_fn.next_functions[0][0].name() == "_AttentionBackward"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"T": 3},
+        {"mask": None},
+        {"scaling": 0.2, "dropout": 0.0, "softcap": None, "sliding_window": 4, "position_bias": None},
+    ],
+)
+def test_products_in_bfloat16(options):
+    ours, theirs = call(**options)
+    assert by_products(ours) and ours.shape == theirs.shape and ours.is_contiguous()
+    torch.testing.assert_close(ours[:, 1:], theirs[:, 1:], rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": torch.float32},
+        {"dtype": torch.float16},
+        {"T": 1},
+        {"T": 2, "L": LONGEST + 1},
+        {"T": 3, "mask": None},
+        {"mask": None, "is_causal": False},
+        {"mask": "float"},
+        {"mask": "of all rows"},
+        {"mask": "of heads"},
+        {"dropout": 0.5},
+        {"softcap": 30.0},
+        {"s_aux": torch.zeros(4)},
+        {"position_bias": torch.ones(1, 4, 6, 6, dtype=torch.bfloat16).tril()},
+        {"output_attentions": True},
+    ],
+)
+def test_sdpa_elsewhere(options):
+    ours, theirs = call(**options)
+    assert not by_products(ours)
+    assert torch.equal(ours, theirs)
+
+
+def test_autocast_decides_the_type():
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = call(dtype=torch.float32)
+    assert by_products(ours) and ours.dtype == theirs.dtype == torch.bfloat16
+
+
+# --- what a policy uses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+def test_policy_and_reference_have_it_unless_another_is_asked_for(tiny_model_path, lora):
+    policy = load_policy(tiny_model_path, lora=lora)
+    assert policy.config._attn_implementation == frozen_copy(policy).config._attn_implementation == NAME
+    for chosen in ("sdpa", "eager"):
+        policy = load_policy(tiny_model_path, lora=lora, attn_implementation=chosen)
+        assert policy.config._attn_implementation == chosen
+
+
+def test_its_name_is_not_saved_with_a_checkpoint(tiny_model_path, tmp_path):
+    load_policy(tiny_model_path).save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
