@@ -1,7 +1,7 @@
 """Attention as matrix products and softmaxes of blocks, whose probabilities the backward makes anew.
 
-Only the inputs live from the forward to the backward, and no tensor has all H·T·L probabilities of a long row. Shapes: N
-rows, H query heads, K key heads (H a multiple of K: Ainslie et al. 2023, arXiv:2305.13245), T queries, L keys, D head
+Only the inputs live from the forward to the backward, and no tensor has all H·T·L probabilities of a long row. Shapes:
+N rows, H query heads, K key heads (H a multiple of K: Ainslie et al. 2023, arXiv:2305.13245), T queries, L keys, D head
 size.
 """
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Probabilities made at once.
-BLOCK = 1 << 20
+# Probabilities made at once: of several rows, and of one. Above, memory is new to the process in each block, and below,
+# products are slow.
+ROWS_BLOCK, BLOCK = 1 << 18, 1 << 20
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -68,7 +69,7 @@ def _blocks(query: Tensor, key: Tensor, mask: Tensor | None) -> Iterator[tuple[s
     """Rows, queries and keys of one block each: some whole rows, or some queries of one row."""
     N, H, T, _ = query.shape
     L = key.shape[2]
-    rows = max(1, BLOCK // (H * T * L))
+    rows = max(1, ROWS_BLOCK // (H * T * L))
     parts = -(-H * T * L // BLOCK) if rows == 1 else 1
     queries = -(-T // parts)
     for row in range(0, N, rows):
