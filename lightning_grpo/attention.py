@@ -1,6 +1,7 @@
 """The attention of a policy on CPUs, under the name `NAME` in transformers: SDPA, and `kernels.attention` where faster.
 
-In bfloat16 torch's SDPA takes 1.5 to 7 times as long on a CPU (benchmarks/attention.py), most of it in the backward.
+In bfloat16 torch's SDPA takes 1.3 to 4 times as long on a CPU (benchmarks/attention.py), most of it in the backward; in
+float32 it is as fast, and used.
 """
 
 import functools
