@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Mistra
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lightning_grpo.rollout.decoding import BufferedLayer, attend, buffered_cache, quick_decoding
+from lightning_grpo.policy import load_policy
+from lightning_grpo.rollout.decoding import NAME, BufferedLayer, attend, buffered_cache, quick_decoding
 
 
 def test_a_buffered_layer_holds_what_a_dynamic_one_does():
@@ -50,13 +51,15 @@ def test_attention_is_sdpas(queries, heads):
         torch.testing.assert_close(found, expected)
 
 
-def test_the_model_is_left_as_it_was(tiny_model_path):
-    policy = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, load_policy])
+def test_the_model_is_left_as_it_was(tiny_model_path, load):
+    policy = load(tiny_model_path)
+    own = policy.config._attn_implementation
     with pytest.raises(KeyError), torch.autocast("cpu", torch.bfloat16, cache_enabled=False), quick_decoding(policy):
-        assert policy.config._attn_implementation != "sdpa"
+        assert policy.config._attn_implementation == NAME
         assert torch.is_autocast_cache_enabled()
         raise KeyError
-    assert policy.config._attn_implementation == "sdpa"
+    assert policy.config._attn_implementation == own != NAME
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         with quick_decoding(policy):
             pass
