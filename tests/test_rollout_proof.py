@@ -18,7 +18,7 @@ from lightning_grpo.rollout import (
     policy_weights,
 )
 from lightning_grpo.rollout.proof import Fingerprint, Held, WeightStream, canary_sequences, check_canary
-from lightning_grpo.rollout.wire import WeightOffer, fetch
+from lightning_grpo.rollout.wire import Delivery, WeightOffer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -139,7 +139,7 @@ def test_what_the_engine_holds_is_compared(fault, message):
     wrong = None if fault == "stale" else Fingerprint.of(weights["b"].T)
     held = [Held("a", "layer", Fingerprint.of(weights["a"])), Held("b", "layer", wrong)]
     # The same must hold for what a server reports.
-    for report in (held, [Held.from_json(h.to_json(), at="http://there") for h in held]):
+    for report in (held, [Held.from_json(h.to_json(at="http://there")) for h in held]):
         with pytest.raises(WeightSyncError, match=message):
             stream.check(report)
 
@@ -151,13 +151,16 @@ def test_tensors_travel_over_tcp_unchanged():
     received = [{}, {}]
 
     def receive(into):
-        into.update(fetch(offer.host, offer.port, offer.token))
+        with Delivery(offer.host, offer.port, offer.token) as delivery:
+            into.update(delivery.weights())
+            delivery.answer({"tensors": len(into)})
 
     threads = [threading.Thread(target=receive, args=(into,)) for into in received]
     for thread in threads:
         thread.start()
     offer.accept(2)
     offer.send(weights.items())
+    assert offer.answers() == [{"tensors": len(weights)}] * 2
     for thread in threads:
         thread.join()
     offer.close()
@@ -173,7 +176,8 @@ def test_an_impostor_gets_nothing_and_a_cut_stream_is_an_error():
 
     def receive(token):
         try:
-            outcomes.append(dict(fetch(offer.host, offer.port, token)))
+            with Delivery(offer.host, offer.port, token) as delivery:
+                outcomes.append(dict(delivery.weights()))
         except ConnectionError as error:
             outcomes.append(error)
 

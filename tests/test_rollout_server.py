@@ -394,11 +394,15 @@ def test_one_of_two_servers_with_other_weights_is_named(both, policy, servers, m
         synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
 
 
-def test_workers_that_share_a_model_compare_their_shards(tiny_model_path, policy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("parallel, second", [("tensor", "worker 1"), ("data", "copy 1")])
+def test_every_worker_of_a_server_proves_what_it_holds(
+    tiny_model_path, policy, tmp_path, monkeypatch, parallel, second
+):
+    """Two that share a model, or have a copy each."""
     module = Sampler(tiny_model_path)
     module.configure_model()
     callback = VLLMProcessRollout(
-        tensor_parallel_size=2,
+        **{f"{parallel}_parallel_size": 2},
         dtype="float32",
         enforce_eager=True,
         environment={"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
@@ -408,6 +412,8 @@ def test_workers_that_share_a_model_compare_their_shards(tiny_model_path, policy
         synced = synced_with(engine, policy)
         groups = synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
         assert synced.last_sync.compared == synced.last_sync.tensors == 20
+        assert sum(second in held.place for held in engine.held) == len(engine.held) / 2 >= 20
+        assert len(engine.replica_logprobs(PROMPTS[:1])) == (2 if parallel == "data" else 1)
         assert worst(synced, groups) < 1e-4
         send, name = WeightOffer.send, "model.layers.1.mlp.down_proj.weight"
 
@@ -418,13 +424,12 @@ def test_workers_that_share_a_model_compare_their_shards(tiny_model_path, policy
             send(offer, weights)
             offer._receivers = [second]
             send(offer, [(n, w + 1e-7 if n == name else w) for n, w in weights])
+            offer._receivers = [first, second]
 
         monkeypatch.setattr(WeightOffer, "send", faulty)
         perturb(policy)
         synced.turn = 1
-        with pytest.raises(
-            WeightSyncError, match=rf"{name} \(altered in model.layers.1.mlp.down_proj at .*, worker \d"
-        ):
+        with pytest.raises(WeightSyncError, match=rf"{name} \(altered in .*down_proj at [^ ]*(, {second})?\)"):
             synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
     finally:
         engine.close()

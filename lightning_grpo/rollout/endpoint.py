@@ -42,8 +42,8 @@ class Endpoint:
         self.lost: str | None = None
         """Why it is out of use; None while it is in use. A lost endpoint is tried again at the next weight sync."""
 
-    async def call(self, path: str, body: Any = None, *, method: str = "POST") -> Any:
-        """The parsed reply; None where it is not JSON.
+    async def call(self, path: str, body: Any = None, *, method: str = "POST", copy: int | None = None) -> Any:
+        """The parsed reply; None where it is not JSON. ``copy`` says which copy of the model is asked.
 
         Raises:
             PermissionError: the endpoint refuses the API key.
@@ -51,7 +51,8 @@ class Endpoint:
             EndpointLost: it can't be reached, or failed.
         """
         try:
-            reply = await self.client.request(method, path, json=body)
+            headers = {} if copy is None else {"X-data-parallel-rank": str(copy)}
+            reply = await self.client.request(method, path, json=body, headers=headers)
             self._refuse(reply, path)
             return reply.json() if "json" in reply.headers.get("content-type", "") else None
         except httpx.HTTPError as error:

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from lightning_grpo.rollout.endpoint import Endpoint, EventLoop
 from lightning_grpo.rollout.guest import guest
 from lightning_grpo.rollout.proof import Held
-from lightning_grpo.rollout.server_weights import held_by
+from lightning_grpo.rollout.server_weights import meet_workers
 from lightning_grpo.rollout.wire import free_port
 
 BUCKET = 256 << 20
@@ -50,7 +50,7 @@ class IPCTransfer:
             _all(loop, endpoints, "/update_weights", {"update_info": contents})
         _all(loop, endpoints, "/finish_weight_update")
         torch.cuda.ipc_collect()
-        return _held(loop, endpoints)
+        return meet_workers(loop, endpoints, "127.0.0.1", "tell_policy")
 
 
 class NCCLTransfer:
@@ -77,7 +77,7 @@ class NCCLTransfer:
                 call.result()
             torch.cuda.current_stream().synchronize()
         _all(loop, endpoints, "/finish_weight_update")
-        return _held(loop, endpoints)
+        return meet_workers(loop, endpoints, self._host, "tell_policy")
 
     def _meet(self, loop: EventLoop, endpoints: Sequence[Endpoint]) -> None:
         """Make the group anew where other endpoints are in use than before."""
@@ -130,7 +130,3 @@ def _start(loop: EventLoop, endpoints: Sequence[Endpoint], path: str, body: Any 
 
 def _all(loop: EventLoop, endpoints: Sequence[Endpoint], path: str, body: Any = None) -> list[Any]:
     return [call.result() for call in _start(loop, endpoints, path, body)]
-
-
-def _held(loop: EventLoop, endpoints: Sequence[Endpoint]) -> list[Held]:
-    return held_by(endpoints, _all(loop, endpoints, "/collective_rpc", {"method": "held_policy"}))

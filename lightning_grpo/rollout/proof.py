@@ -137,6 +137,11 @@ def _weights(device: torch.device) -> Tensor:
     return (torch.randint(-(2**62), 2**62, (_LANES,), generator=generator) | 1).to(device)
 
 
+def place_of(url: str, copy: int) -> str:
+    """What errors call a copy of the model in a server."""
+    return f"{url}, copy {copy}" if copy else url
+
+
 @dataclass(frozen=True)
 class Held:
     """What an engine holds of one tensor of the checkpoint."""
@@ -148,18 +153,18 @@ class Held:
     fingerprint: Fingerprint | None
     """None where the module still computes with an earlier one."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, *, at: str) -> dict[str, Any]:
+        """`at` names the engine that holds it."""
         f = self.fingerprint
         bits = None if f is None else [str(f.dtype).removeprefix("torch."), list(f.shape), f.sum]
-        return {"name": self.name, "place": self.place, "fingerprint": bits}
+        return {"name": self.name, "place": f"{self.place} at {at}", "fingerprint": bits}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any], *, at: str) -> "Held":
-        """`at` names the endpoint that holds it."""
+    def from_json(cls, data: dict[str, Any]) -> "Held":
         bits = data["fingerprint"]
         if bits is not None:
             bits = Fingerprint(getattr(torch, bits[0]), tuple(bits[1]), bits[2])
-        return cls(data["name"], f"{data['place']} at {at}", bits)
+        return cls(data["name"], data["place"], bits)
 
 
 @dataclass

@@ -6,30 +6,34 @@ variable ``VLLM_SERVER_DEV_MODE=1``.
 
 from typing import Any
 
-from lightning_grpo.rollout.proof import Held
+from lightning_grpo.rollout.proof import Held, place_of
 from lightning_grpo.rollout.tokenizer_check import tokenizer_facts
 from lightning_grpo.rollout.vllm_adapter import load_adapter
 from lightning_grpo.rollout.vllm_weights import held_weights, load_weights, replace_functions
-from lightning_grpo.rollout.wire import fetch
+from lightning_grpo.rollout.wire import Delivery
 
 
 class WeightReceiver:
     """Mixed into vLLM's worker; its methods are called by name through ``/collective_rpc``."""
 
-    def receive_policy(self, host: str, port: str, token: str) -> list[dict[str, Any]]:
-        """Fetch and load what is offered, the adapter alone where the server takes adapters (``--enable-lora``); tells
-        what is held afterwards. Of weights that workers share, each compares its part with the same part of what came;
-        of an adapter that they share, nothing is told."""
+    def receive_policy(self, host: str, port: str, token: str, url: str) -> None:
+        """Fetch and load what is offered, the adapter alone where the server takes adapters (``--enable-lora``), and
+        answer with what is held afterwards at this server's ``url``. Of weights that workers share, each compares its
+        part with the same part of what came; of an adapter that they share, nothing is told."""
         replace_functions()
-        weights = fetch(host, int(port), token)
-        if self.lora_config is None:
-            return _as_json(load_weights(self, weights))
-        held = load_adapter(self, weights)
-        return [] if self._is_shared else _as_json(held)
+        with Delivery(host, int(port), token) as delivery:
+            if self.lora_config is None:
+                held = load_weights(self, delivery.weights())
+            else:
+                held = load_adapter(self, delivery.weights())
+                held = [] if self._shares_model else held
+            delivery.answer(self._told(held, url))
 
-    def held_policy(self) -> list[dict[str, Any]]:
-        """What is held of weights that came another way; nothing where workers share them."""
-        return [] if self._is_shared else _as_json(held_weights(self))
+    def tell_policy(self, host: str, port: str, token: str, url: str) -> None:
+        """Answer with what is held of weights that came another way; nothing where workers share them."""
+        held = [] if self._shares_model else held_weights(self)
+        with Delivery(host, int(port), token) as delivery:
+            delivery.answer(self._told(held, url))
 
     def tokenizer_facts(self) -> dict[str, Any]:
         """Of the tokenizer with which the server looks for stop strings."""
@@ -38,9 +42,11 @@ class WeightReceiver:
         return tokenizer_facts(cached_tokenizer_from_config(self.model_config))
 
     @property
-    def _is_shared(self) -> bool:
+    def _shares_model(self) -> bool:
         return self.parallel_config.world_size > 1
 
-
-def _as_json(held: list[Held]) -> list[dict[str, Any]]:
-    return [h.to_json() for h in held]
+    def _told(self, held: list[Held], url: str) -> dict[str, Any]:
+        at = place_of(url, self.parallel_config.data_parallel_index)
+        if self._shares_model:
+            at += f", worker {self.rank}"
+        return {"held": [h.to_json(at=at) for h in held]}

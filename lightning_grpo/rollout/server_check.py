@@ -35,7 +35,9 @@ class ServerInfo:
     dtype: torch.dtype
     """What it computes in."""
     max_num_seqs: int
-    """Completions that it samples at once."""
+    """Completions that each copy of the model samples at once."""
+    copies: int
+    """Copies of the model, among which it deals out requests."""
     has_tokenizer: bool
     """Whether it can look for stop strings."""
     adapter_rank: int | None
@@ -63,8 +65,8 @@ async def check_server(endpoint: Endpoint) -> ServerInfo:
     except ValueError as error:
         raise ValueError(f"{endpoint.url} can't take weights; start it with: {command()}") from error
     config = info["vllm_config"]
-    model = config["model_config"]
-    extension = config["parallel_config"].get("worker_extension_cls")
+    model, parallel = config["model_config"], config["parallel_config"]
+    extension = parallel.get("worker_extension_cls")
     if model.get("logprobs_mode") != "processed_logprobs" or extension != RECEIVER:
         raise ValueError(
             f"{endpoint.url} has logprobs_mode {model.get('logprobs_mode')!r} and worker_extension_cls {extension!r}; "
@@ -80,6 +82,8 @@ async def check_server(endpoint: Endpoint) -> ServerInfo:
         url=endpoint.url,
         dtype=getattr(torch, str(model["dtype"]).removeprefix("torch.")),
         max_num_seqs=config["scheduler_config"]["max_num_seqs"],
+        # With a balancer outside, every copy is a server of its own.
+        copies=1 if parallel["data_parallel_external_lb"] else parallel["data_parallel_size_local"],
         has_tokenizer=not model["skip_tokenizer_init"],
         adapter_rank=(config["lora_config"] or {}).get("max_lora_rank"),
         transfer=(config["weight_transfer_config"] or {}).get("backend"),

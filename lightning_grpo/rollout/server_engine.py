@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_grpo.rollout.endpoint import ConnectionDropped, Endpoint, EndpointLost, EventLoop
 from lightning_grpo.rollout.gpu_transfer import IPCTransfer, NCCLTransfer
 from lightning_grpo.rollout.pool import Pool
-from lightning_grpo.rollout.proof import Held, WeightSyncError
+from lightning_grpo.rollout.proof import Held, WeightSyncError, place_of
 from lightning_grpo.rollout.server_check import (
     CANARIES,
     ServerInfo,
@@ -104,7 +104,8 @@ class ServerEngine:
             self.close()
             raise
         for endpoint, info in zip(self.endpoints, self._infos, strict=True):
-            endpoint.room = min(endpoint.room, max(1, info.max_num_seqs // 2, info.max_num_seqs - CANARIES))
+            room = max(1, info.max_num_seqs // 2, info.max_num_seqs - CANARIES)
+            endpoint.room = min(endpoint.room, info.copies * room)
         host = weights_host or own_address([urlsplit(info.url).hostname for info in self._infos])
         self._transfer = IPCTransfer() if chosen == "ipc" else {"tcp": TCPTransfer, "nccl": NCCLTransfer}[chosen](host)
 
@@ -319,20 +320,25 @@ class ServerEngine:
         return next(iter(self.replica_logprobs(sequences).values()))
 
     def replica_logprobs(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[Tensor]]:
-        """`logprobs` of every endpoint in use, by its URL. Requests may run there."""
+        """`logprobs` of every copy of the model in every endpoint in use, by its place. Requests may run there."""
+        copies = {
+            place_of(endpoint.url, copy): (endpoint, copy)
+            for endpoint, info in zip(self.endpoints, self._infos, strict=True)
+            if endpoint in self._pool.alive
+            for copy in range(info.copies)
+        }
 
-        async def score(endpoint: Endpoint) -> list[Tensor]:
-            return list(await asyncio.gather(*(self._score(endpoint, sequence) for sequence in sequences)))
+        async def score(endpoint: Endpoint, copy: int) -> list[Tensor]:
+            return list(await asyncio.gather(*(self._score(endpoint, copy, sequence) for sequence in sequences)))
 
-        async def all_of(endpoints: Sequence[Endpoint]) -> list[list[Tensor]]:
-            return list(await asyncio.gather(*map(score, endpoints)))
+        async def all_of_them() -> list[list[Tensor]]:
+            return list(await asyncio.gather(*(score(*place) for place in copies.values())))
 
-        alive = self._pool.alive
-        return dict(zip([e.url for e in alive], self._loop.wait(all_of(alive)), strict=True))
+        return dict(zip(copies, self._loop.wait(all_of_them()), strict=True))
 
-    async def _score(self, endpoint: Endpoint, sequence: Sequence[int]) -> Tensor:
+    async def _score(self, endpoint: Endpoint, copy: int, sequence: Sequence[int]) -> Tensor:
         params = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
-        reply = await endpoint.call("/inference/v1/generate", self._body(sequence, params))
+        reply = await endpoint.call("/inference/v1/generate", self._body(sequence, params), copy=copy)
         scored = zip(sequence[1:], reply["prompt_logprobs"][1:], strict=True)
         return torch.tensor([entry[str(token)]["logprob"] for token, entry in scored])
 

@@ -5,8 +5,9 @@ It reports that version for every token that it samples from then on.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import wait
+from typing import Protocol
 
 from torch import Tensor
 
@@ -35,34 +36,48 @@ class TCPTransfer:
         self._host = host
 
     def send(self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+        return meet_workers(loop, endpoints, self._host, "receive_policy", lambda offer: offer.send(weights))
+
+
+def meet_workers(
+    loop: EventLoop,
+    endpoints: Sequence[Endpoint],
+    host: str,
+    method: str,
+    serve: Callable[[WeightOffer], None] = lambda offer: None,
+) -> list[Held]:
+    """Call a method of `WeightReceiver` in every worker of every copy that the endpoints have; what they hold.
+
+    They answer through connections of their own: a server with several copies tells over HTTP what the first says.
+    """
+    offer = WeightOffer(host)
+    try:
         workers = [loop.wait(e.call("/get_world_size", method="GET"))["world_size"] for e in endpoints]
-        offer = WeightOffer(self._host)
+        calls = []
+        for endpoint in endpoints:
+            body = {"method": method, "args": [offer.host, str(offer.port), offer.token, endpoint.url]}
+            calls.append(loop.start(endpoint.call("/collective_rpc", body)))
+
+        def give_up() -> None:
+            for endpoint, call in zip(endpoints, calls, strict=True):
+                if call.done():
+                    call.result()
+                    raise WeightSyncError(f"{endpoint.url} did not come for the weights")
+
+        offer.accept(sum(workers), give_up=give_up)
         try:
-            body = {"method": "receive_policy", "args": [offer.host, str(offer.port), offer.token]}
-            calls = [loop.start(endpoint.call("/collective_rpc", body)) for endpoint in endpoints]
-
-            def give_up() -> None:
-                for endpoint, call in zip(endpoints, calls, strict=True):
-                    if call.done():
-                        call.result()
-                        raise WeightSyncError(f"{endpoint.url} did not come for the weights")
-
-            offer.accept(sum(workers), give_up=give_up)
-            offer.send(weights)
-            return held_by(endpoints, [call.result() for call in calls])
-        finally:
-            offer.close()
-
-
-def held_by(endpoints: Sequence[Endpoint], replies: Sequence[dict[str, Any]]) -> list[Held]:
-    """What the workers of each endpoint told."""
-    held = []
-    for endpoint, reply in zip(endpoints, replies, strict=True):
-        workers = reply["results"]
-        for rank, told in enumerate(workers):
-            at = endpoint.url + (f", worker {rank}" if len(workers) > 1 else "")
-            held += [Held.from_json(h, at=at) for h in told]
-    return held
+            serve(offer)
+            answers = offer.answers()
+        except ConnectionError:
+            # Why a worker hung up.
+            for call in wait(calls, timeout=10).done:
+                call.result()
+            raise
+        for call in calls:
+            call.result()
+        return [Held.from_json(held) for answer in answers for held in answer["held"]]
+    finally:
+        offer.close()
 
 
 async def pause(endpoints: Sequence[Endpoint], *, in_flight: bool) -> None:

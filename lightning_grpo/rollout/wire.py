@@ -1,7 +1,8 @@
 """Tensors over TCP, one at a time: the trainer offers its weights, engines in other processes come and fetch them.
 
 It needs no shared file system, no GPU and no common process group, and holds one tensor in memory on each side. Each
-message is the length of a JSON header (8 bytes, big-endian), the header, and the tensor's bytes.
+message is the length of a JSON header (8 bytes, big-endian), the header, and the tensor's bytes. Engines answer with
+such a header.
 """
 
 import hmac
@@ -63,29 +64,42 @@ class WeightOffer:
         for receiver in self._receivers:
             _send_header(receiver, {"end": True})
 
+    def answers(self) -> list[dict[str, Any]]:
+        """What each receiver answers."""
+        return [_receive_header(receiver) for receiver in self._receivers]
+
     def close(self) -> None:
         """Stop listening; a stream cut short makes the receivers fail, not finish."""
         for connection in [self._listener, *self._receivers]:
             connection.close()
 
 
-def fetch(host: str, port: int, token: str) -> Iterator[tuple[str, Tensor]]:
-    """The engine's side: the offered tensors, on the CPU.
+class Delivery:
+    """The engine's side of an offer, a context manager."""
 
-    Raises:
-        ConnectionError: where the stream ends before the offer is complete.
-    """
-    with socket.create_connection((host, port), timeout=TIMEOUT) as connection:
-        connection.sendall(token.encode())
-        while True:
-            length = int.from_bytes(_receive_exactly(connection, 8), "big")
-            header = json.loads(_receive_exactly(connection, length))
-            if "end" in header:
-                return
-            dtype = getattr(torch, header["dtype"])
-            tensor = torch.empty(header["shape"], dtype=dtype)
-            _receive_into(connection, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+    def __init__(self, host: str, port: int, token: str) -> None:
+        self._connection = socket.create_connection((host, port), timeout=TIMEOUT)
+        self._connection.sendall(token.encode())
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The offered tensors, on the CPU.
+
+        Raises:
+            ConnectionError: where the stream ends before the offer is complete.
+        """
+        while "end" not in (header := _receive_header(self._connection)):
+            tensor = torch.empty(header["shape"], dtype=getattr(torch, header["dtype"]))
+            _receive_into(self._connection, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
             yield header["name"], tensor
+
+    def answer(self, answer: dict[str, Any]) -> None:
+        _send_header(self._connection, answer)
+
+    def __enter__(self) -> "Delivery":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
 
 
 def own_address(towards: Sequence[str]) -> str:
@@ -104,6 +118,10 @@ def free_port(host: str) -> int:
 def _send_header(connection: socket.socket, header: dict[str, Any]) -> None:
     data = json.dumps(header).encode()
     connection.sendall(len(data).to_bytes(8, "big") + data)
+
+
+def _receive_header(connection: socket.socket) -> dict[str, Any]:
+    return json.loads(_receive_exactly(connection, int.from_bytes(_receive_exactly(connection, 8), "big")))
 
 
 def _receive_exactly(connection: socket.socket, count: int) -> bytes:
