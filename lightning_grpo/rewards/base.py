@@ -42,7 +42,7 @@ class Reward(ABC):
     early: bool = False
     """Judge each group as soon as it is sampled, in another thread, while others still are. For slow rewards: it is
     then called with one group at a time, not with the whole rollout."""
-    time_limit: float | None = 300.0
+    time_limit: float | None = 1800.0
     """Seconds that one call may take; then the run ends with an error that says where it hangs, and on what. A tenth
     of it brings a warning. Null waits for ever."""
 
