@@ -128,6 +128,37 @@ def test_fit_is_described_compared_and_learned_from(tmp_path, file, tiny_model_p
     assert seconds["update"] == approx(sum(prediction.seconds["update"]) / len(prediction.seconds["update"]), rel=0.3)
 
 
+def test_a_disturbed_run_does_not_undo_what_was_learned(tmp_path, file, tiny_model_path):
+    prediction = Prediction(calibration=str(file))
+    fit(tiny_model_path, tmp_path, prediction)
+    before = prediction.efficiency = calibration.load(prediction.workload, prediction.hardware, file)
+    prediction.compare()
+    undisturbed = calibration.load(prediction.workload, prediction.hardware, file)
+    assert undisturbed.update_factor == approx(before.update_factor, rel=0.2) and undisturbed.source == "measured here"
+    # one step of several: nothing changes
+    median = sorted(prediction.seconds["update"])[1]
+    prediction.seconds["update"] = [median, 100 * median, median]
+    prediction.compare()
+    assert calibration.load(prediction.workload, prediction.hardware, file).update_factor <= undisturbed.update_factor
+    # all of them: half of it, in logarithms
+    prediction.seconds = {name: [100 * value for value in values] for name, values in prediction.seconds.items()}
+    prediction.efficiency = undisturbed
+    prediction.compare()
+    disturbed = calibration.load(prediction.workload, prediction.hardware, file)
+    assert 5 < disturbed.update_factor / undisturbed.update_factor < 20
+
+
+def test_sampling_beside_the_update_says_nothing_of_its_speed(tmp_path, file, tiny_model_path):
+    prediction = Prediction(calibration=str(file))
+    fit(tiny_model_path, tmp_path, prediction)
+    before = prediction.efficiency = calibration.load(prediction.workload, prediction.hardware, file)
+    prediction.workload = replace(prediction.workload, rollout_ahead=True)
+    prediction.seconds["rollout"] = [1e-6] * 3
+    prediction.compare()
+    assert "generate" not in prediction.report
+    assert calibration.load(prediction.workload, prediction.hardware, file).generate_factor == before.generate_factor
+
+
 def test_fit_refuses_what_cannot_fit(tmp_path, tiny_model_path, monkeypatch):
     tiny = replace(find_gpu("cpu"), memory=1e6)
     monkeypatch.setattr("lightning_grpo.configure.callback.this_machine", lambda: tiny)

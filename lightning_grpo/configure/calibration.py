@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_grpo.configure.cost import Efficiency, micro_batch_work, optimizer_bytes
+from lightning_grpo.configure.cost import MEASURED, Efficiency, micro_batch_work, optimizer_bytes
 from lightning_grpo.configure.hardware import Hardware
 from lightning_grpo.configure.measure import Measured, measure_decoding, measure_update
 from lightning_grpo.configure.workload import Workload
@@ -80,7 +80,7 @@ def from_update(w: Workload, hardware: Hardware, measured: Measured, before: Eff
         bandwidth=bandwidth,
         update_factor=1.0,
         spread=1.3,
-        source="measured here",
+        source=MEASURED,
     )
 
 

@@ -1,6 +1,8 @@
 """During ``fit``: a summary before the first step, prediction against reality after some, and what to learn from it."""
 
 import logging
+import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_grpo.configure import calibration
 from lightning_grpo.configure.activations import Untraceable
-from lightning_grpo.configure.cost import Efficiency, predict_cost
+from lightning_grpo.configure.cost import MEASURED, Efficiency, predict_cost
 from lightning_grpo.configure.hardware import GiB, Hardware, this_machine
 from lightning_grpo.configure.measure import reset_peak, resident, sees_peaks
 from lightning_grpo.configure.memory import predict_memory
@@ -114,11 +116,15 @@ class Prediction(Callback):
             w = replace(w, mean_fill=min(1.0, max(fill, 1e-3)))
         predicted = predict_cost(w, self.hardware, self.efficiency).seconds
         updates = w.updates_per_rollout
-        took = {name: updates * sum(values) / len(values) for name, values in self.seconds.items()}
+        # The median of rollouts, for one that was disturbed says little.
+        took = {name: updates * _typical(values, updates) for name, values in self.seconds.items()}
         pairs = {
             "generate": (predicted["generate"] + predicted["sync"], took["sync"] + took["rollout"]),
             "score and update": (predicted["score"] + predicted["update"], took["score"] + took["update"]),
         }
+        if w.rollout_ahead:
+            # Only the wait for what was sampled shows.
+            del pairs["generate"]
         lines = [f"{name} {_pair(*pair, 's a rollout')}" for name, pair in pairs.items()]
         memory = predict_memory(self.workload, self.hardware)
         # The rollout's window ends after the first forward of the update.
@@ -137,12 +143,15 @@ class Prediction(Callback):
         ]
         if off:
             log.warning("the prediction was off by more than %.0f %% in: %s", 100 * self.tolerance, ", ".join(off))
+        # Half of it, on a logarithmic scale: a run beside other work does not undo what earlier ones showed.
+        share = 0.5 if self.efficiency.source == MEASURED else 1.0
+        factors = {name: _factor(*pair) ** share for name, pair in pairs.items()}
         learned = replace(
             self.efficiency,
-            generate_factor=self.efficiency.generate_factor * _factor(*pairs["generate"]),
-            update_factor=self.efficiency.update_factor * _factor(*pairs["score and update"]),
+            generate_factor=self.efficiency.generate_factor * factors.get("generate", 1.0),
+            update_factor=self.efficiency.update_factor * factors["score and update"],
             spread=1.3,
-            source="measured here",
+            source=MEASURED,
         )
         calibration.save(self.workload, self.hardware, learned, self.file)
 
@@ -221,6 +230,12 @@ def _cpu(trainer: Trainer) -> Hardware:
 
 def _pair(predicted: float, measured: float, unit: str) -> str:
     return f"{predicted:.2f} → {measured:.2f} {unit} (×{measured / predicted:.2f})" if predicted else f"{measured:.2f}"
+
+
+def _typical(values: Sequence[float], updates: int) -> float:
+    """Mean over a rollout's optimizer steps, median over rollouts; the mean of all where there is no whole rollout."""
+    rollouts = [values[i : i + updates] for i in range(0, len(values) - updates + 1, updates)] or [values]
+    return statistics.median(statistics.fmean(steps) for steps in rollouts)
 
 
 def _factor(predicted: float, measured: float) -> float:

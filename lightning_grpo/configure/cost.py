@@ -14,6 +14,9 @@ from lightning_grpo.configure.activations import activations
 from lightning_grpo.configure.hardware import Hardware
 from lightning_grpo.configure.workload import Workload
 
+MEASURED = "measured here"
+"""Source of efficiencies that this machine showed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
