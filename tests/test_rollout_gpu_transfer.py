@@ -11,7 +11,7 @@ from lightning_grpo.rollout.vllm_adapter import adapter_settings
 
 
 def info(url="http://a", **changes):
-    settings = {"dtype": torch.bfloat16, "max_num_seqs": 8, "has_tokenizer": True, "adapter_rank": None}
+    settings = {"dtype": torch.bfloat16, "max_num_seqs": 8, "copies": 1, "has_tokenizer": True, "adapter_rank": None}
     return ServerInfo(**settings | {"transfer": None, "url": url} | changes)
 
 

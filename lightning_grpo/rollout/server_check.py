@@ -82,12 +82,18 @@ async def check_server(endpoint: Endpoint) -> ServerInfo:
         url=endpoint.url,
         dtype=getattr(torch, str(model["dtype"]).removeprefix("torch.")),
         max_num_seqs=config["scheduler_config"]["max_num_seqs"],
-        # With a balancer outside, every copy is a server of its own.
-        copies=1 if parallel["data_parallel_external_lb"] else parallel["data_parallel_size_local"],
+        copies=_copies(parallel),
         has_tokenizer=not model["skip_tokenizer_init"],
         adapter_rank=(config["lora_config"] or {}).get("max_lora_rank"),
         transfer=(config["weight_transfer_config"] or {}).get("backend"),
     )
+
+
+def _copies(parallel: dict[str, Any]) -> int:
+    # With a balancer outside, every copy, or every node, is a server of its own.
+    if parallel["data_parallel_external_lb"]:
+        return 1
+    return parallel["data_parallel_size_local" if parallel["data_parallel_hybrid_lb"] else "data_parallel_size"]
 
 
 def check_alike(infos: Sequence[ServerInfo], adapter: dict[str, Any] | None) -> None:
