@@ -418,7 +418,7 @@ def test_every_worker_of_a_server_proves_what_it_holds(
         send, name = WeightOffer.send, "model.layers.1.mlp.down_proj.weight"
 
         def faulty(offer, weights):
-            """One worker, whichever came second, gets a value of one tensor otherwise, too little for a log-prob to show it."""
+            """The worker that came second gets other values of one tensor, too little for a log-prob to show it."""
             weights, (first, second) = list(weights), offer._receivers
             offer._receivers = [first]
             send(offer, weights)
