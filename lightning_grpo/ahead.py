@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from lightning_grpo.data import PromptBatch
+from lightning_grpo.errors import RunError
 from lightning_grpo.rollout.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class Ahead:
             RuntimeError: the data module now serves other prompts than it announced. What sampling raised goes through.
         """
         if (batch.rollout, batch.prompt_indices) != (self.number, self.prompt_indices):
-            raise RuntimeError(
+            raise RunError(
                 f"rollout {self.number} was sampled ahead for the prompts {self.prompt_indices[:4]} …, but the data "
                 f"module serves rollout {batch.rollout} with {batch.prompt_indices[:4]} …: its next_prompts() and its "
                 "train loader must agree; set rollout_ahead to 0 for data modules that can't know what comes next"

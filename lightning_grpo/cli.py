@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import lightning_grpo.rewards  # noqa: F401  their bare class names resolve once they are imported
 from lightning_grpo.configure.callback import Prediction
 from lightning_grpo.data import PromptDataModule
+from lightning_grpo.errors import ReportedError
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.monitor.terminal import RunSummary, StepProgressBar, TerminalHandler
@@ -82,7 +82,7 @@ class GRPOCommand(LightningCLI):
 def main(args: list[str] | None = None) -> None:
     """Run the command line ``args``; those of the process where None.
 
-    An error that this package raises ends as its message and exit status 1; LIGHTNING_GRPO_TRACEBACK=1 shows where it
+    A `ReportedError` ends as its message and exit status 1; LIGHTNING_GRPO_TRACEBACK=1 shows where it
     came from.
     """
     given = sys.argv[1:] if args is None else args
@@ -125,10 +125,9 @@ def log_to_terminal() -> None:
 
 
 def own_message(error: BaseException | None) -> str | None:
-    """What this package says of an error or of what caused it; None where others raised it."""
+    """The message of a `ReportedError`, or of the one that caused ``error``; None where the error is a bug."""
     while error is not None:
-        frames = list(traceback.walk_tb(error.__traceback__))
-        if frames and frames[-1][0].f_globals.get("__name__", "").startswith("lightning_grpo"):
+        if isinstance(error, ReportedError):
             notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
             return f"{error}{notes}"
         error = error.__cause__

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.types import Rollout
 
 
@@ -49,7 +50,7 @@ def cut_windows(
     """
     size = accumulate * micro_batch_size
     if len(experience) != windows * size:
-        raise ValueError(
+        raise UserError(
             f"{len(experience)} completions don't fill {windows} optimizer steps of {accumulate} micro-batches "
             f"of {micro_batch_size}"
         )

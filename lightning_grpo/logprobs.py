@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from lightning_grpo.errors import RunError
 from lightning_grpo.head import Head, head_of, model_inputs, replaced, say_once
 from lightning_grpo.kernels import logits_logprob
 
@@ -203,7 +204,7 @@ def _shared(model, head: Head, batch: _Batch, shared: _Shared) -> tuple[Tensor, 
         model(**{**prompts, **caching})
     P = batch.prompt_ids.shape[1]
     if shared.cache.get_seq_length() != P:
-        raise RuntimeError(
+        raise RunError(
             f"{type(model).__name__} put {shared.cache.get_seq_length()} of {P} prompt positions into its key-value "
             f"cache; set share_prompt to false for this model"
         )

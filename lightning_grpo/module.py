@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from lightning_grpo.ahead import Ahead
 from lightning_grpo.configure import check_batch_arithmetic
 from lightning_grpo.data import PromptBatch
+from lightning_grpo.errors import NonFiniteError, RunError, UserError
 from lightning_grpo.experience import Experience, cut_windows
 from lightning_grpo.monitor.metrics import Window, memory_in_use, observe_completions, observe_rewards
 from lightning_grpo.objective import (
@@ -69,9 +70,9 @@ class GRPOModule(RolloutModule):
             ("num_iterations", num_iterations, 1),
         ]:
             if value < least:
-                raise ValueError(f"{name} is {value}; set {least} or more")
+                raise UserError(f"{name} is {value}; set {least} or more")
         if self.rollout_ahead and objective.rollout_correction is None:
-            raise ValueError(
+            raise UserError(
                 "rollout_ahead is 1, so that samples come from an older policy than the one they train, and "
                 "objective.rollout_correction is not set, which makes up for it; set it, for example to "
                 "{level: token, mode: truncate, upper: 2}, or rollout_ahead to 0"
@@ -146,7 +147,7 @@ class GRPOModule(RolloutModule):
         if self.experience is None:
             self.make_experience(batch)
         elif batch.rollout != self.experience.number:
-            raise RuntimeError(
+            raise RunError(
                 f"the loader went on to other prompts at micro-batch {self.micro_step} of {len(self.micro_batches)}: "
                 "the rest of the rollout would be lost. A train loader yields each batch steps_per_rollout times, as "
                 "PromptDataModule's does; leave trainer.limit_train_batches at 1.0"
@@ -163,7 +164,7 @@ class GRPOModule(RolloutModule):
             self.sample_ahead()
         age = int((self.trainer.global_step - rollout.versions)[rollout.completion_mask].amax())
         if age > (oldest := self.rollout_ahead * self.updates_per_rollout):
-            raise RuntimeError(
+            raise RunError(
                 f"tokens of rollout {batch.rollout} are {age} optimizer steps old, and {oldest} is the most that "
                 f"rollout_ahead = {self.rollout_ahead} allows: the engine was not synced in time; nothing was trained "
                 "on them"
@@ -268,7 +269,7 @@ class GRPOModule(RolloutModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Measure the gradient before it is clipped, and stop before a broken one reaches the weights."""
         if self.micro_step % self.trainer.accumulate_grad_batches:
-            raise RuntimeError(
+            raise RunError(
                 f"an optimizer step was due after {self.micro_step % self.trainer.accumulate_grad_batches} of its "
                 f"{self.trainer.accumulate_grad_batches} micro-batches, as the epoch ended early: its gradient would "
                 "be that of fewer samples. Leave trainer.limit_train_batches at 1.0"
@@ -276,7 +277,7 @@ class GRPOModule(RolloutModule):
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not norm.isfinite() and self.trainer.precision != "16-mixed":
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"the gradient's norm is {norm.item()} at optimizer step {self.trainer.global_step}: the step was not "
                 "taken and the weights are those of before. Look at the last logged ratios and log-prob differences; "
                 "a lower learning rate, trainer.gradient_clip_val or precision bf16-mixed are the usual cures"
@@ -354,7 +355,7 @@ class GRPOModule(RolloutModule):
         if stage != "fit":
             return
         if self.trainer.datamodule is None:
-            raise ValueError("fit was given no data module; pass datamodule=PromptDataModule(...), or a subclass of it")
+            raise UserError("fit was given no data module; pass datamodule=PromptDataModule(...), or a subclass of it")
         check_batch_arithmetic(
             prompts_per_rollout=self.trainer.datamodule.prompts_per_rollout,
             num_generations=self.num_generations,
@@ -402,7 +403,7 @@ class GRPOModule(RolloutModule):
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["grpo"]
         if state["torn"]:
-            raise ValueError(
+            raise UserError(
                 "the checkpoint was saved in the instant after an optimizer step, before it was counted: it can't be "
                 "resumed exactly; resume from the one before"
             )
@@ -412,7 +413,7 @@ class GRPOModule(RolloutModule):
         in_rollout = "experience" in ranks[0]
         changed = [f"{name} {was} → {now}" for name, was in state["cut"].items() if was != (now := self._cut()[name])]
         if in_rollout and changed:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was saved in the middle of a rollout and {', '.join(changed)} since: the rest of the "
                 "rollout can't be trained on as it was cut. Resume with the earlier values, or from a checkpoint "
                 "between two rollouts"

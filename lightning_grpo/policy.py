@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_grpo.attention import NAME as ATTENTION
+from lightning_grpo.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,9 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"lora.rank is {self.rank}; set 1 or more, or leave lora out to train whole weights")
+            raise UserError(f"lora.rank is {self.rank}; set 1 or more, or leave lora out to train whole weights")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout is {self.dropout}; set a share in [0, 1)")
+            raise UserError(f"lora.dropout is {self.dropout}; set a share in [0, 1)")
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -49,7 +50,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(_not_found("tokenizer", model)) from error
+        raise UserError(_not_found("tokenizer", model)) from error
 
 
 def load_config(model: str):
@@ -63,7 +64,7 @@ def load_config(model: str):
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(_not_found("config.json", model)) from error
+        raise UserError(_not_found("config.json", model)) from error
     for name, value in vars(config).items():
         if isinstance(value, float) and (name.endswith(("dropout", "dropout_prob", "pdrop")) or name == "layerdrop"):
             setattr(config, name, 0.0)
@@ -96,7 +97,7 @@ def load_policy(
         ValueError: for an unknown dtype or a model that can't be found.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; set one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype is {dtype!r}; set one of {', '.join(DTYPES)}")
     config = load_config(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -110,7 +111,7 @@ def load_policy(
                     model, config=config, dtype=DTYPES[dtype], attn_implementation=attn_implementation
                 )
             except OSError as error:
-                raise ValueError(_not_found("weights", model)) from error
+                raise UserError(_not_found("weights", model)) from error
         if lora is not None:
             policy = get_peft_model(
                 policy,

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from lightning_grpo.attention import NAME as ATTENTION
 from lightning_grpo.data import Prompt, PromptBatch
+from lightning_grpo.errors import UserError
 from lightning_grpo.logprobs import completion_logprobs
 from lightning_grpo.monitor.metrics import Window, observe_completions, observe_rewards
 from lightning_grpo.policy import LoRA, frozen_copy, load_config, load_policy, load_tokenizer, shard
@@ -100,9 +101,9 @@ class PolicyModule(LightningModule):
             ("warmup_steps", warmup_steps, 0),
         ]:
             if value < least:
-                raise ValueError(f"{name} is {value}; set {least} or more")
+                raise UserError(f"{name} is {value}; set {least} or more")
         if not rewards:
-            raise ValueError("rewards is empty: nothing would be learned; name at least one reward")
+            raise UserError("rewards is empty: nothing would be learned; name at least one reward")
         self.model_path = model
         self.rewards = as_rewards(rewards)
         self.max_prompt_length = max_prompt_length
@@ -170,19 +171,19 @@ class PolicyModule(LightningModule):
         """Check what can be checked before a weight is loaded."""
         strategy = self.trainer.strategy
         if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
-            raise ValueError(
+            raise UserError(
                 f"trainer.strategy is {type(strategy).__name__}, under which weights would not reach the engine; set "
                 "ddp, or lightning.pytorch.strategies.ModelParallelStrategy, which shards them (FSDP2)"
             )
         if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
-            raise ValueError(
+            raise UserError(
                 f"trainer.strategy.tensor_parallel_size is {self.device_mesh['tensor_parallel'].size()}; set it to 1 "
                 "and data_parallel_size to the number of ranks"
             )
         longest = getattr(load_config(self.model_path).get_text_config(), "max_position_embeddings", None)
         needed = self.max_prompt_length + self.max_completion_length
         if longest is not None and needed > longest:
-            raise ValueError(
+            raise UserError(
                 f"max_prompt_length {self.max_prompt_length} + max_completion_length {self.max_completion_length} = "
                 f"{needed} tokens, but {self.model_path} was made for {longest}; "
                 f"set max_completion_length to {longest - self.max_prompt_length} or less, or shorten the prompts"
@@ -193,7 +194,7 @@ class PolicyModule(LightningModule):
         optimizer = self.optimizer_factory(p for p in self.parameters() if p.requires_grad)
         lr = max(group["lr"] for group in optimizer.param_groups)
         if self.trainer.precision == "16-mixed" and optimizer.defaults.get("fused"):
-            raise ValueError(
+            raise UserError(
                 "optimizer.fused is true and trainer.precision 16-mixed: the optimizer would unscale the gradients "
                 "itself, after they were measured and clipped; set fused: false, or precision bf16-mixed"
             )
@@ -423,7 +424,7 @@ class PolicyModule(LightningModule):
         if self.lora is not None:
             missing = {n for n, p in self.named_parameters() if p.requires_grad} - checkpoint["state_dict"].keys()
             if missing:
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint lacks {len(missing)} adapter weights, {min(missing)} among them: it was saved "
                     "with other lora options; set rank and target_modules as they were"
                 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_grpo.ahead import Ahead
 from lightning_grpo.data import PromptBatch
 from lightning_grpo.dynamic_sampling import flat_groups, replace_groups
+from lightning_grpo.errors import UserError
 from lightning_grpo.monitor.metrics import Window, observe_groups
 from lightning_grpo.objective import total_rewards
 from lightning_grpo.policy_module import PolicyModule
@@ -45,25 +46,25 @@ class RolloutModule(PolicyModule):
     ) -> None:
         super().__init__(*args, **kwargs)
         if num_generations < 2:
-            raise ValueError(
+            raise UserError(
                 f"num_generations is {num_generations}: an advantage is relative to its group; set 2 or more"
             )
         if resampling_rounds < 0:
-            raise ValueError(f"resampling_rounds is {resampling_rounds}; set 0 or more")
+            raise UserError(f"resampling_rounds is {resampling_rounds}; set 0 or more")
         if self.sampling.temperature == 0:
-            raise ValueError(
+            raise UserError(
                 "sampling.temperature is 0 (greedy): the completions of a group would all be the same; set 1.0"
             )
         if self.sampling.truncations:
             options = ", ".join(f"sampling.{name} = {value:g}" for name, value in self.sampling.truncations.items())
-            raise ValueError(
+            raise UserError(
                 f"{options}: the engine would sample from another distribution than the one trained, which biases the "
                 "gradient; leave it off in training (validation_sampling may have it)"
             )
         if rollout_ahead not in (0, 1):
-            raise ValueError(f"rollout_ahead is {rollout_ahead}; set 0, or 1 to sample one rollout ahead")
+            raise UserError(f"rollout_ahead is {rollout_ahead}; set 0, or 1 to sample one rollout ahead")
         if in_flight_updates and not rollout_ahead:
-            raise ValueError("in_flight_updates is true, but rollout_ahead is 0: nothing is in flight; set it to 1")
+            raise UserError("in_flight_updates is true, but rollout_ahead is 0: nothing is in flight; set it to 1")
         self.num_generations = num_generations
         self.resampling_rounds = resampling_rounds
         self.rollout_ahead = rollout_ahead
@@ -134,7 +135,7 @@ class RolloutModule(PolicyModule):
         for callback in (c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)):
             for name, able in (("rollout_ahead", "samples_in_background"), ("in_flight_updates", "updates_in_flight")):
                 if getattr(self, name) and not getattr(callback, able):
-                    raise ValueError(
+                    raise UserError(
                         f"{name} is {getattr(self, name)}, but {type(callback).__name__}'s engine works in turn with "
                         "the update; use VLLMProcessRollout or VLLMServerRollout, or leave it off"
                     )

@@ -151,7 +151,7 @@ def test_hub_name_goes_to_load_dataset(monkeypatch, load):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"source": "nowhere.jsonl"}, FileNotFoundError, "data.source is 'nowhere.jsonl', and there is no such file"),
+        ({"source": "nowhere.jsonl"}, ValueError, "data.source is 'nowhere.jsonl', and there is no such file"),
         ({"source": "/no/folder"}, ValueError, "data.source is '/no/folder'; set a .jsonl or .parquet file"),
         ({"source": "arithmetics"}, ValueError, "data.source is 'arithmetics'; set"),
         ({"source": "arithmetic", "source_args": {"hi": 1}}, ValueError, "'hi'; it takes: low, high, operator"),
@@ -172,7 +172,7 @@ def test_hub_name_goes_to_load_dataset(monkeypatch, load):
         ({"source": "letters", "system_prompt": "Hi"}, ValueError, "system_prompt is set .*; set data.chat to true"),
         (
             {"source": "letters", "chat_template": "none.jinja"},
-            FileNotFoundError,
+            ValueError,
             "neither a file nor a Jinja template",
         ),
         (

@@ -212,7 +212,7 @@ def test_without_vllm_the_policys_modules_sample(monkeypatch, caplog):
 
 @pytest.mark.parametrize(
     ("version", "error", "message"),
-    [(None, ModuleNotFoundError, r"pip install 'lightning-grpo\[vllm\]'"), ("0.29.1", ImportError, "vLLM 0.29.1")],
+    [(None, ValueError, r"pip install 'lightning-grpo\[vllm\]'"), ("0.29.1", ValueError, "vLLM 0.29.1")],
 )
 def test_a_missing_or_other_vllm_is_refused_at_start(version, error, message, monkeypatch, tiny_model_path, tmp_path):
     monkeypatch.setattr(vllm_engine, "vllm_version", lambda: version)

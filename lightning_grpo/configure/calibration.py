@@ -11,6 +11,7 @@ from lightning_grpo.configure.cost import MEASURED, Efficiency, micro_batch_work
 from lightning_grpo.configure.hardware import Hardware
 from lightning_grpo.configure.measure import Measured, measure_decoding, measure_update
 from lightning_grpo.configure.workload import Workload
+from lightning_grpo.errors import UserError
 
 
 def default_file() -> Path:
@@ -55,9 +56,7 @@ def _read(file: Path) -> dict[str, dict]:
         for entry in entries.values():
             Efficiency(**entry)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is no calibration ({error}); delete it, or name another with --calibration"
-        ) from error
+        raise UserError(f"{file} is no calibration ({error}); delete it, or name another with --calibration") from error
     return entries
 
 
@@ -92,7 +91,7 @@ def measure(w: Workload, hardware: Hardware) -> tuple[Efficiency, Measured]:
     """
     device = "cpu" if hardware.is_cpu else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--measure: there is no GPU in this machine to measure {hardware.name}; leave --gpu out")
+        raise UserError(f"--measure: there is no GPU in this machine to measure {hardware.name}; leave --gpu out")
     full = replace(w, mean_fill=1.0)
     measured = measure_update(full, device)
     before = Efficiency.assumed(hardware, w.engine)

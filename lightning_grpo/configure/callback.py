@@ -20,6 +20,7 @@ from lightning_grpo.configure.memory import predict_memory
 from lightning_grpo.configure.shape import ModelShape
 from lightning_grpo.configure.summary import describe_run, identity_line
 from lightning_grpo.configure.workload import Workload
+from lightning_grpo.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +39,9 @@ class Prediction(Callback):
         self, *, refuse: bool = True, tolerance: float = 0.3, after: int = 3, calibration: str | None = None
     ) -> None:
         if tolerance <= 0:
-            raise ValueError(f"tolerance is {tolerance}; set a relative difference above 0, such as 0.3")
+            raise UserError(f"tolerance is {tolerance}; set a relative difference above 0, such as 0.3")
         if after < 1:
-            raise ValueError(f"after is {after}; set 1 or more optimizer steps")
+            raise UserError(f"after is {after}; set 1 or more optimizer steps")
         self.refuse = refuse
         self.tolerance = tolerance
         self.after = after

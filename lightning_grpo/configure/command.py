@@ -16,6 +16,7 @@ from lightning_grpo.configure.hardware import GPUS, GiB
 from lightning_grpo.configure.pins import PINNABLE
 from lightning_grpo.configure.planner import plan
 from lightning_grpo.configure.render import draw, table, to_yaml
+from lightning_grpo.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,14 +87,14 @@ def parse_pins(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set {text}: write OPTION=VALUE, for example --set num_generations=16")
+            raise UserError(f"--set {text}: write OPTION=VALUE, for example --set num_generations=16")
         parsed = yaml.safe_load(value)
         if isinstance(parsed, str):
             # YAML 1.1 takes 1e-5 for text.
             with contextlib.suppress(ValueError):
                 parsed = float(parsed)
         if name in pins and pins[name] != parsed:
-            raise ValueError(f"--set {name} is given twice, as {pins[name]} and {parsed}; leave one out")
+            raise UserError(f"--set {name} is given twice, as {pins[name]} and {parsed}; leave one out")
         pins[name] = parsed
     return pins
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from lightning_grpo.errors import UserError
+
 GB = 1e9
 GiB = 2**30
 
@@ -161,13 +163,13 @@ def find_gpu(gpu: str | float | None) -> Hardware:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b?)?", text):
         gb = float(match[1])
         if not 4 <= gb <= 1000:
-            raise ValueError(f"--gpu {gpu}: {gb:g} GB of memory is no accelerator's; set between 4 and 1000")
+            raise UserError(f"--gpu {gpu}: {gb:g} GB of memory is no accelerator's; set between 4 and 1000")
         return by_memory(gb)
     if text in GPUS:
         return GPUS[text]
     if known := _match(text):
         return GPUS[known]
-    raise ValueError(
+    raise UserError(
         f"--gpu {gpu}: unknown. Set one of {', '.join(GPUS)}, cpu, auto (what is in this machine), "
         "or the memory in gigabytes (for example 24)"
     )

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_grpo.errors import UserError
+
 PINNABLE: dict[str, type] = {
     "num_generations": int,
     "prompts_per_rollout": int,
@@ -45,18 +47,18 @@ def check_pins(pins: Mapping[str, Any], lora: bool) -> dict[str, Any]:
     out = {}
     for name, value in pins.items():
         if name not in PINNABLE:
-            raise ValueError(f"--set {name}: unknown; set one of {', '.join(PINNABLE)}")
+            raise UserError(f"--set {name}: unknown; set one of {', '.join(PINNABLE)}")
         kind = PINNABLE[name]
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}[kind]
         if isinstance(value, bool) != (kind is bool) or (kind is str) != isinstance(value, str):
-            raise ValueError(f"--set {name}={value}: set {wanted}")
+            raise UserError(f"--set {name}={value}: set {wanted}")
         if kind is int and value != int(value):
-            raise ValueError(f"--set {name}={value}: set {wanted}")
+            raise UserError(f"--set {name}={value}: set {wanted}")
         if kind in (int, float) and value < 0:
-            raise ValueError(f"--set {name}={value}: set 0 or more")
+            raise UserError(f"--set {name}={value}: set 0 or more")
         out[name] = kind(value)
     if lora and out.get("lora_rank") == 0:
-        raise ValueError("--lora and --set lora_rank=0 contradict each other; leave one out")
+        raise UserError("--lora and --set lora_rank=0 contradict each other; leave one out")
     allowed = {
         "precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
         "dtype": ("float32", "bfloat16", "float16"),
@@ -67,11 +69,11 @@ def check_pins(pins: Mapping[str, Any], lora: bool) -> dict[str, Any]:
     }
     for name, values in allowed.items():
         if name in out and out[name] not in values:
-            raise ValueError(f"--set {name}={out[name]}: set one of {', '.join(values)}")
+            raise UserError(f"--set {name}={out[name]}: set one of {', '.join(values)}")
     precision, dtype = out.get("precision"), out.get("dtype")
     forced = {"32-true": "float32", "bf16-true": "bfloat16", "16-true": "float16"}.get(precision)
     if forced and dtype not in (None, forced):
-        raise ValueError(f"--set precision={precision} and dtype={dtype} contradict each other: set dtype={forced}")
+        raise UserError(f"--set precision={precision} and dtype={dtype} contradict each other: set dtype={forced}")
     if forced:
         out["dtype"] = forced
     return out

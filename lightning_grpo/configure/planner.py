@@ -19,6 +19,7 @@ from lightning_grpo.configure.prompts import PromptStatistics, prompt_statistics
 from lightning_grpo.configure.shape import ModelShape, divisors, find_model
 from lightning_grpo.configure.summary import refusal
 from lightning_grpo.configure.workload import Workload, check_batch_arithmetic
+from lightning_grpo.errors import UserError
 
 # Largest micro-batch tried: tokens of one forward pass.
 LARGEST_MICRO_BATCH = {"cpu": 4096, "cuda": 65536}
@@ -60,11 +61,11 @@ def plan(
             a run that cannot fit, with what is short, by how much, and the cheapest ways out.
     """
     if task not in TASKS:
-        raise ValueError(f"--task {task}: unknown; set one of {', '.join(TASKS)}")
+        raise UserError(f"--task {task}: unknown; set one of {', '.join(TASKS)}")
     if num_gpus < 1:
-        raise ValueError(f"--num_gpus is {num_gpus}; set 1 or more")
+        raise UserError(f"--num_gpus is {num_gpus}; set 1 or more")
     if budget_hours is not None and budget_hours <= 0:
-        raise ValueError(f"--budget_hours is {budget_hours}; set a number of hours above 0")
+        raise UserError(f"--budget_hours is {budget_hours}; set a number of hours above 0")
     pins = check_pins(pins, lora)
     hardware = find_gpu(gpu)
     shape = find_model(model)
@@ -146,13 +147,13 @@ def _choose(
     if preset == "classic":
         choices |= _classic(task, hardware)
     elif preset != "evidence":
-        raise ValueError(f"--preset {preset}: unknown; set evidence or classic")
+        raise UserError(f"--preset {preset}: unknown; set evidence or classic")
     return choices
 
 
 def _classic(task: str, hardware: Hardware) -> dict[str, Choice]:
     if task not in CLASSIC:
-        raise ValueError(f"--preset classic has no {task}; it knows {', '.join(CLASSIC)}. Leave --preset out")
+        raise UserError(f"--preset classic has no {task}; it knows {', '.join(CLASSIC)}. Leave --preset out")
     classic = CLASSIC[task]
     choices = {
         name: Choice(getattr(classic, name), "founding preset")
@@ -249,7 +250,7 @@ def _workload(
     )
     positions = getattr(shape.config, "max_position_embeddings", None)
     if positions and length > positions:
-        raise ValueError(
+        raise UserError(
             f"max_prompt_length {run.prompt_length} + max_completion_length {run.completion_length} = {length} tokens, "
             f"but {shape.name} holds {positions}; lower one of them"
         )
@@ -278,7 +279,7 @@ def _make_it_fit(
         return w, ()
     ways = ways_to_fit(w, hardware, fixed, count=1)
     if not ways:
-        raise ValueError(refusal(w, memory, hardware, fixed))
+        raise UserError(refusal(w, memory, hardware, fixed))
     run, levers = ways[0]
     return run, tuple(f"{lever.name} ({lever.setting(run)})" for lever in levers)
 
@@ -325,7 +326,7 @@ def _steps(budget_hours: float | None, step_seconds: float) -> int:
         return 200
     steps = int(budget_hours * 3600 / step_seconds)
     if steps < 1:
-        raise ValueError(
+        raise UserError(
             f"--budget_hours {budget_hours:g} is less than one step's {step_seconds / 60:.1f} min; raise it, or lower "
             "num_generations, prompts_per_rollout or max_completion_length with --set"
         )

@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from lightning_grpo.errors import UserError
+
 CHARACTERS_PER_TOKEN = 3.5
 PASS_RATE_COLUMNS = ("pass_rate", "solve_rate", "mean_reward")
 
@@ -31,14 +33,14 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     """
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"--prompts {path}: no such file; set a .jsonl or .parquet file")
+        raise UserError(f"--prompts {path}: no such file; set a .jsonl or .parquet file")
     if file.suffix == ".parquet":
         from pyarrow import ArrowException, parquet
 
         try:
             rows = parquet.read_table(file).to_pylist()
         except (ArrowException, OSError) as error:
-            raise ValueError(f"--prompts {path}: not readable as parquet ({str(error).splitlines()[0]})") from error
+            raise UserError(f"--prompts {path}: not readable as parquet ({str(error).splitlines()[0]})") from error
     elif file.suffix in (".jsonl", ".json"):
         rows = []
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -46,14 +48,14 @@ def read_rows(path: str) -> list[dict[str, Any]]:
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"--prompts {path}, line {number}: no JSON object ({error})") from error
+                    raise UserError(f"--prompts {path}, line {number}: no JSON object ({error})") from error
     else:
-        raise ValueError(f"--prompts {path}: unknown kind of file {file.suffix!r}; set a .jsonl or .parquet file")
+        raise UserError(f"--prompts {path}: unknown kind of file {file.suffix!r}; set a .jsonl or .parquet file")
     if not rows:
-        raise ValueError(f"--prompts {path}: holds no rows")
+        raise UserError(f"--prompts {path}: holds no rows")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or "prompt" not in row:
-            raise ValueError(f"--prompts {path}, row {number}: has no column 'prompt'")
+            raise UserError(f"--prompts {path}, row {number}: has no column 'prompt'")
     return rows
 
 
@@ -82,5 +84,5 @@ def prompt_statistics(path: str, model: str) -> PromptStatistics:
     column = next((name for name in PASS_RATE_COLUMNS if name in rows[0]), None)
     rates = tuple(float(row[column]) for row in rows if row.get(column) is not None) if column else ()
     if any(not 0 <= rate <= 1 for rate in rates):
-        raise ValueError(f"--prompts {path}: column {column!r} has values outside [0, 1]; pass rates are shares")
+        raise UserError(f"--prompts {path}: column {column!r} has values outside [0, 1]; pass rates are shares")
     return PromptStatistics(len(rows), mean(lengths), max(lengths), rates, tokenizer is not None)

@@ -12,6 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from lightning_grpo.errors import UserError
+
 # hidden, layers, MLP, query heads, key-value heads, head width, vocabulary, tied head
 _KNOWN = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", 576, 30, 1536, 9, 3, 64, 49152, True),
@@ -91,7 +93,7 @@ class ModelShape:
         chosen = [(i, o) for leaf, i, o in self.linears if targets == "all-linear" or leaf in targets]
         if not chosen:
             leaves = sorted({leaf for leaf, _, _ in self.linears})
-            raise ValueError(f"lora.target_modules {targets!r} names no linear layer; set all-linear or of {leaves}")
+            raise UserError(f"lora.target_modules {targets!r} names no linear layer; set all-linear or of {leaves}")
         return sum(rank * (i + o) for i, o in chosen)
 
     @classmethod
@@ -136,7 +138,7 @@ def find_model(model: str) -> ModelShape:
         return ModelShape.from_config(AutoConfig.from_pretrained(model), model)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"--model {model}: no config found ({reason}). Set a folder with a config.json, a name on the hub, or, "
             f"without the network, one of {', '.join(_KNOWN)}"
         ) from error

@@ -8,6 +8,7 @@ from lightning_grpo.configure.hardware import GiB, Hardware, this_machine
 from lightning_grpo.configure.levers import HEADROOM, describe_way, fits, ways_to_fit
 from lightning_grpo.configure.memory import Memory, predict_memory
 from lightning_grpo.configure.workload import Workload, check_batch_arithmetic
+from lightning_grpo.errors import UserError
 
 REFUSE_ABOVE = 1.15
 """A run predicted to need more than this multiple of the machine's memory is refused; up to there, it is warned of."""
@@ -55,7 +56,7 @@ def describe_run(
     )
     memory = predict_memory(w, hardware)
     if refuse and memory.peak > REFUSE_ABOVE * hardware.memory:
-        raise ValueError(refusal(w, memory, hardware))
+        raise UserError(refusal(w, memory, hardware))
     cost = predict_cost(w, hardware, efficiency)
     kind = f"LoRA rank {w.lora_rank}, {w.trained / 1e6:.1f}M of " if w.lora_rank else ""
     lines = [

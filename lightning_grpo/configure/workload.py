@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_grpo.configure.shape import ModelShape, divisors
+from lightning_grpo.errors import UserError
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
 Optimizer = Literal["adamw", "adamw_8bit", "sgd"]
@@ -167,22 +168,22 @@ def check_batch_arithmetic(
     }
     for name, value in numbers.items():
         if value < 1:
-            raise ValueError(f"{name} is {value}; set 1 or more")
+            raise UserError(f"{name} is {value}; set 1 or more")
     if num_generations < 2:
-        raise ValueError(
+        raise UserError(
             "num_generations is 1: a group of one has no other completion to be compared with, every advantage is 0; "
             "set 2 or more (8 is common)"
         )
     if prompts_per_rollout % ranks:
         below = prompts_per_rollout // ranks * ranks
         near = [b for b in (below, below + ranks) if b]
-        raise ValueError(
+        raise UserError(
             f"prompts_per_rollout is {prompts_per_rollout}, which {ranks} ranks can't share evenly; "
             f"set {' or '.join(map(str, near))}"
         )
     local = prompts_per_rollout * num_generations // ranks
     if local % micro_batch_size:
-        raise ValueError(
+        raise UserError(
             f"micro_batch_size is {micro_batch_size}, but a rank has {local} completions per rollout "
             f"(prompts_per_rollout {prompts_per_rollout} × num_generations {num_generations} / {ranks} "
             f"rank{'s' * (ranks > 1)}), which it does not divide; set micro_batch_size to "
@@ -190,7 +191,7 @@ def check_batch_arithmetic(
         )
     one_pass = local // micro_batch_size
     if one_pass % accumulate_grad_batches:
-        raise ValueError(
+        raise UserError(
             f"accumulate_grad_batches is {accumulate_grad_batches}, but one pass over a rollout is {one_pass} "
             f"micro-batches a rank ({local} completions / micro_batch_size {micro_batch_size}), which it does not "
             "divide: an optimizer step would straddle two passes; set accumulate_grad_batches to "

@@ -15,6 +15,7 @@ from lightning_grpo.data.prompts import Prompt, PromptBatch, encode_rows, finger
 from lightning_grpo.data.sampling import PassSampler, Sampler
 from lightning_grpo.data.sources import read
 from lightning_grpo.data.stream import Stream
+from lightning_grpo.errors import UserError
 
 warn = rank_zero_only(logging.getLogger(__name__).warning)
 
@@ -113,11 +114,11 @@ class PromptDataModule(lightning.LightningDataModule):
         least = {"size": 1, "validation_size": 0, "prompts_per_rollout": 1, "max_prompt_length": 1}
         for name, low in (least | {"validation_batch_size": 1, "seed": 0}).items():
             if (value := locals()[name]) is not None and value < low:
-                raise ValueError(f"data.{name} is {value}; set {low} or more")
+                raise UserError(f"data.{name} is {value}; set {low} or more")
         if overlong not in ("drop", "error"):
-            raise ValueError(f"data.overlong is {overlong!r}; set 'drop' or 'error'")
+            raise UserError(f"data.overlong is {overlong!r}; set 'drop' or 'error'")
         if validation_args and validation_source is None:
-            raise ValueError("data.validation_args is set without data.validation_source; set that too")
+            raise UserError("data.validation_args is set without data.validation_source; set that too")
         self.source = source
         self.source_args = source_args or {}
         self.size = size
@@ -146,14 +147,14 @@ class PromptDataModule(lightning.LightningDataModule):
         """Read, check, split and encode all rows, once. Errors name the file and the line."""
         tokenizer = self.tokenizer or getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
         if tokenizer is None:
-            raise ValueError("no tokenizer: the module needs a `tokenizer` attribute, or pass data.tokenizer")
+            raise UserError("no tokenizer: the module needs a `tokenizer` attribute, or pass data.tokenizer")
         if tokenizer is not self._tokenizer:
             self._tokenizer = tokenizer
             self._read()
         if stage not in (None, "fit"):
             return
         if len(self.train) < self.prompts_per_rollout:
-            raise ValueError(
+            raise UserError(
                 f"data.prompts_per_rollout is {self.prompts_per_rollout} and {len(self.train)} training prompts are "
                 f"left of {self.source!r}; set it to {len(self.train)} or less, or give more prompts"
             )
@@ -195,13 +196,13 @@ class PromptDataModule(lightning.LightningDataModule):
         if len(prompts) < len(rows):
             dropped = f"{len(rows) - len(prompts)} of {len(rows)} prompts of {source} have more than {longest} tokens"
             if not prompts:
-                raise ValueError(f"{dropped}: none is left; raise max_prompt_length")
+                raise UserError(f"{dropped}: none is left; raise max_prompt_length")
             warn(f"{dropped} (max_prompt_length) and are dropped")
         return prompts
 
     def _hold_out(self, rows: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
         if self.validation_size >= len(rows):
-            raise ValueError(
+            raise UserError(
                 f"data.validation_size is {self.validation_size} and {self.source!r} has {len(rows)} prompts; "
                 f"set it below {len(rows)}, or give a data.validation_source"
             )
@@ -217,7 +218,7 @@ class PromptDataModule(lightning.LightningDataModule):
         B = self.prompts_per_rollout
         if B % W:
             nearest = sorted({max(B // W, 1) * W, (B // W + 1) * W})
-            raise ValueError(
+            raise UserError(
                 f"data.prompts_per_rollout is {B}, which {W} data-parallel ranks can't share; "
                 f"set {' or '.join(map(str, nearest))}"
             )
@@ -327,7 +328,7 @@ class PromptDataModule(lightning.LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
         if state_dict["fingerprint"] != self._fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was saved with {state_dict['prompts']} training prompts, and the {len(self.train)} "
                 f"that data.source = {self.source!r} now gives are not the same; restore the data options and the "
                 "tokenizer, or start from the checkpoint's weights alone"

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from lightning_grpo.errors import UserError
+
 Message = dict[str, Any]
 # what the caller of a reward function passes beside the columns
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state")
@@ -91,16 +93,16 @@ def name_columns(where: str, row: dict[str, Any], columns: dict[str, str]) -> di
         try:
             named[name] = take_column(row, path)
         except KeyError:
-            raise ValueError(
+            raise UserError(
                 f"{where}: no column {path!r}, which data.columns.{name} names; the row has {', '.join(row)}"
             ) from None
     reward_model = named.get("reward_model")
     if "answer" not in named and isinstance(reward_model, dict) and "ground_truth" in reward_model:
         named["answer"] = reward_model["ground_truth"]
     if "prompt" not in named:
-        raise ValueError(f"{where}: no column 'prompt'; set data.columns.prompt to one of {', '.join(row)}")
+        raise UserError(f"{where}: no column 'prompt'; set data.columns.prompt to one of {', '.join(row)}")
     if clash := [name for name in RESERVED if name in named]:
-        raise ValueError(
+        raise UserError(
             f"{where}: the column {clash[0]!r} has the name of an argument that every reward function gets; "
             f"set data.columns.NEW_NAME to {clash[0]}"
         )
@@ -111,10 +113,10 @@ def as_messages(where: str, prompt: Any, *, chat: bool, system_prompt: str | Non
     """The prompt checked, a string wrapped into a user's message where ``chat``, the system prompt put first."""
     if isinstance(prompt, str):
         if not prompt:
-            raise ValueError(f"{where}: the prompt is empty")
+            raise UserError(f"{where}: the prompt is empty")
         if not chat:
             if system_prompt is not None:
-                raise ValueError(
+                raise UserError(
                     f"{where}: data.system_prompt is set and this prompt is plain text; set data.chat to true to "
                     "make it a user's message, or leave data.system_prompt unset"
                 )
@@ -124,16 +126,16 @@ def as_messages(where: str, prompt: Any, *, chat: bool, system_prompt: str | Non
         messages = []
         for message in prompt:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise ValueError(f"{where}: a message is an object with role and content, not {message!r}")
+                raise UserError(f"{where}: a message is an object with role and content, not {message!r}")
             if not isinstance(message.get("content"), str):
-                raise ValueError(f"{where}: a message's content is text, not {message.get('content')!r}")
+                raise UserError(f"{where}: a message's content is text, not {message.get('content')!r}")
             # parquet fills the keys that other rows have with None
             messages.append({key: value for key, value in message.items() if value is not None})
     else:
-        raise ValueError(f"{where}: a prompt is a string or a list of messages, not {prompt!r}")
+        raise UserError(f"{where}: a prompt is a string or a list of messages, not {prompt!r}")
     if system_prompt is not None:
         if messages[0]["role"] == "system":
-            raise ValueError(f"{where}: data.system_prompt is set and the row has its own system message; unset it")
+            raise UserError(f"{where}: data.system_prompt is set and the row has its own system message; unset it")
         messages = [{"role": "system", "content": system_prompt}, *messages]
     return messages
 
@@ -158,7 +160,7 @@ def encode(
             ids.pop()
     else:
         if chat_template is None and not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
+            raise UserError(
                 f"{where}: the prompt is a list of messages, and the tokenizer {tokenizer.name_or_path!r} has no chat "
                 "template; set data.chat_template to one (a file or its text), or use a model trained for chat"
             )
@@ -173,7 +175,7 @@ def encode(
         )
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
-        raise ValueError(f"{where}: the prompt {prompt!r} has no tokens")
+        raise UserError(f"{where}: the prompt {prompt!r} has no tokens")
     return ids
 
 
@@ -192,7 +194,7 @@ def encode_rows(
     """Rows, each with its place for error messages, as prompts; without those that are too long, or refusing them."""
     if chat_template is not None and "{" not in chat_template:
         if not Path(chat_template).is_file():
-            raise FileNotFoundError(f"data.chat_template is {chat_template!r}, neither a file nor a Jinja template")
+            raise UserError(f"data.chat_template is {chat_template!r}, neither a file nor a Jinja template")
         chat_template = Path(chat_template).read_text(encoding="utf-8")
     prompts: list[Prompt] = []
     names: set[str] | None = None
@@ -201,7 +203,7 @@ def encode_rows(
         names = names or set(named)
         if set(named) != names:
             odd = ", ".join(sorted(names.symmetric_difference(named)))
-            raise ValueError(
+            raise UserError(
                 f"{where}: differs from the first row in the columns {odd}; give every row the same columns "
                 "(null where it has no value)"
             )
@@ -210,7 +212,7 @@ def encode_rows(
         if max_prompt_length is None or len(ids) <= max_prompt_length:
             prompts.append(Prompt(index=index, ids=ids, messages=messages, columns=named))
         elif overlong == "error":
-            raise ValueError(
+            raise UserError(
                 f"{where}: the prompt has {len(ids)} tokens, above max_prompt_length = {max_prompt_length}; raise it, "
                 "or set data.overlong to drop"
             )

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ABC):
@@ -80,11 +82,11 @@ class DifficultySampler(Sampler):
 
     def __post_init__(self) -> None:
         if not 0 < self.floor <= 1:
-            raise ValueError(f"sampler.floor is {self.floor}; set a weight in (0, 1]")
+            raise UserError(f"sampler.floor is {self.floor}; set a weight in (0, 1]")
         if not 0 < self.smoothing <= 1:
-            raise ValueError(f"sampler.smoothing is {self.smoothing}; set a share in (0, 1]")
+            raise UserError(f"sampler.smoothing is {self.smoothing}; set a share in (0, 1]")
         if not self.low < self.high:
-            raise ValueError(f"sampler.high is {self.high}; set it above sampler.low, which is {self.low}")
+            raise UserError(f"sampler.high is {self.high}; set it above sampler.low, which is {self.low}")
 
     def weights(self, rates: Tensor) -> Tensor:
         """[size] → [size], in [floor, 1]."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
+from lightning_grpo.errors import UserError
+
 Row = dict[str, Any]
 KINDS = (
     "a .jsonl or .parquet file, a folder written by datasets.save_to_disk, a hub name (owner/name), "
@@ -32,15 +34,15 @@ def arithmetic(
     """
     compute = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
     if operator not in compute:
-        raise ValueError(f"data.source_args.operator is {operator!r}; set one of {', '.join(compute)}")
+        raise UserError(f"data.source_args.operator is {operator!r}; set one of {', '.join(compute)}")
     if high < low:
-        raise ValueError(f"data.source_args.high is {high}, below low = {low}; set high to {low} or more")
+        raise UserError(f"data.source_args.high is {high}, below low = {low}; set high to {low} or more")
     width = high - low + 1
     if size is None and width**2 > MOST_ENUMERATED:
-        raise ValueError(f"data.size is unset and there are {width**2:,} questions of {low} to {high}; set data.size")
+        raise UserError(f"data.size is unset and there are {width**2:,} questions of {low} to {high}; set data.size")
     count = width**2 if size is None else size
     if count > width**2:
-        raise ValueError(f"data.size is {count} and only {width**2} questions of {low} to {high} exist; set {width**2}")
+        raise UserError(f"data.size is {count} and only {width**2} questions of {low} to {high} exist; set {width**2}")
     for pair in random.Random(f"arithmetic {seed}").sample(range(width**2), count):
         a, b = low + pair // width, low + pair % width
         prompt = template.format(a=a, b=b, operator=operator.replace("*", "×"))
@@ -67,14 +69,14 @@ def reasoning_gym(task: str, size: int | None, seed: int, args: dict[str, Any]) 
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
-        raise ValueError(f"data.source names the reasoning-gym task {task!r}; set one of {', '.join(sorted(DATASETS))}")
+        raise UserError(f"data.source names the reasoning-gym task {task!r}; set one of {', '.join(sorted(DATASETS))}")
     if size is None:
-        raise ValueError(f"data.size is unset; reasoning_gym:{task} makes as many prompts as you want: set a number")
+        raise UserError(f"data.size is unset; reasoning_gym:{task} makes as many prompts as you want: set a number")
     try:
         dataset = gym.create_dataset(task, **args, size=size, seed=seed)
     except (TypeError, ValueError, AssertionError) as error:
         known = [name for name in inspect.signature(DATASETS[task][1]).parameters if name not in ("seed", "size")]
-        raise ValueError(f"data.source_args for reasoning_gym:{task}: {error}; it takes {', '.join(known)}") from error
+        raise UserError(f"data.source_args for reasoning_gym:{task}: {error}; it takes {', '.join(known)}") from error
     for i in range(size):
         entry = dataset[i]
         yield {"prompt": entry["question"], "answer": entry["answer"], "task": task, "task_args": args, "entry": entry}
@@ -89,9 +91,9 @@ def jsonl(path: Path) -> Iterator[tuple[int, Row]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+                raise UserError(f"{path}, line {number}: not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: a row is an object with a prompt, not {type(row).__name__}")
+                raise UserError(f"{path}, line {number}: a row is an object with a prompt, not {type(row).__name__}")
             yield number, row
 
 
@@ -110,11 +112,11 @@ def saved(path: Path, split: str = "train") -> Iterable[Row]:
     try:
         dataset = load_from_disk(str(path))
     except FileNotFoundError as error:
-        raise ValueError(f"data.source is the folder {path}, which datasets.save_to_disk did not write") from error
+        raise UserError(f"data.source is the folder {path}, which datasets.save_to_disk did not write") from error
     if not isinstance(dataset, DatasetDict):
         return dataset
     if split not in dataset:
-        raise ValueError(f"{path} has no split {split!r}; set source_args.split to one of {', '.join(dataset)}")
+        raise UserError(f"{path} has no split {split!r}; set source_args.split to one of {', '.join(dataset)}")
     return dataset[split]
 
 
@@ -125,7 +127,7 @@ def hub(source: str, /, split: str = "train", **args: Any) -> Iterable[Row]:
     try:
         return load_dataset(source, split=split, **args)
     except Exception as error:
-        raise ValueError(f"data.source is {source!r}, which can't be loaded ({error}); set {KINDS}") from error
+        raise UserError(f"data.source is {source!r}, which can't be loaded ({error}); set {KINDS}") from error
 
 
 def _call(source: str, make: Callable[..., Iterable[Row]], *fixed: Any, args: dict[str, Any]) -> Iterable[Row]:
@@ -134,7 +136,7 @@ def _call(source: str, make: Callable[..., Iterable[Row]], *fixed: Any, args: di
     except TypeError as error:
         known = list(inspect.signature(make).parameters)[len(fixed) :]
         takes = ", ".join(known) if known else "none"
-        raise ValueError(f"source_args of {source}: {error}; it takes: {takes}") from error
+        raise UserError(f"source_args of {source}: {error}; it takes: {takes}") from error
     return make(*fixed, **args)
 
 
@@ -148,7 +150,7 @@ def read(source: str, *, args: dict[str, Any], size: int | None, seed: int) -> l
         rows = _call(source, PROCEDURAL[source], size, seed, args=args)
     elif path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
-            raise FileNotFoundError(f"data.source is {source!r}, and there is no such file; set {KINDS}")
+            raise UserError(f"data.source is {source!r}, and there is no such file; set {KINDS}")
         if path.suffix == ".jsonl":
             numbered, unit = _call(source, jsonl, path, args=args), "line"
             return [(f"{source}, {unit} {number}", row) for number, row in islice(numbered, size)]
@@ -158,7 +160,7 @@ def read(source: str, *, args: dict[str, Any], size: int | None, seed: int) -> l
     elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
         rows = _call(source, hub, source, args=args)
     else:
-        raise ValueError(f"data.source is {source!r}; set {KINDS}")
+        raise UserError(f"data.source is {source!r}; set {KINDS}")
     return [(f"{source}, {unit} {i}", row) for i, row in enumerate(islice(rows, size))]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.data.sampling import Sampler
+from lightning_grpo.errors import UserError
 
 
 class Stream:
@@ -37,7 +38,7 @@ class Stream:
             self._begin(count)
             self.step, self.repeats = 0, repeats
         if self.step and repeats != self.repeats:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was saved within a rollout of {self.repeats} micro-batches, this run has {repeats}; "
                 "resume with the same batch sizes and number of ranks, or from a checkpoint between two rollouts"
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.kernels.softmax import FLOOR, Softmax, Statistics, Transform
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def _call(
 ) -> None:
     """Hand over pointers: rows of ``a`` and ``out``, then [N] of each of the others, in the function's order."""
     if not all(x is None or (x.is_contiguous() and x.dtype == torch.float32) for x in written):
-        raise ValueError("statistics must be contiguous fp32, as Statistics.empty lays them out")
+        raise UserError("statistics must be contiguous fp32, as Statistics.empty lays them out")
     # Held until the function has returned.
     values = [targets.long().contiguous(), *(None if x is None else x.float().contiguous() for x in read), *written]
     pointer = lambda x: None if x is None else ctypes.c_void_p(x.data_ptr())

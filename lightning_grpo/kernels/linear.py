@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.kernels import rows
 from lightning_grpo.kernels.products import block_memory, head, logits_dtype, product, view, write
 from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform, targets_within
@@ -60,7 +61,7 @@ def linear_logprob(
         or hidden.shape[1] != weight.shape[1]
         or targets.shape != hidden.shape[:1]
     ):
-        raise ValueError(
+        raise UserError(
             f"linear_logprob takes hidden [N, H], weight [V, H], targets [N]; "
             f"got {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}"
         )
@@ -68,7 +69,7 @@ def linear_logprob(
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     elif hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or run under autocast")
+        raise UserError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or run under autocast")
     transform = Transform.build(targets, len(weight), temperature, softcap, scale)
     coefficient = None if coefficient is None else coefficient.detach().float()
     with torch.autocast(kind, enabled=False):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.kernels import rows
 from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform
 
@@ -25,7 +26,7 @@ def logits_logprob(
         (logprobs, entropy), [N] each, fp32, in nats.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(
+        raise UserError(
             f"logits_logprob takes logits [N, V] and targets [N]; got {tuple(logits.shape)}, {tuple(targets.shape)}"
         )
     transform = Transform.build(targets, logits.shape[1], temperature)

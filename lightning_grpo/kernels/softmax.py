@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
+
 # Stands for −inf: 0 · FLOOR is 0, and the softmax of a block without a finite logit is no NaN.
 FLOOR = -1e30
 
@@ -40,10 +42,10 @@ class Transform(NamedTuple):
         if targets.numel():
             low, high = (int(x) for x in targets.aminmax())
             if low < 0 or high >= vocabulary:
-                raise ValueError(f"targets span {low} to {high}; the head has ids 0 to {vocabulary - 1}")
+                raise UserError(f"targets span {low} to {high}; the head has ids 0 to {vocabulary - 1}")
         temperature = torch.as_tensor(temperature, dtype=torch.float32, device=targets.device).expand(len(targets))
         if not (temperature > 0).all():
-            raise ValueError(f"temperature is {float(temperature.min())}; set it above 0")
+            raise UserError(f"temperature is {float(temperature.min())}; set it above 0")
         return cls(scale / temperature, None if softcap is None else softcap / temperature)
 
     def rows(self, index: slice | Tensor) -> "Transform":

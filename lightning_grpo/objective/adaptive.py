@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from lightning_grpo.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveBeta:
@@ -16,7 +18,7 @@ class AdaptiveBeta:
 
     def __post_init__(self) -> None:
         if self.target <= 0:
-            raise ValueError(f"adaptive_beta.target is {self.target}; set a KL above 0, e.g. 0.05")
+            raise UserError(f"adaptive_beta.target is {self.target}; set a KL above 0, e.g. 0.05")
 
     def step(self, beta: float, kl: float) -> float:
         """β for the next step, after one whose mean KL was ``kl``."""
@@ -42,7 +44,7 @@ class AdaptiveEntropy:
 
     def __post_init__(self) -> None:
         if not 0 <= self.minimum <= self.maximum:
-            raise ValueError(
+            raise UserError(
                 f"adaptive_entropy.minimum is {self.minimum} and maximum {self.maximum}; set 0 ≤ minimum ≤ maximum"
             )
 

@@ -11,6 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
+
 Estimator = Literal[
     "group", "leave_one_out", "reinforce_pp", "reinforce_pp_baseline", "max_rl", "pass_at_k", "opo", "gpg", "lite_ppo"
 ]
@@ -75,19 +77,19 @@ def check_options(estimator: str, scale_rewards: str, aggregation: str, k: int |
         ("aggregation", aggregation, RewardAggregation),
     ):
         if value not in get_args(kind):
-            raise ValueError(f"advantage.{name} is {value!r}; set one of {', '.join(get_args(kind))}")
+            raise UserError(f"advantage.{name} is {value!r}; set one of {', '.join(get_args(kind))}")
     if estimator not in ("group", "leave_one_out", "opo") and scale_rewards != "none":
-        raise ValueError(
+        raise UserError(
             f"advantage.scale_rewards is {scale_rewards!r}, but estimator {estimator!r} has its own scale;"
             " set it to none"
         )
     if aggregation == "normalize_then_sum" and estimator != "group":
-        raise ValueError(
+        raise UserError(
             f"advantage.aggregation is 'normalize_then_sum', which centres and scales itself, but estimator is"
             f" {estimator!r}; set estimator to group, or aggregation to sum_then_normalize"
         )
     if (k is not None) != (estimator == "pass_at_k") or (k is not None and k < 1):
-        raise ValueError(f"advantage.k is {k} and estimator {estimator!r}; set k ≥ 1 with pass_at_k, and only there")
+        raise UserError(f"advantage.k is {k} and estimator {estimator!r}; set k ≥ 1 with pass_at_k, and only there")
 
 
 def group_advantages(
@@ -125,15 +127,15 @@ def group_advantages(
     N, R = rewards.shape
     G = num_generations
     if N % G:
-        raise ValueError(f"{N} rewards are no whole number of groups; num_generations is {G}")
+        raise UserError(f"{N} rewards are no whole number of groups; num_generations is {G}")
     if rewards.isinf().any():
-        raise ValueError("a reward is infinite; return a finite number, or None where the reward does not apply")
+        raise UserError("a reward is infinite; return a finite number, or None where the reward does not apply")
     if weights is not None and len(weights) != R:
-        raise ValueError(f"weights has {len(weights)} values for {R} reward functions; give one for each")
+        raise UserError(f"weights has {len(weights)} values for {R} reward functions; give one for each")
     if k is not None and k > G:
-        raise ValueError(f"advantage.k is {k}, but num_generations is {G}; set k ≤ num_generations")
+        raise UserError(f"advantage.k is {k}, but num_generations is {G}; set k ≤ num_generations")
     if estimator == "opo" and lengths is None:
-        raise ValueError("advantage.estimator is 'opo', whose baseline weighs by length; give lengths [N]")
+        raise UserError("advantage.estimator is 'opo', whose baseline weighs by length; give lengths [N]")
     values = rewards.double()
     weights = torch.ones(R) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
     weights = weights.to(values)
@@ -205,7 +207,7 @@ def max_rl(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
     """(r − μ)/μ with μ the mean of the group, 0 where μ = 0 (MaxRL, arXiv:2602.02710). For rewards ≥ 0: favours hard
     prompts."""
     if (r < 0).any():
-        raise ValueError(f"advantage.estimator is 'max_rl', which needs rewards ≥ 0, but one is {r.nan_to_num().min()}")
+        raise UserError(f"advantage.estimator is 'max_rl', which needs rewards ≥ 0, but one is {r.nan_to_num().min()}")
     mean = r.nanmean(1, keepdim=True)
     return centre(r, 1) / torch.where(mean > 0, mean, 1.0)
 

@@ -7,6 +7,7 @@ from warnings import warn
 
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.objective.adaptive import AdaptiveBeta, AdaptiveEntropy
 from lightning_grpo.objective.aggregation import Aggregation
 from lightning_grpo.objective.correction import RolloutCorrection
@@ -65,7 +66,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         if self.loss_type not in PRESETS:
-            raise ValueError(f"objective.loss_type is {self.loss_type!r}; set one of {', '.join(PRESETS)}")
+            raise UserError(f"objective.loss_type is {self.loss_type!r}; set one of {', '.join(PRESETS)}")
         for name, kind in (
             ("importance_sampling_level", RatioLevel),
             ("aggregation", Aggregation),
@@ -74,31 +75,31 @@ class ObjectiveConfig:
         ):
             value = getattr(self, name)
             if value is not None and value not in get_args(kind):
-                raise ValueError(f"objective.{name} is {value!r}; set one of {', '.join(get_args(kind))}")
+                raise UserError(f"objective.{name} is {value!r}; set one of {', '.join(get_args(kind))}")
         for name in ("epsilon", "epsilon_high", "beta"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise ValueError(f"objective.{name} is {value}; set 0 or more")
+                raise UserError(f"objective.{name} is {value}; set 0 or more")
         if not 0 < self.top_entropy_quantile <= 1:
-            raise ValueError(
+            raise UserError(
                 f"objective.top_entropy_quantile is {self.top_entropy_quantile}; set the share of tokens to"
                 " keep, in (0, 1]"
             )
         if self.max_completion_length is not None and self.max_completion_length < 1:
-            raise ValueError(f"objective.max_completion_length is {self.max_completion_length}; set 1 token or more")
+            raise UserError(f"objective.max_completion_length is {self.max_completion_length}; set 1 token or more")
         if self.use_bias_correction_kl and self.kl_placement == "reward":
-            raise ValueError(
+            raise UserError(
                 "objective.use_bias_correction_kl is true, but objective.kl_placement is 'reward', where there is no"
                 " ratio; set kl_placement to 'loss', or use_bias_correction_kl to false"
             )
         # resolving builds the surrogate, which checks its own numbers
         if self.resolved.beta == 0 and self.adaptive_beta is not None:
-            raise ValueError(
+            raise UserError(
                 "objective.adaptive_beta is set, but objective.beta is 0, which it multiplies; set beta to where it"
                 " should start, e.g. 0.01"
             )
         if self.adaptive_entropy is not None and not self.adaptive_entropy.minimum <= self.entropy_coef:
-            raise ValueError(
+            raise UserError(
                 f"objective.entropy_coef is {self.entropy_coef}, below objective.adaptive_entropy.minimum"
                 f" {self.adaptive_entropy.minimum}; set entropy_coef to where it should start"
             )
@@ -113,11 +114,11 @@ class ObjectiveConfig:
             if value is None:
                 continue
             if self.surrogate is not None and name in takes:
-                raise ValueError(
+                raise UserError(
                     f"objective.{name} is {value} beside objective.surrogate, which has its own {name}; set it there"
                 )
             if name in ("delta", "dual_clip") and name not in takes:
-                raise ValueError(
+                raise UserError(
                     f"objective.{name} is {value}, but the surrogate {kind} has no {name}; set it to null, or choose a"
                     " loss_type with the clipped surrogate, e.g. dr_grpo"
                 )

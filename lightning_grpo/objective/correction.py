@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.objective.tensors import LOG_LIMIT, sequence_mean
 
 
@@ -32,9 +33,9 @@ class RolloutCorrection:
 
     def __post_init__(self) -> None:
         if self.lower is not None and not 0 <= self.lower <= 1:
-            raise ValueError(f"rollout_correction.lower is {self.lower}; set a bound of the ratio in [0, 1], or none")
+            raise UserError(f"rollout_correction.lower is {self.lower}; set a bound of the ratio in [0, 1], or none")
         if self.upper is not None and self.upper < 1:
-            raise ValueError(
+            raise UserError(
                 f"rollout_correction.upper is {self.upper}; set a bound of the ratio of at least 1, or none"
             )
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.objective.aggregation import aggregate
 from lightning_grpo.objective.config import ObjectiveConfig
 from lightning_grpo.objective.correction import bound, rollout_ratio
@@ -179,17 +180,17 @@ def check_inputs(
 ) -> None:
     """Everything that the objective needs is there and fits [N, T]."""
     if logprobs.dim() != 2:
-        raise ValueError(f"logprobs is shaped {list(logprobs.shape)}; give [N, T]")
+        raise UserError(f"logprobs is shaped {list(logprobs.shape)}; give [N, T]")
     N, T = shape = logprobs.shape
     for name, x in {"mask": mask, **given}.items():
         if x is not None and x.shape != shape:
-            raise ValueError(f"{name} is shaped {list(x.shape)}, but logprobs {[N, T]}; give the same shape")
+            raise UserError(f"{name} is shaped {list(x.shape)}, but logprobs {[N, T]}; give the same shape")
     if advantages.shape not in ((N,), (N, T)):
-        raise ValueError(f"advantages is shaped {list(advantages.shape)}; give [N] = {[N]} or [N, T] = {[N, T]}")
+        raise UserError(f"advantages is shaped {list(advantages.shape)}; give [N] = {[N]} or [N, T] = {[N, T]}")
     if rollout_weight is not None and rollout_weight.shape not in ((N,), (N, 1), (N, T)):
-        raise ValueError(f"rollout_weight is shaped {list(rollout_weight.shape)}; give {[N]}, {[N, 1]} or {[N, T]}")
+        raise UserError(f"rollout_weight is shaped {list(rollout_weight.shape)}; give {[N]}, {[N, 1]} or {[N, T]}")
     if config.resolved.aggregation == "constant" and config.max_completion_length is None:
-        raise ValueError(
+        raise UserError(
             f"objective.max_completion_length is not set, but loss_type {config.loss_type!r} divides by it; set it to"
             " the generation limit in tokens"
         )
@@ -205,4 +206,4 @@ def check_inputs(
         ),
     ):
         if needed and given[name] is None:
-            raise ValueError(f"{name} is None, but objective.{why}")
+            raise UserError(f"{name} is None, but objective.{why}")

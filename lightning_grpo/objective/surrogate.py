@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.objective.tensors import LOG_LIMIT, exp, sequence_mean
 
 
@@ -81,9 +82,9 @@ class Clipped(Surrogate):
 
     def __post_init__(self) -> None:
         if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip is {self.dual_clip}, which would clip unchanged tokens; set above 1, e.g. 3")
+            raise UserError(f"dual_clip is {self.dual_clip}, which would clip unchanged tokens; set above 1, e.g. 3")
         if self.delta is not None and self.delta <= 1:
-            raise ValueError(f"delta is {self.delta}, which would clip unchanged tokens; set it above 1 + epsilon_high")
+            raise UserError(f"delta is {self.delta}, which would clip unchanged tokens; set it above 1 + epsilon_high")
 
     @property
     def bounds(self) -> tuple[float, float]:

@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_grpo.errors import UserError
+
 Scores = Sequence[float | None]
 Completion = str | list[dict[str, Any]]
 
@@ -54,7 +56,7 @@ class Reward(ABC):
     def __post_init__(self) -> None:
         self.name = self.name or type(self).name
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"the time_limit of the reward {self.name!r} is {self.time_limit}; set seconds above 0, or null"
             )
 
@@ -90,7 +92,7 @@ class FunctionReward(Reward):
         if isinstance(self.function, str):
             self.function = load_function(self.function)
         if not callable(self.function):
-            raise ValueError(f"reward function {self.function!r} can't be called; give a function or its dotted path")
+            raise UserError(f"reward function {self.function!r} can't be called; give a function or its dotted path")
         self.name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
         super().__post_init__()
 
@@ -104,9 +106,7 @@ def load_function(path: str) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"reward function {path!r} can't be imported: {error}; give package.module.function"
-        ) from error
+        raise UserError(f"reward function {path!r} can't be imported: {error}; give package.module.function") from error
 
 
 def as_rewards(rewards: Sequence[Reward | Callable[..., Any] | str]) -> list[Reward]:
@@ -114,5 +114,5 @@ def as_rewards(rewards: Sequence[Reward | Callable[..., Any] | str]) -> list[Rew
     wrapped = [reward if isinstance(reward, Reward) else FunctionReward(function=reward) for reward in rewards]
     names = [reward.name for reward in wrapped]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two rewards are named {twice[0]!r}; give one of them another `name`")
+        raise UserError(f"two rewards are named {twice[0]!r}; give one of them another `name`")
     return wrapped

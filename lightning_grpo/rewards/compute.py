@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rewards.base import Reward, Scores, call_with
 from lightning_grpo.rewards.time_limit import in_hand, overdue, within
 
@@ -45,7 +46,7 @@ def compute_rewards(
     N = len(completions)
     for name, values in (("prompts", prompts), ("completion_ids", completion_ids), ("columns", columns)):
         if len(values) != N:
-            raise ValueError(f"{len(values)} {name} for {N} completions")
+            raise UserError(f"{len(values)} {name} for {N} completions")
     arguments = {name: [row.get(name) for row in columns] for name in dict.fromkeys(k for row in columns for k in row)}
     arguments |= {
         "prompts": list(prompts),
@@ -120,9 +121,9 @@ def _checked(reward: Reward, answer: Any, completions: Sequence[str]) -> list[fl
     if hasattr(answer, "tolist"):
         answer = answer.tolist()
     if not isinstance(answer, list | tuple):
-        raise ValueError(f"the reward {reward.name!r} returned {answer!r}; return a list with one number a completion")
+        raise UserError(f"the reward {reward.name!r} returned {answer!r}; return a list with one number a completion")
     if len(answer) != len(completions):
-        raise ValueError(
+        raise UserError(
             f"the reward {reward.name!r} returned {len(answer)} values for {len(completions)} completions; "
             "return one for each, None where it does not apply"
         )
@@ -134,7 +135,7 @@ def _checked(reward: Reward, answer: Any, completions: Sequence[str]) -> list[fl
         number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         # beyond float32 a finite number would become infinite
         if not isinstance(number, numbers.Real) or not abs(float(number)) <= torch.finfo(torch.float32).max:
-            raise ValueError(
+            raise UserError(
                 f"the reward {reward.name!r} returned {value!r} ({type(value).__name__}) for row {row}, the completion "
                 f"{completions[row][:80]!r}; return a finite number, or None where it does not apply"
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
 from lightning_grpo.rewards.verify import check_extraction, extract
 
@@ -40,7 +41,7 @@ def _refuse(task: str, entry: Mapping[str, Any]) -> None:
     # a composite task hands its entries on to the scorers of others
     for name in (task, entry["metadata"].get("source_dataset")):
         if name in REFUSED:
-            raise ValueError(
+            raise UserError(
                 f"the scorer of the reasoning-gym task {name!r} {REFUSED[name]}; choose a task other than "
                 f"{', '.join(REFUSED)}, or judge its answers with another reward, such as ExactMatch"
             )
@@ -67,13 +68,13 @@ class ReasoningGym(Reward):
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
         for row, values in enumerate(columns):
             if not {"task", "task_args", "entry"} <= set(values):
-                raise ValueError(f"ReasoningGym: row {row} is not from data.source = reasoning_gym:TASK")
+                raise UserError(f"ReasoningGym: row {row} is not from data.source = reasoning_gym:TASK")
             _refuse(values["task"], values["entry"])
 
     def __call__(self, *, completions: list[Completion], **columns: Any) -> list[float]:
         missing = [name for name in ("task", "task_args", "entry") if name not in columns]
         if missing:
-            raise ValueError(f"ReasoningGym: no column {missing[0]!r}; set data.source to reasoning_gym:TASK")
+            raise UserError(f"ReasoningGym: no column {missing[0]!r}; set data.source to reasoning_gym:TASK")
         scores: list[float] = []
         raised: Counter[str] = Counter()
         rows = zip(completions, columns["task"], columns["task_args"], columns["entry"], strict=True)

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
 
 
@@ -20,7 +21,7 @@ class RegexFormat(Reward):
         try:
             self._compiled = re.compile(self.pattern, re.DOTALL)
         except re.error as error:
-            raise ValueError(f"RegexFormat.pattern is {self.pattern!r}: {error}") from error
+            raise UserError(f"RegexFormat.pattern is {self.pattern!r}: {error}") from error
 
     def __call__(self, *, completions: list[Completion], **columns: Any) -> list[float]:
         return [float(self._compiled.fullmatch(completion_text(c)) is not None) for c in completions]
@@ -40,7 +41,7 @@ class LengthPenalty(Reward):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.soft_punish_cache <= self.max_completion_length:
-            raise ValueError(
+            raise UserError(
                 f"LengthPenalty.soft_punish_cache is {self.soft_punish_cache}; set it from 1 to max_completion_length "
                 f"= {self.max_completion_length}"
             )

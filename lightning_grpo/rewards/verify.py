@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
 
 # a minus sign after a digit or letter subtracts: 7-3 holds 7 and 3
@@ -39,9 +40,9 @@ def check_extraction(option: str, how: str) -> None:
     try:
         groups = re.compile(how).groups
     except re.error as error:
-        raise ValueError(f"{option} is {how!r}: {error}; set last_number, whole, or a regular expression") from error
+        raise UserError(f"{option} is {how!r}: {error}; set last_number, whole, or a regular expression") from error
     if groups != 1:
-        raise ValueError(
+        raise UserError(
             f"{option} is {how!r}, an expression with {groups} groups; set last_number, whole, or an expression with "
             "one group (...) around the answer"
         )
@@ -76,27 +77,27 @@ class ExactMatch(Reward):
         if answer is None:
             return None
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-            raise ValueError(f"{answer!r} is neither text nor a number")
+            raise UserError(f"{answer!r} is neither text nor a number")
         found = extract(str(answer), self.extract)
         if found is None and self.extract == "last_number":
-            raise ValueError(f"{answer!r} holds no number; set ExactMatch.extract to whole or an expression")
+            raise UserError(f"{answer!r} holds no number; set ExactMatch.extract to whole or an expression")
         return str(answer) if found is None else found
 
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
         for row, values in enumerate(columns):
             if self.answer not in values:
-                raise ValueError(
+                raise UserError(
                     f"ExactMatch.answer is {self.answer!r}, and row {row} has no such column; set it to one of "
                     f"{', '.join(values) or '(none)'}, or name the column with data.columns"
                 )
             try:
                 self.expected(values[self.answer])
             except ValueError as error:
-                raise ValueError(f"ExactMatch: the {self.answer!r} of row {row}: {error}") from error
+                raise UserError(f"ExactMatch: the {self.answer!r} of row {row}: {error}") from error
 
     def __call__(self, *, completions: list[Completion], **columns: Any) -> list[float | None]:
         if self.answer not in columns:
-            raise ValueError(f"ExactMatch.answer is {self.answer!r}; the data set has only {', '.join(columns)}")
+            raise UserError(f"ExactMatch.answer is {self.answer!r}; the data set has only {', '.join(columns)}")
         scores: list[float | None] = []
         for completion, answer in zip(completions, columns[self.answer], strict=True):
             expected, given = self.expected(answer), extract(completion_text(completion), self.extract)
@@ -117,7 +118,7 @@ class PrefixMatch(Reward):
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
         for row, values in enumerate(columns):
             if not isinstance(values.get(self.answer), str) or not values[self.answer]:
-                raise ValueError(
+                raise UserError(
                     f"PrefixMatch.answer is {self.answer!r}, which is {values.get(self.answer)!r} in row {row}; set it "
                     f"to a column of text, one of {', '.join(values) or '(none)'}"
                 )

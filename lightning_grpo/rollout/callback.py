@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.hf import HFEngine, eval_mode
 from lightning_grpo.rollout.proof import Tolerance
 from lightning_grpo.rollout.sync import SyncedEngine
@@ -132,7 +133,7 @@ def eos_token_ids(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -
     ids.update(configured if isinstance(configured, list) else [configured])
     ids.discard(None)
     if not ids:
-        raise ValueError("neither the tokenizer nor the model's generation config has an end-of-sequence token")
+        raise UserError("neither the tokenizer nor the model's generation config has an end-of-sequence token")
     return sorted(ids)
 
 
@@ -153,7 +154,7 @@ def max_model_len(pl_module: L.LightningModule) -> int:
     wanted = pl_module.max_prompt_length + pl_module.max_completion_length
     limit = getattr(pl_module.policy.config.get_text_config(), "max_position_embeddings", None) or wanted + 1
     if wanted > limit:
-        raise ValueError(
+        raise UserError(
             f"max_prompt_length {pl_module.max_prompt_length} + max_completion_length "
             f"{pl_module.max_completion_length} = {wanted} tokens, but the model holds {limit}; lower one of them"
         )

@@ -9,8 +9,14 @@ from typing import Any
 
 import httpx
 
+from lightning_grpo.errors import ReportedError, UnreachableError, UserError
 
-class EndpointLost(ConnectionError):
+
+class AccessRefused(ReportedError, PermissionError):
+    """The endpoint refuses the API key."""
+
+
+class EndpointLost(UnreachableError):
     """An endpoint can't be used: it can't be reached, it failed, or it holds other weights than it should."""
 
 
@@ -46,7 +52,7 @@ class Endpoint:
         """The parsed reply; None where it is not JSON. ``copy`` says which copy of the model is asked.
 
         Raises:
-            PermissionError: the endpoint refuses the API key.
+            AccessRefused: the endpoint refuses the API key.
             ValueError: it refuses the request.
             EndpointLost: it can't be reached, or failed.
         """
@@ -83,9 +89,9 @@ class Endpoint:
 
     def _refuse(self, reply: httpx.Response, path: str) -> None:
         if reply.status_code == 401:
-            raise PermissionError(f"{self.url} refuses the API key (HTTP 401); set api_key")
+            raise AccessRefused(f"{self.url} refuses the API key (HTTP 401); set api_key")
         if reply.status_code in (400, 403, 404, 422):
-            raise ValueError(f"{self.url}{path} answered HTTP {reply.status_code}: {reply.text[:500]}")
+            raise UserError(f"{self.url}{path} answered HTTP {reply.status_code}: {reply.text[:500]}")
         reply.raise_for_status()
 
     def _loss(self, error: httpx.HTTPError) -> EndpointLost:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.decoding import buffered_cache, quick_decoding
 from lightning_grpo.rollout.sampling import draw, sampled_logprobs
 from lightning_grpo.rollout.seeds import uniform
@@ -69,9 +70,9 @@ class HFEngine:
         context: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         if max_num_seqs < 1:
-            raise ValueError(f"max_num_seqs is {max_num_seqs}; set how many completions are sampled at once, 1 or more")
+            raise UserError(f"max_num_seqs is {max_num_seqs}; set how many completions are sampled at once, 1 or more")
         if any(isinstance(p, DTensor) for p in policy.parameters()):
-            raise ValueError(
+            raise UserError(
                 "HFRollout samples from the policy in place, which a sharded policy can't do (its forward needs all "
                 "ranks in step); use VLLMRollout, or a strategy that keeps the policy whole (ddp)"
             )
@@ -93,7 +94,7 @@ class HFEngine:
         on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
         if sampling.stop and self.tokenizer is None:
-            raise ValueError(f"sampling.stop is {sampling.stop}: stop strings need HFEngine(tokenizer=…)")
+            raise UserError(f"sampling.stop is {sampling.stop}: stop strings need HFEngine(tokenizer=…)")
         groups: list[list[Completion | None]] = [[None] * len(group) for group in seeds]
         spare = sampling.spare(sum(map(len, seeds)))
         with self._inference():

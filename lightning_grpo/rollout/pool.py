@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from lightning_grpo.errors import UnreachableError
 from lightning_grpo.rollout.endpoint import Endpoint, EndpointLost
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class Pool:
         """
         alive = [endpoint for endpoint in self.endpoints if endpoint.lost is None]
         if not alive:
-            raise ConnectionError(f"no vLLM endpoint is left: {'; '.join(str(e.lost) for e in self.endpoints)}")
+            raise UnreachableError(f"no vLLM endpoint is left: {'; '.join(str(e.lost) for e in self.endpoints)}")
         return alive
 
     @asynccontextmanager

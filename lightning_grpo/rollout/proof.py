@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_grpo.errors import RunError, UserError
 
-class WeightSyncError(RuntimeError):
+
+class WeightSyncError(RunError):
     """The engine does not hold the policy's weights; nothing may be sampled from it."""
 
 
@@ -41,7 +43,7 @@ def mismatch(engine_logprobs: Tensor, policy_logprobs: Tensor, mask: Tensor | No
     if mask is not None:
         d = d[mask.flatten().to(d.device)]
     if d.numel() == 0:
-        raise ValueError("there are no tokens to compare")
+        raise UserError("there are no tokens to compare")
     size = d.abs()
     rank = max(1, round(0.99 * size.numel()))
     return Mismatch(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.types import Sampling
 
 
@@ -24,7 +25,7 @@ def sampled_logprobs(logits: Tensor, sampling: Sampling, seen: Tensor | None = N
     logits = logits.float()
     if sampling.repetition_penalty != 1:
         if seen is None:
-            raise ValueError("a repetition penalty needs the tokens seen so far")
+            raise UserError("a repetition penalty needs the tokens seen so far")
         penalized = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         logits = torch.where(seen, penalized, logits)
     if sampling.temperature > 0:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_grpo.errors import UnreachableError, UserError
 from lightning_grpo.rollout.endpoint import Endpoint, EndpointLost
 
 RECEIVER = "lightning_grpo.rollout.receiver.WeightReceiver"
@@ -57,25 +58,25 @@ async def check_server(endpoint: Endpoint) -> ServerInfo:
     try:
         await endpoint.call("/health", method="GET")
     except EndpointLost as error:
-        raise ConnectionError(f"{error}: it can't be reached; is the vLLM server up?") from error
+        raise UnreachableError(f"{error}: it can't be reached; is the vLLM server up?") from error
     try:
         info = await endpoint.call("/server_info?config_format=json", method="GET")
         # A run that died within a sync leaves the server paused.
         await endpoint.call("/resume")
     except ValueError as error:
-        raise ValueError(f"{endpoint.url} can't take weights; start it with: {command()}") from error
+        raise UserError(f"{endpoint.url} can't take weights; start it with: {command()}") from error
     config = info["vllm_config"]
     model, parallel = config["model_config"], config["parallel_config"]
     extension = parallel.get("worker_extension_cls")
     if model.get("logprobs_mode") != "processed_logprobs" or extension != RECEIVER:
-        raise ValueError(
+        raise UserError(
             f"{endpoint.url} has logprobs_mode {model.get('logprobs_mode')!r} and worker_extension_cls {extension!r}; "
             f"start it with: {command()}"
         )
     try:
         await endpoint.call("/inference/v1/generate", {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{endpoint.url} does not sample from token ids ({error}); start it with: {command()}"
         ) from error
     return ServerInfo(
@@ -104,13 +105,13 @@ def check_alike(infos: Sequence[ServerInfo], adapter: dict[str, Any] | None) -> 
     """
     for info in infos:
         if info.dtype != infos[0].dtype:
-            raise ValueError(
+            raise UserError(
                 f"{info.url} computes in {info.dtype}, {infos[0].url} in {infos[0].dtype}; start them alike"
             )
         if adapter is None and info.adapter_rank is not None:
-            raise ValueError(f"{info.url} takes adapters; set rollout lora: adapter, or start it with: {command()}")
+            raise UserError(f"{info.url} takes adapters; set rollout lora: adapter, or start it with: {command()}")
         if adapter is not None and (info.adapter_rank or 0) < adapter["max_lora_rank"]:
-            raise ValueError(
+            raise UserError(
                 f"{info.url} takes no adapters of rank {adapter['max_lora_rank']}; set rollout lora: merged, or start "
                 f"it with: {command(**adapter)}"
             )
@@ -120,7 +121,7 @@ def check_stop(infos: Sequence[ServerInfo], stop: Sequence[str]) -> None:
     """Raise `ValueError` where there are stop strings and a server can't look for them."""
     for info in infos:
         if stop and not info.has_tokenizer:
-            raise ValueError(
+            raise UserError(
                 f"sampling.stop is {stop}, but {info.url} was started without a tokenizer; start it with: {command()} "
                 "(and without --tokens-only or --skip-tokenizer-init)"
             )
@@ -139,9 +140,9 @@ def choose_transfer(infos: Sequence[ServerInfo], wanted: str, adapter: dict[str,
     if wanted == "tcp":
         return wanted
     if adapter is not None:
-        raise ValueError(f"transfer is {wanted}, but an adapter goes to servers over tcp alone; set tcp")
+        raise UserError(f"transfer is {wanted}, but an adapter goes to servers over tcp alone; set tcp")
     if offered != {wanted}:
-        raise ValueError(
+        raise UserError(
             f"transfer is {wanted}, but not all servers were started for it; set tcp, or start them with: "
             + "VLLM_ALLOW_INSECURE_SERIALIZATION=1 " * (wanted == "ipc")
             + command(weight_transfer_config={"backend": wanted})

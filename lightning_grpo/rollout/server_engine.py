@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.endpoint import ConnectionDropped, Endpoint, EndpointLost, EventLoop
 from lightning_grpo.rollout.gpu_transfer import IPCTransfer, NCCLTransfer
 from lightning_grpo.rollout.pool import Pool
@@ -81,9 +82,9 @@ class ServerEngine:
         run: str | None = None,
     ) -> None:
         if not urls:
-            raise ValueError("urls is empty; name at least one vLLM server, such as http://localhost:8000")
+            raise UserError("urls is empty; name at least one vLLM server, such as http://localhost:8000")
         if len({url.rstrip("/") for url in urls}) < len(urls):
-            raise ValueError(f"urls {list(urls)} name a server more than once")
+            raise UserError(f"urls {list(urls)} name a server more than once")
         self.eos_token_ids = list(eos_token_ids)
         self.sampling_args = sampling_args or {}
         self.version = 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+from lightning_grpo.errors import RunError
 from lightning_grpo.rollout.server_check import SERVER_ENVIRONMENT, SERVER_FLAGS, as_flags
 from lightning_grpo.rollout.wire import free_port
 
@@ -79,9 +80,9 @@ class ServerProcess:
             except (URLError, OSError):
                 pass
             if time.monotonic() > end:
-                raise RuntimeError(f"the vLLM server did not answer within {timeout:.0f} s. {self._log_end()}")
+                raise RunError(f"the vLLM server did not answer within {timeout:.0f} s. {self._log_end()}")
             time.sleep(0.2)
-        raise RuntimeError(f"the vLLM server ended with code {self.process.returncode}. {self._log_end()}")
+        raise RunError(f"the vLLM server ended with code {self.process.returncode}. {self._log_end()}")
 
     def _log_end(self) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines()

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.callback import RolloutCallback, eos_token_ids
 from lightning_grpo.rollout.server_check import CANARIES
 from lightning_grpo.rollout.server_engine import ServerEngine
@@ -147,7 +148,7 @@ class VLLMServerRollout(RolloutCallback):
     ) -> None:
         super().__init__(tolerance=tolerance)
         if not urls:
-            raise ValueError("urls is empty; name at least one vLLM server, such as http://localhost:8000")
+            raise UserError("urls is empty; name at least one vLLM server, such as http://localhost:8000")
         self.urls = urls
         self.api_key_variable = api_key_variable
         self.max_in_flight = max_in_flight
@@ -196,4 +197,4 @@ def _checked(engine: ServerEngine, pl_module: L.LightningModule) -> ServerEngine
 
 def _require_gpu(transfer: str) -> None:
     if not torch.cuda.is_available():
-        raise ValueError(f"transfer is {transfer}, which takes weights from a GPU, and there is none here; set tcp")
+        raise UserError(f"transfer is {transfer}, which takes weights from a GPU, and there is none here; set tcp")

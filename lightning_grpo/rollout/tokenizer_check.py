@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_grpo.errors import UserError
+
 PROBE = "Grüße aus 東京!\n\n\tdef f(x):  return 3.14 * x  # 1234567890 👍 <|im_start|><s>[INST]"
 
 
@@ -34,4 +36,4 @@ def require_same_tokenizer(engine: dict[str, Any], trainer: dict[str, Any], *, a
     differing = [name for name in trainer if engine.get(name) != trainer[name]]
     if differing:
         shown = "; ".join(f"{name}: {str(engine.get(name))[:80]}, not {str(trainer[name])[:80]}" for name in differing)
-        raise ValueError(f"{at} has another tokenizer than the trainer ({shown}); give both the same tokenizer files")
+        raise UserError(f"{at} has another tokenizer than the trainer ({shown}); give both the same tokenizer files")

@@ -12,6 +12,8 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -37,17 +39,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"sampling.temperature is {self.temperature}; set 0 (greedy, validation only) or more")
+            raise UserError(f"sampling.temperature is {self.temperature}; set 0 (greedy, validation only) or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p is {self.top_p}; set a share of the probability mass in (0, 1]")
+            raise UserError(f"sampling.top_p is {self.top_p}; set a share of the probability mass in (0, 1]")
         if self.top_k < 0:
-            raise ValueError(f"sampling.top_k is {self.top_k}; set 0 to keep all tokens, or how many to keep")
+            raise UserError(f"sampling.top_k is {self.top_k}; set 0 to keep all tokens, or how many to keep")
         if not 0 <= self.min_p <= 1:
-            raise ValueError(f"sampling.min_p is {self.min_p}; set a share in [0, 1]")
+            raise UserError(f"sampling.min_p is {self.min_p}; set a share in [0, 1]")
         if self.repetition_penalty <= 0:
-            raise ValueError(f"sampling.repetition_penalty is {self.repetition_penalty}; set 1 (off) or above 0")
+            raise UserError(f"sampling.repetition_penalty is {self.repetition_penalty}; set 1 (off) or above 0")
         if not 0 < self.cutoff <= 1:
-            raise ValueError(f"sampling.cutoff is {self.cutoff}; set a share of the completions in (0, 1]")
+            raise UserError(f"sampling.cutoff is {self.cutoff}; set a share of the completions in (0, 1]")
 
     def spare(self, count: int) -> int:
         """How many of ``count`` completions sampled together `cutoff` allows to be cut short."""
@@ -184,7 +186,7 @@ class Rollout:
             p, t = len(prompt), len(c.token_ids)
             for what, values in (("log-probs", c.logprobs), ("versions", c.versions)):
                 if len(values) != t:
-                    raise ValueError(f"the engine returned {len(values)} {what} for a completion of {t} tokens")
+                    raise UserError(f"the engine returned {len(values)} {what} for a completion of {t} tokens")
             out.prompt_ids[n, P - p :] = torch.tensor(list(prompt))
             out.prompt_mask[n, P - p :] = True
             out.completion_ids[n, :t] = torch.tensor(c.token_ids, dtype=torch.long)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.proof import Fingerprint, Held, WeightSyncError
 
 ADAPTER = 1
@@ -30,7 +31,7 @@ def adapter_settings(rank: int, layers: Iterable[str]) -> dict[str, Any]:
         ValueError: for a rank above what vLLM can hold.
     """
     if rank > RANKS[-1]:
-        raise ValueError(f"lora.rank is {rank}: vLLM takes {RANKS[-1]} at most; lower it, or set rollout lora: merged")
+        raise UserError(f"lora.rank is {rank}: vLLM takes {RANKS[-1]} at most; lower it, or set rollout lora: merged")
     room = next(r for r in RANKS if r >= rank)
     return {
         "enable_lora": True,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_grpo.errors import OutOfMemoryError, UserError
 from lightning_grpo.rollout.guest import guest, noise_to
 from lightning_grpo.rollout.proof import Held, WeightSyncError
 from lightning_grpo.rollout.tokenizer_check import require_same_tokenizer, tokenizer_facts
@@ -42,12 +43,12 @@ def require_vllm() -> None:
     """Raise where vLLM is missing or of a version whose insides this package was not written for."""
     version = vllm_version()
     if version is None:
-        raise ModuleNotFoundError(
+        raise UserError(
             "VLLMRollout needs vLLM, which is not installed: pip install 'lightning-grpo[vllm]', "
             "or sample with the policy's own modules: --rollout HFRollout"
         )
     if not version.startswith(VLLM_SERIES):
-        raise ImportError(
+        raise UserError(
             f"vLLM {version} is installed; VLLMRollout reaches into the insides of {VLLM_SERIES}x and was not tried "
             f"with another: pip install 'vllm=={VLLM_SERIES}0', or use HFRollout"
         )
@@ -69,7 +70,7 @@ class VLLMEngine:
     and every request from then on is computed with them on top of the checkpoint's.
 
     Raises:
-        ModuleNotFoundError, ImportError: without vLLM, or with another version than was written for.
+        UserError: without vLLM, or with another version than was written for.
         MemoryError: where the engine does not fit; the message has the numbers.
     """
 
@@ -129,7 +130,7 @@ class VLLMEngine:
         on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
         if sampling.stop and not self._has_tokenizer:
-            raise ValueError(
+            raise UserError(
                 f"sampling.stop is {sampling.stop}, but the engine was started without a tokenizer; set the stop "
                 "strings in the module's sampling, where the engine's start sees them"
             )
@@ -332,7 +333,7 @@ def _explained(error: Exception, settings: dict[str, Any], log_file: Path) -> Ex
     where = f"The engine's log is {log_file.resolve()}."
     if "memory" in text.lower() or "kv cache" in text.lower():
         share = settings.get("gpu_memory_utilization")
-        return MemoryError(
+        return OutOfMemoryError(
             f"the vLLM engine does not fit in memory (gpu_memory_utilization={share}, "
             f"kv_cache_memory_bytes={settings.get('kv_cache_memory_bytes')}, "
             f"max_num_seqs={settings.get('max_num_seqs')}): {text} "

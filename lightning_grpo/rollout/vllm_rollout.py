@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from lightning_grpo.errors import OutOfMemoryError, UserError
 from lightning_grpo.rollout.callback import HFRollout, RolloutCallback, eos_token_ids, max_model_len
 from lightning_grpo.rollout.vllm_adapter import adapter_settings
 from lightning_grpo.rollout.vllm_engine import VLLMEngine, require_vllm, vllm_version
@@ -84,9 +85,9 @@ class VLLMRollout(RolloutCallback):
     ) -> None:
         super().__init__(tolerance=tolerance)
         if max_num_seqs < 1:
-            raise ValueError(f"max_num_seqs is {max_num_seqs}; set how many completions are sampled at once, 1 or more")
+            raise UserError(f"max_num_seqs is {max_num_seqs}; set how many completions are sampled at once, 1 or more")
         if not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization is {gpu_memory_utilization}; set a share in (0, 1]")
+            raise UserError(f"gpu_memory_utilization is {gpu_memory_utilization}; set a share in (0, 1]")
         on_gpu = torch.cuda.is_available()
         self.max_num_seqs = max_num_seqs
         self.kv_cache_memory_bytes = kv_cache_memory_bytes
@@ -94,11 +95,9 @@ class VLLMRollout(RolloutCallback):
         self.sleeps = self.sleep_level > 0
         self.lora = lora
         if lora == "adapter" and self.sleep_level == 2:
-            raise ValueError("sleep_level is 2: it drops the weights that lora: adapter never sends; set 1 or 0")
+            raise UserError("sleep_level is 2: it drops the weights that lora: adapter never sends; set 1 or 0")
         if tensor_parallel_size < 1:
-            raise ValueError(
-                f"tensor_parallel_size is {tensor_parallel_size}; set 1, or how many ranks share an engine"
-            )
+            raise UserError(f"tensor_parallel_size is {tensor_parallel_size}; set 1, or how many ranks share an engine")
         self.log_file = log_file
         self.sampling_args = sampling_args
         settings = {
@@ -124,7 +123,7 @@ class VLLMRollout(RolloutCallback):
         settings = self.settings(pl_module)
         ranks = settings["tensor_parallel_size"]
         if ranks > 1 and self.lora == "adapter":
-            raise ValueError(
+            raise UserError(
                 f"tensor_parallel_size is {ranks} and lora is adapter: what ranks hold of an adapter together can not "
                 "be compared; set lora: merged"
             )
@@ -174,7 +173,7 @@ def refuse_bias(pl_module: L.LightningModule, sampling_args: dict[str, Any]) -> 
     """
     corrected = getattr(getattr(pl_module, "objective", None), "rollout_correction", None) is not None
     if (biased := sorted(CHANGES_DISTRIBUTION & sampling_args.keys())) and not corrected:
-        raise ValueError(
+        raise UserError(
             f"rollout sampling_args has {', '.join(biased)}: the engine would sample from another distribution than "
             "the one trained, which biases the gradient; leave them out, or set objective.rollout_correction"
         )
@@ -198,9 +197,9 @@ def adapter_engine_args(pl_module: L.LightningModule) -> dict[str, Any]:
         ValueError: where it has none, or its base model is in no checkpoint.
     """
     if pl_module.lora is None:
-        raise ValueError("rollout lora is adapter, but the module trains whole weights; set the module's lora")
+        raise UserError("rollout lora is adapter, but the module trains whole weights; set the module's lora")
     if pl_module.from_scratch:
-        raise ValueError(
+        raise UserError(
             "rollout lora is adapter, but from_scratch gives the policy weights that no checkpoint holds and the "
             "engine would not have; set rollout lora: merged"
         )
@@ -223,7 +222,7 @@ def _cpu_cache_bytes(config: PretrainedConfig, max_num_seqs: int, max_model_len:
     per_sequence = 2 * config.num_hidden_layers * heads * head_size * 4 * (max_model_len + 128)
     room = psutil.virtual_memory().available // 2
     if per_sequence > room:
-        raise MemoryError(
+        raise OutOfMemoryError(
             f"one sequence of {max_model_len} tokens needs {per_sequence / 2**30:.2f} GiB of key-value cache, and half "
             f"of the free memory is {room / 2**30:.2f} GiB; lower max_completion_length, or set kv_cache_memory_bytes"
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.guest import guest
 from lightning_grpo.rollout.proof import WeightSyncError
 from lightning_grpo.rollout.types import Completion, OnGroup, Sampling
@@ -31,7 +32,7 @@ class SharedVLLMEngine(VLLMEngine):
         size = engine_args["tensor_parallel_size"]
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world % size:
-            raise ValueError(
+            raise UserError(
                 f"rollout tensor_parallel_size is {size}, but the trainer has {world} ranks: set trainer.devices to a "
                 "multiple of it, or use VLLMProcessRollout, whose engine has devices of its own"
             )
@@ -53,7 +54,7 @@ class SharedVLLMEngine(VLLMEngine):
     ) -> list[list[Completion]]:
         shares, rank = self._gather((prompts, seeds, sampling, max_tokens))
         if any(share[2:] != (sampling, max_tokens) for share in shares):
-            raise ValueError("the ranks of one engine ask for completions of different sampling or length")
+            raise UserError("the ranks of one engine ask for completions of different sampling or length")
         *starts, _ = accumulate((len(share[0]) for share in shares), initial=0)
         start = starts[rank]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.proof import Fingerprint, Held, WeightSyncError
 
 
@@ -101,7 +102,7 @@ class _Place:
 
     def block_of(self, tensor: Tensor) -> Tensor:
         if tensor.shape != self.shape:
-            raise ValueError(f"the shape of {self.name} is {tuple(tensor.shape)}, but {self.prefix} takes {self.shape}")
+            raise UserError(f"the shape of {self.name} is {tuple(tensor.shape)}, but {self.prefix} takes {self.shape}")
         for dim, (start, size) in enumerate(zip(self.corner, self.block, strict=True)):
             tensor = tensor.narrow(dim, start, size)
         return tensor

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from lightning_grpo.errors import UserError
+
 
 def policy_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
     """Stream the policy's parameters, in the order of its layers, without a second copy of the model.
@@ -30,7 +32,7 @@ def policy_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, T
     """
     if isinstance(policy, PeftModel):
         if policy.active_peft_config.is_prompt_learning or policy.active_peft_config.peft_type != "LORA":
-            raise ValueError(
+            raise UserError(
                 f"the adapter is {policy.active_peft_config.peft_type}; only LoRA can be given to an engine"
             )
         policy = policy.get_base_model()
@@ -58,10 +60,10 @@ def adapter_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, 
         ValueError: where the policy is more than its base model and one plain LoRA adapter on linear layers.
     """
     if not isinstance(policy, PeftModel):
-        raise ValueError("the policy has no adapter; give the engine its weights instead")
+        raise UserError("the policy has no adapter; give the engine its weights instead")
     others = [name for name, p in policy.named_parameters() if p.requires_grad and "lora_" not in name]
     if others or len(policy.active_adapters) != 1:
-        raise ValueError(
+        raise UserError(
             f"an engine takes one adapter and nothing beside it, but active adapters are {policy.active_adapters} and "
             f"{len(others)} other parameters train ({', '.join(others[:4])}); send merged weights instead"
         )
@@ -71,7 +73,7 @@ def adapter_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, 
             continue
         _require_plain(layer, name, adapter)
         if layer.merged or adapter not in layer.lora_A:
-            raise ValueError(f"{name} is merged, or no linear layer; send merged weights instead")
+            raise UserError(f"{name} is merged, or no linear layer; send merged weights instead")
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         yield f"base_model.model.{name}.lora_A.weight", whole(A.detach()).clone()
         yield f"base_model.model.{name}.lora_B.weight", whole(B.detach()).float() * layer.scaling[adapter]
@@ -118,4 +120,4 @@ def _lora_delta(layer: LoraLayer, name: str, adapter: str) -> Tensor:
 
 def _require_plain(layer: LoraLayer, name: str, adapter: str) -> None:
     if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
-        raise ValueError(f"adapter {adapter!r} on {name} is not plain LoRA (DoRA, or a bias)")
+        raise UserError(f"adapter {adapter!r} on {name} is not plain LoRA (DoRA, or a bias)")
