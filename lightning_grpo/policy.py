@@ -3,18 +3,30 @@
 import copy
 import logging
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from pickle import UnpicklingError
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
 
 from lightning_grpo.attention import NAME as ATTENTION
 from lightning_grpo.errors import UserError
+from lightning_grpo.model_checks import require_causal, require_complete, require_finite
+from lightning_grpo.model_files import loading_options, read_json, unreadable
 
 log = logging.getLogger(__name__)
 
@@ -45,30 +57,46 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        ValueError: where the folder or hub name holds none.
+        UserError: the folder or hub name holds none that can be read.
     """
+    options = loading_options(model)
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UserError(_not_found("tokenizer", model)) from error
+        return AutoTokenizer.from_pretrained(model, **options)
+    except Exception as error:
+        raise unreadable("tokenizer", model, error) from error
 
 
-def load_config(model: str):
+def load_config(model: str) -> PreTrainedConfig:
     """The model's configuration, without its weights, every dropout switched off.
 
     Dropout would make the log-probs of scoring and of the update differ, and the ratio with them.
 
     Raises:
-        ValueError: where the folder or hub name holds none.
+        UserError: the folder or hub name holds none that can be read, or that of a model that is not causal.
     """
+    options = loading_options(model)
     try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UserError(_not_found("config.json", model)) from error
+        config = AutoConfig.from_pretrained(model, **options)
+    except Exception as error:
+        raise unreadable("config.json", model, error) from error
+    require_causal(model, config)
     for name, value in vars(config).items():
         if isinstance(value, float) and (name.endswith(("dropout", "dropout_prob", "pdrop")) or name == "layerdrop"):
             setattr(config, name, 0.0)
     return config
+
+
+def load_generation_config(model: str, config: PreTrainedConfig) -> GenerationConfig:
+    """What generation_config.json says, or, if there is none, what of it stands in config.json.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    read_json(model, "generation_config.json")
+    try:
+        return GenerationConfig.from_pretrained(model, **loading_options(model))
+    except OSError:
+        return GenerationConfig.from_model_config(config)
 
 
 def load_policy(
@@ -94,24 +122,20 @@ def load_policy(
         seed: of the random weights and of a new adapter.
 
     Raises:
-        ValueError: for an unknown dtype or a model that can't be found.
+        UserError: an unknown dtype; a model that can't be found or read; weights that are not complete and finite.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; set one of {', '.join(DTYPES)}")
     config = load_config(model)
+    generation_config = load_generation_config(model, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        attention = {"dtype": DTYPES[dtype], "attn_implementation": attn_implementation}
         if from_scratch:
-            policy = AutoModelForCausalLM.from_config(
-                config, dtype=DTYPES[dtype], attn_implementation=attn_implementation
-            )
+            policy = AutoModelForCausalLM.from_config(config, **attention)
         else:
-            try:
-                policy = AutoModelForCausalLM.from_pretrained(
-                    model, config=config, dtype=DTYPES[dtype], attn_implementation=attn_implementation
-                )
-            except OSError as error:
-                raise UserError(_not_found("weights", model)) from error
+            policy = _load_weights(model, config, **attention)
+        policy.generation_config = generation_config
         if lora is not None:
             policy = get_peft_model(
                 policy,
@@ -130,6 +154,29 @@ def load_policy(
     return policy.train()
 
 
+def _load_weights(model: str, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """The checkpoint's weights, all of them and all finite."""
+    options |= loading_options(model)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of what is missing; `require_complete` says it
+    try:
+        # weights of another shape are refused below, with both shapes
+        policy, info = AutoModelForCausalLM.from_pretrained(
+            model, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError, UnpicklingError) as error:
+        raise unreadable("weights", model, error) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if getattr(policy, "is_quantized", False):
+        raise UserError(
+            f"model is {model!r}: its weights are quantized; set a checkpoint in float32, bfloat16 or float16"
+        )
+    require_complete(model, info)
+    require_finite(model, policy)
+    return policy
+
+
 def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
     """The reference of full training: a copy of the policy as it is now, in evaluation mode, without gradients."""
     return copy.deepcopy(policy).eval().requires_grad_(False)
@@ -142,14 +189,3 @@ def shard(policy: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(policy, mesh=mesh)
-
-
-def _not_found(what: str, model: str) -> str:
-    folder = Path(model)
-    if folder.is_dir():
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        return f"model is {model!r}: that folder has no readable {what} (it holds {held}); set a checkpoint's folder"
-    return (
-        f"model is {model!r}: no such folder, and no {what} of that name could be loaded from the hub or its cache; "
-        "set the folder of a Hugging Face checkpoint, or a hub name that this machine can reach"
-    )

@@ -21,8 +21,17 @@ from lightning_grpo.attention import NAME as ATTENTION
 from lightning_grpo.data import Prompt, PromptBatch
 from lightning_grpo.errors import UserError
 from lightning_grpo.logprobs import completion_logprobs
+from lightning_grpo.model_checks import require_end_token
 from lightning_grpo.monitor.metrics import Window, observe_completions, observe_rewards
-from lightning_grpo.policy import LoRA, frozen_copy, load_config, load_policy, load_tokenizer, shard
+from lightning_grpo.policy import (
+    LoRA,
+    frozen_copy,
+    load_config,
+    load_generation_config,
+    load_policy,
+    load_tokenizer,
+    shard,
+)
 from lightning_grpo.rewards import EarlyJudge, Reward, as_rewards, compute_rewards
 from lightning_grpo.rollout import (
     Completion,
@@ -180,13 +189,17 @@ class PolicyModule(LightningModule):
                 f"trainer.strategy.tensor_parallel_size is {self.device_mesh['tensor_parallel'].size()}; set it to 1 "
                 "and data_parallel_size to the number of ranks"
             )
-        longest = getattr(load_config(self.model_path).get_text_config(), "max_position_embeddings", None)
+        config = load_config(self.model_path)
+        require_end_token(self.model_path, self.tokenizer, config, load_generation_config(self.model_path, config))
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         needed = self.max_prompt_length + self.max_completion_length
         if longest is not None and needed > longest:
+            room = longest - self.max_prompt_length
+            shorter = f"set max_completion_length to {room} or less, or " if room > 0 else ""
             raise UserError(
                 f"max_prompt_length {self.max_prompt_length} + max_completion_length {self.max_completion_length} = "
-                f"{needed} tokens, but {self.model_path} was made for {longest}; "
-                f"set max_completion_length to {longest - self.max_prompt_length} or less, or shorten the prompts"
+                f"{needed} tokens, but {self.model_path} was made for {longest}; {shorter}set max_prompt_length to "
+                f"{max(longest - self.max_completion_length, longest // 2)} or less"
             )
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -249,7 +262,7 @@ class PolicyModule(LightningModule):
                 seeds=seeds,
                 on_group=judge.hear if early else None,
             )
-            rollout = Rollout.collate(batch.prompts, completions, pad_id(self.tokenizer))
+            rollout = Rollout.collate(batch.prompts, completions, pad_id(self.policy, self.tokenizer))
             if early:
                 rollout.early_rewards = torch.cat(judge.results())
         return rollout

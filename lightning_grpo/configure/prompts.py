@@ -7,6 +7,7 @@ from statistics import mean
 from typing import Any
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.model_files import loading_options
 
 CHARACTERS_PER_TOKEN = 3.5
 PASS_RATE_COLUMNS = ("pass_rate", "solve_rate", "mean_reward")
@@ -77,7 +78,7 @@ def prompt_statistics(path: str, model: str) -> PromptStatistics:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer = AutoTokenizer.from_pretrained(model, **loading_options(model))
         except (OSError, ValueError):
             tokenizer = None
     lengths = [_tokens(row["prompt"], tokenizer) for row in rows]

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.model_files import loading_options, unreadable
 
 # hidden, layers, MLP, query heads, key-value heads, head width, vocabulary, tied head
 _KNOWN = {
@@ -135,9 +136,9 @@ def find_model(model: str) -> ModelShape:
     if config := None if Path(model).exists() else known_config(model):
         return ModelShape.from_config(config, model)
     try:
-        return ModelShape.from_config(AutoConfig.from_pretrained(model), model)
+        return ModelShape.from_config(AutoConfig.from_pretrained(model, **loading_options(model)), model)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = error if isinstance(error, UserError) else unreadable("config.json", model, error)
         raise UserError(
             f"--model {model}: no config found ({reason}). Set a folder with a config.json, a name on the hub, or, "
             f"without the network, one of {', '.join(_KNOWN)}"

@@ -87,7 +87,7 @@ class RolloutCallback(L.Callback, ABC):
             sleep=self.sleeps,
         )
         # What is compiled or allocated at first use is paid here, not in the first step's timings.
-        warm_up = [[pl_module.tokenizer.eos_token_id]]
+        warm_up = [[eos_token_ids(pl_module.policy, pl_module.tokenizer)[0]]]
         engine.generate(warm_up, Sampling(), max_tokens=1, seeds=[[0]])
         rank_zero_info(f"{type(engine).__name__} is ready after {time.perf_counter() - start:.1f} s")
 
@@ -119,7 +119,7 @@ class HFRollout(RolloutCallback):
         return HFEngine(
             pl_module.policy,
             eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
-            pad_id=pad_id(pl_module.tokenizer),
+            pad_id=pad_id(pl_module.policy, pl_module.tokenizer),
             tokenizer=pl_module.tokenizer,
             max_num_seqs=self.max_num_seqs,
             context=trainer.precision_plugin.forward_context,
@@ -137,9 +137,10 @@ def eos_token_ids(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -
     return sorted(ids)
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills rectangles: the padding token, or the end-of-sequence token where there is none."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def pad_id(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills rectangles: the padding token, or, if there is none, one that ends completions."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, *eos_token_ids(policy, tokenizer))
+    return next(token for token in candidates if token is not None)
 
 
 def _trainer_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:

@@ -1,0 +1,126 @@
+"""Finding a checkpoint's files, in a folder or on the hub, and saying which of them can't be read, and why.
+
+Nothing here runs code that comes with a checkpoint, nor asks at the terminal whether to.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from lightning_grpo.errors import UserError
+
+HUB_TIMEOUT = 5.0
+"""Seconds in which the hub has to answer whether it has a repository."""
+REMEDY = "set the folder of a Hugging Face checkpoint, or a hub name that this machine can reach"
+
+
+@cache
+def hub_reachable(name: str, kind: str = "model") -> bool:
+    """Whether the hub has the repository ``name`` and answers now; False leaves its cache on this machine.
+
+    One request, without retries: transformers and datasets try six times for each file.
+
+    Raises:
+        UserError: it is no repository's name, or the hub answers that it has none and the cache doesn't either.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{kind} is {name!r}: no such folder, and not a name on the hub (owner/name)") from error
+    if is_offline_mode():
+        return False
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        if isinstance(try_to_load_from_cache(name, "config.json", repo_type=kind), str):
+            return False
+        raise UserError(
+            f"{kind} is {name!r}: no such folder, and the hub has no repository of that name, or none that you may "
+            "read (log in with `hf auth login` for a private one)"
+        ) from error
+    except Exception:
+        # whatever else a request can fail with: the cache may do
+        return False
+    return True
+
+
+def loading_options(model: str) -> dict[str, Any]:
+    """What every ``from_pretrained`` gets beside the folder or hub name ``model``."""
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if not Path(model).is_dir():
+        options["local_files_only"] = not hub_reachable(model)
+    return options
+
+
+def read_json(model: str, name: str) -> dict[str, Any]:
+    """The object in the JSON file ``name`` of the folder ``model``; empty if there is no such file.
+
+    Raises:
+        UserError: it is not UTF-8, not JSON, or not an object.
+    """
+    path = Path(model) / name
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+        raise UserError(f"model is {model!r}: its {name} is not {kind} ({error}); copy the file again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"model is {model!r}: its {name} holds {type(value).__name__}, not an object; copy it again")
+    return value
+
+
+def unreadable(what: str, model: str, error: Exception) -> UserError:
+    """The error to raise because ``what`` (config.json, tokenizer, weights) of ``model`` could not be loaded.
+
+    It names the file that is broken, as far as that can be found out.
+    """
+    reason = shorten(str(error), 300, placeholder=" …") or type(error).__name__
+    if isinstance(error, KeyError):
+        reason = f"no {reason} is known to transformers"
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"model is {model!r}: its {what} needs Python code that comes with the checkpoint (auto_map in its "
+            "configuration, trust_remote_code in transformers), which is never run here; use a checkpoint of an "
+            "architecture that transformers itself has"
+        )
+    folder = Path(model)
+    if not folder.is_dir():
+        return UserError(
+            f"model is {model!r}: no such folder, and no {what} of that name could be loaded from the hub or its cache "
+            f"({reason}); {REMEDY}"
+        )
+    for path in sorted(folder.glob("*.json")):
+        read_json(model, path.name)
+    if what == "weights":
+        for path in sorted(folder.glob("*.safetensors")):
+            _require_header(model, path)
+    held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return UserError(
+            f"model is {model!r}: that folder holds a LoRA adapter without its base model; merge the two (PEFT's "
+            "merge_and_unload), save the result, and set its folder"
+        )
+    return UserError(
+        f"model is {model!r}: that folder has no readable {what} ({reason}); it holds {held}; set a checkpoint's folder"
+    )
+
+
+def _require_header(model: str, path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        with path.open("rb") as file:
+            pointer = file.read(20).startswith(b"version https://git")
+        why = "it is a Git LFS pointer, not the file itself: run git lfs pull" if pointer else f"{error}; copy it again"
+        raise UserError(f"model is {model!r}: its {path.name} can't be read ({why})") from error
