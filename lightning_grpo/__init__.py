@@ -1,6 +1,16 @@
 """Group Relative Policy Optimization on PyTorch Lightning."""
 
-from lightning_grpo.data import PromptDataModule
-from lightning_grpo.module import GRPOModule
+from typing import TYPE_CHECKING
+
+from lightning_grpo.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_grpo.data import PromptDataModule
+    from lightning_grpo.module import GRPOModule
 
 __all__ = ["GRPOModule", "PromptDataModule"]
+
+# torch, Lightning and transformers take seconds to import, and not everything in this package needs them.
+__getattr__, __dir__ = lazy_names(
+    __name__, {"GRPOModule": "lightning_grpo.module", "PromptDataModule": "lightning_grpo.data"}
+)

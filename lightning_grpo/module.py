@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from lightning_grpo.ahead import Ahead
-from lightning_grpo.configure import check_batch_arithmetic
+from lightning_grpo.batching import check_batch_arithmetic
 from lightning_grpo.data import PromptBatch
 from lightning_grpo.errors import NonFiniteError, RunError, UserError
 from lightning_grpo.experience import Experience, cut_windows

@@ -7,8 +7,8 @@ from pytest import approx, mark, raises
 
 from lightning_grpo.configure import find_gpu, plan, to_yaml
 from lightning_grpo.configure.command import main, parse_pins
+from lightning_grpo.configure.devices import GPUS
 from lightning_grpo.configure.evidence import TASKS
-from lightning_grpo.configure.hardware import GPUS
 from lightning_grpo.configure.levers import HEADROOM
 
 QWEN = {"task": "math_reasoning", "model": "Qwen/Qwen2.5-1.5B-Instruct", "gpu": "h100"}

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytest import mark, raises
 
+from lightning_grpo.batching import check_batch_arithmetic
 from lightning_grpo.configure import (
     Workload,
-    check_batch_arithmetic,
     describe_run,
     find_gpu,
     find_model,

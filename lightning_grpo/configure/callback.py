@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_grpo.configure import calibration
 from lightning_grpo.configure.activations import Untraceable
 from lightning_grpo.configure.cost import MEASURED, Efficiency, predict_cost
-from lightning_grpo.configure.hardware import GiB, Hardware, this_machine
+from lightning_grpo.configure.devices import GiB, Hardware
+from lightning_grpo.configure.hardware import this_machine
 from lightning_grpo.configure.measure import reset_peak, resident, sees_peaks
 from lightning_grpo.configure.memory import predict_memory
 from lightning_grpo.configure.shape import ModelShape

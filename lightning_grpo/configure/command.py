@@ -10,12 +10,9 @@ from typing import Any
 
 import yaml
 
-from lightning_grpo.configure import calibration
+from lightning_grpo.configure.devices import GPUS, GiB
 from lightning_grpo.configure.evidence import TASKS
-from lightning_grpo.configure.hardware import GPUS, GiB
 from lightning_grpo.configure.pins import PINNABLE
-from lightning_grpo.configure.planner import plan
-from lightning_grpo.configure.render import draw, table, to_yaml
 from lightning_grpo.errors import UserError
 
 
@@ -102,6 +99,11 @@ def parse_pins(texts: Sequence[str]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 0, or 2 where the input is wrong or nothing fits."""
     arguments = parser().parse_args(argv)
+    # after the options are read: torch and transformers take seconds to import
+    from lightning_grpo.configure import calibration
+    from lightning_grpo.configure.planner import plan
+    from lightning_grpo.configure.render import draw, table, to_yaml
+
     file = Path(arguments.calibration) if arguments.calibration else None
     try:
         choose = partial(

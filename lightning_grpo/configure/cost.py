@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_grpo.configure.activations import activations
-from lightning_grpo.configure.hardware import Hardware
+from lightning_grpo.configure.devices import Hardware
 from lightning_grpo.configure.workload import Workload
 
 MEASURED = "measured here"

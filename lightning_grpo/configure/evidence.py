@@ -6,9 +6,10 @@ Tinker's cookbook.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_grpo.configure.shape import ModelShape
+if TYPE_CHECKING:
+    from lightning_grpo.configure.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ CLASSIC = {
 }
 
 
-def learning_rate(shape: ModelShape, lora: bool) -> Choice:
+def learning_rate(shape: "ModelShape", lora: bool) -> Choice:
     """By the size of the model; ten times as much for adapters."""
     billions = shape.params / 1e9
     if lora:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from lightning_grpo.configure.hardware import GiB, Hardware
+from lightning_grpo.configure.devices import GiB, Hardware
 from lightning_grpo.configure.memory import Memory, predict_memory
 from lightning_grpo.configure.workload import Workload
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_grpo.attention import NAME as ATTENTION
 from lightning_grpo.configure.cost import Efficiency, decode_seconds
-from lightning_grpo.configure.hardware import Hardware
+from lightning_grpo.configure.devices import Hardware
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.logprobs import completion_logprobs
 from lightning_grpo.rollout import HFEngine, Sampling

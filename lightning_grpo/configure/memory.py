@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lightning_grpo.attention import NAME as ATTENTION
 from lightning_grpo.configure.activations import Activations, activations
-from lightning_grpo.configure.hardware import GiB, Hardware
+from lightning_grpo.configure.devices import GiB, Hardware
 from lightning_grpo.configure.workload import STATE_BYTES, Workload
 from lightning_grpo.kernels.linear import BLOCK_BYTES, KEEP_BYTES
 

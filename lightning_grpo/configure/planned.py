@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from lightning_grpo.configure.cost import Cost
+from lightning_grpo.configure.devices import Hardware
 from lightning_grpo.configure.evidence import Choice
-from lightning_grpo.configure.hardware import Hardware
 from lightning_grpo.configure.memory import Memory
 from lightning_grpo.configure.prompts import PromptStatistics
 from lightning_grpo.configure.workload import Workload

@@ -6,19 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_grpo.batching import check_batch_arithmetic, divisors
 from lightning_grpo.configure import evidence
 from lightning_grpo.configure.calibration import load as load_calibration
 from lightning_grpo.configure.cost import Efficiency, pass_rate_grid, predict_cost
+from lightning_grpo.configure.devices import GB, Hardware
 from lightning_grpo.configure.evidence import CLASSIC, FIXED, TASKS, Choice
-from lightning_grpo.configure.hardware import GB, Hardware, cores, find_gpu
+from lightning_grpo.configure.hardware import cores, find_gpu
 from lightning_grpo.configure.levers import fits, ways_to_fit
 from lightning_grpo.configure.memory import predict_memory
 from lightning_grpo.configure.pins import check_pins
 from lightning_grpo.configure.planned import Plan
 from lightning_grpo.configure.prompts import PromptStatistics, prompt_statistics
-from lightning_grpo.configure.shape import ModelShape, divisors, find_model
+from lightning_grpo.configure.shape import ModelShape, find_model
 from lightning_grpo.configure.summary import refusal
-from lightning_grpo.configure.workload import Workload, check_batch_arithmetic
+from lightning_grpo.configure.workload import Workload
 from lightning_grpo.errors import UserError
 
 # Largest micro-batch tried: tokens of one forward pass.

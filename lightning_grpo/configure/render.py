@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from lightning_grpo.configure.devices import GB, GiB
 from lightning_grpo.configure.evidence import TASKS, Choice
-from lightning_grpo.configure.hardware import GB, GiB
 from lightning_grpo.configure.planned import Plan
 from lightning_grpo.configure.summary import hours, identity_line, memory_line, time_line
 

@@ -1,7 +1,6 @@
 """What of a model decides its memory and its cost, from its config alone: nothing is downloaded or allocated."""
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -153,9 +152,3 @@ def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     out = type(config)(**changed)
     out._attn_implementation = copy.copy(getattr(config, "_attn_implementation", None)) or "sdpa"
     return out
-
-
-def divisors(n: int) -> list[int]:
-    """Divisors of ``n``, ascending."""
-    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
-    return sorted({*small, *(n // i for i in small)})

@@ -3,11 +3,13 @@
 import time
 from collections.abc import Collection
 
+from lightning_grpo.batching import check_batch_arithmetic
 from lightning_grpo.configure.cost import Cost, Efficiency, predict_cost
-from lightning_grpo.configure.hardware import GiB, Hardware, this_machine
+from lightning_grpo.configure.devices import GiB, Hardware
+from lightning_grpo.configure.hardware import this_machine
 from lightning_grpo.configure.levers import HEADROOM, describe_way, fits, ways_to_fit
 from lightning_grpo.configure.memory import Memory, predict_memory
-from lightning_grpo.configure.workload import Workload, check_batch_arithmetic
+from lightning_grpo.configure.workload import Workload
 from lightning_grpo.errors import UserError
 
 REFUSE_ABOVE = 1.15

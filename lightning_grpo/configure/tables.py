@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_grpo.configure.cost import zero_variance_share
+from lightning_grpo.configure.devices import GB, GPUS
 from lightning_grpo.configure.evidence import CLASSIC, FIXED, TASKS, Choice, gradient_clip_val, learning_rate, lora_rank
-from lightning_grpo.configure.hardware import GB, GPUS
 from lightning_grpo.configure.levers import LEVERS
 from lightning_grpo.configure.shape import find_model
 

@@ -1,10 +1,9 @@
-"""Every number of a run that decides its memory and its time, and the arithmetic between batches and steps."""
+"""Every number of a run that decides its memory and its time."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_grpo.configure.shape import ModelShape, divisors
-from lightning_grpo.errors import UserError
+from lightning_grpo.configure.shape import ModelShape
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
 Optimizer = Literal["adamw", "adamw_8bit", "sgd"]
@@ -129,72 +128,3 @@ class Workload:
     def mean_length(self) -> float:
         """Mean tokens of a completion."""
         return self.mean_fill * self.completion_length
-
-
-def _nearest(value: int, allowed: list[int], count: int = 4) -> str:
-    near = sorted(sorted(allowed, key=lambda a: (abs(a - value), a))[:count])
-    return " or ".join(map(str, near))
-
-
-def check_batch_arithmetic(
-    *,
-    prompts_per_rollout: int,
-    num_generations: int,
-    micro_batch_size: int,
-    accumulate_grad_batches: int = 1,
-    num_iterations: int = 1,
-    ranks: int = 1,
-) -> int:
-    """Micro-batches of one rank per rollout: N · num_iterations / (ranks · micro_batch_size).
-
-    Args:
-        prompts_per_rollout: B, over all ranks.
-        num_generations: G; N = B · G.
-        micro_batch_size: completions of one forward and backward on one rank.
-        accumulate_grad_batches: micro-batches of one optimizer step (Lightning's own meaning).
-        num_iterations: passes over a rollout (μ).
-        ranks: data-parallel processes.
-
-    Raises:
-        ValueError: where the numbers don't divide; the message names the option and the nearest values that do.
-    """
-    numbers = {
-        "prompts_per_rollout": prompts_per_rollout,
-        "num_generations": num_generations,
-        "micro_batch_size": micro_batch_size,
-        "accumulate_grad_batches": accumulate_grad_batches,
-        "num_iterations": num_iterations,
-        "ranks": ranks,
-    }
-    for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}; set 1 or more")
-    if num_generations < 2:
-        raise UserError(
-            "num_generations is 1: a group of one has no other completion to be compared with, every advantage is 0; "
-            "set 2 or more (8 is common)"
-        )
-    if prompts_per_rollout % ranks:
-        below = prompts_per_rollout // ranks * ranks
-        near = [b for b in (below, below + ranks) if b]
-        raise UserError(
-            f"prompts_per_rollout is {prompts_per_rollout}, which {ranks} ranks can't share evenly; "
-            f"set {' or '.join(map(str, near))}"
-        )
-    local = prompts_per_rollout * num_generations // ranks
-    if local % micro_batch_size:
-        raise UserError(
-            f"micro_batch_size is {micro_batch_size}, but a rank has {local} completions per rollout "
-            f"(prompts_per_rollout {prompts_per_rollout} × num_generations {num_generations} / {ranks} "
-            f"rank{'s' * (ranks > 1)}), which it does not divide; set micro_batch_size to "
-            f"{_nearest(micro_batch_size, divisors(local))}"
-        )
-    one_pass = local // micro_batch_size
-    if one_pass % accumulate_grad_batches:
-        raise UserError(
-            f"accumulate_grad_batches is {accumulate_grad_batches}, but one pass over a rollout is {one_pass} "
-            f"micro-batches a rank ({local} completions / micro_batch_size {micro_batch_size}), which it does not "
-            "divide: an optimizer step would straddle two passes; set accumulate_grad_batches to "
-            f"{_nearest(accumulate_grad_batches, divisors(one_pass))}"
-        )
-    return one_pass * num_iterations
