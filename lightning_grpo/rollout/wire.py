@@ -1,20 +1,21 @@
-"""Tensors over TCP, one at a time: the trainer offers its weights, engines in other processes come and fetch them.
+"""Tensors over TCP, one at a time: the trainer offers its weights, engines in other processes fetch them.
 
 It needs no shared file system, no GPU and no common process group, and holds one tensor in memory on each side. Each
 message is the length of a JSON header (8 bytes, big-endian), the header, and the tensor's bytes. Engines answer with
 such a header.
 """
 
-import hmac
 import json
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_grpo.rollout.handshake import Handshakes
 
 TIMEOUT = 600.0
 """Seconds without a byte after which either side gives up."""
@@ -29,28 +30,37 @@ class WeightOffer:
 
     def __init__(self, host: str) -> None:
         self.token = secrets.token_hex(32)
-        self._listener = socket.create_server((host, 0))
-        self._listener.settimeout(1.0)
+        self._listener = socket.create_server((host, 0), family=_family(host))
+        self._handshakes = Handshakes(self._listener, self.token)
         self.host, self.port = self._listener.getsockname()[:2]
         self._receivers: list[socket.socket] = []
 
-    def accept(self, count: int, *, give_up: Any = lambda: None) -> None:
-        """Wait until `count` receivers that know the token are connected. `give_up` is called each second and raises
-        where they will not come; `ConnectionError` where they did not come in time."""
+    def accept(self, count: int, *, give_up: Callable[[], None] = lambda: None) -> None:
+        """Wait until ``count`` receivers that know the token are connected. Other connections are closed.
+
+        Args:
+            count: how many.
+            give_up: called at least once per second; raises when the receivers will not connect.
+
+        Raises:
+            ConnectionError: too few connected in time.
+        """
         end = time.monotonic() + TIMEOUT
         while len(self._receivers) < count:
             give_up()
             if time.monotonic() > end:
-                raise ConnectionError(f"{len(self._receivers)} of {count} engines came to {self.host}:{self.port}")
-            try:
-                connection, _ = self._listener.accept()
-            except TimeoutError:
-                continue
-            connection.settimeout(TIMEOUT)
-            if hmac.compare_digest(_receive_exactly(connection, len(self.token)), self.token.encode()):
-                self._receivers.append(connection)
-            else:
-                connection.close()
+                raise ConnectionError(
+                    f"{len(self._receivers)} of {count} engines connected to {self.host}:{self.port} within "
+                    f"{TIMEOUT:.0f} s"
+                )
+            for receiver in self._handshakes.admitted(seconds=1.0):
+                receiver.settimeout(TIMEOUT)
+                self._receivers.append(receiver)
+
+    @property
+    def receivers(self) -> int:
+        """How many are connected."""
+        return len(self._receivers)
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Stream every tensor to every receiver."""
@@ -61,8 +71,12 @@ class WeightOffer:
             for receiver in self._receivers:
                 _send_header(receiver, header)
                 receiver.sendall(data)
-        for receiver in self._receivers:
-            _send_header(receiver, {"end": True})
+        self.tell([{"end": True}] * self.receivers)
+
+    def tell(self, headers: Sequence[dict[str, Any]]) -> None:
+        """Send each receiver a header of its own."""
+        for receiver, header in zip(self._receivers, headers, strict=True):
+            _send_header(receiver, header)
 
     def answers(self) -> list[dict[str, Any]]:
         """What each receiver answers."""
@@ -70,6 +84,7 @@ class WeightOffer:
 
     def close(self) -> None:
         """Stop listening; a stream cut short makes the receivers fail, not finish."""
+        self._handshakes.close()
         for connection in [self._listener, *self._receivers]:
             connection.close()
 
@@ -85,12 +100,16 @@ class Delivery:
         """The offered tensors, on the CPU.
 
         Raises:
-            ConnectionError: where the stream ends before the offer is complete.
+            ConnectionError: if the stream ends before the offer is complete.
         """
-        while "end" not in (header := _receive_header(self._connection)):
+        while "end" not in (header := self.header()):
             tensor = torch.empty(header["shape"], dtype=getattr(torch, header["dtype"]))
             _receive_into(self._connection, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
             yield header["name"], tensor
+
+    def header(self) -> dict[str, Any]:
+        """What `WeightOffer.tell` sent."""
+        return _receive_header(self._connection)
 
     def answer(self, answer: dict[str, Any]) -> None:
         _send_header(self._connection, answer)
@@ -104,15 +123,21 @@ class Delivery:
 
 def own_address(towards: Sequence[str]) -> str:
     """This machine's address as the given hosts see it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with socket.socket(_family(towards[0]), socket.SOCK_DGRAM) as probe:
         probe.connect((towards[0], 9))
         return probe.getsockname()[0]
 
 
 def free_port(host: str) -> int:
     """A port that nobody listens on at this machine's address `host`."""
-    with socket.create_server((host, 0)) as probe:
+    with socket.create_server((host, 0), family=_family(host)) as probe:
         return probe.getsockname()[1]
+
+
+def _family(host: str) -> socket.AddressFamily:
+    """IPv4 if the host has such an address, else IPv6."""
+    families = {found[0] for found in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)}
+    return socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
 
 
 def _send_header(connection: socket.socket, header: dict[str, Any]) -> None:
