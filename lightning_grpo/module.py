@@ -139,6 +139,7 @@ class GRPOModule(RolloutModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Make experience where none is left; open a window where an optimizer step begins."""
+        super().on_train_batch_start(batch, batch_idx)
         begins = self.micro_step % self.trainer.accumulate_grad_batches == 0
         if begins:
             self.window = Window()

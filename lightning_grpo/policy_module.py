@@ -229,7 +229,8 @@ class PolicyModule(LightningModule):
 
     @property
     def policy_version(self) -> int:
-        """Rises whenever the policy's weights change."""
+        """Optimizer steps taken: the age of samples counts in them. What else writes to the weights is for
+        `SyncedEngine` to find out."""
         return self.trainer.global_step
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -363,6 +364,20 @@ class PolicyModule(LightningModule):
         return self.score(self._reference[0].to(self.device), rollout, micro_batches)
 
     # ── Held-out prompts ──────────────────────────────────────────────────────────────────────────────────────────
+
+    # Callbacks have had their turn just before these hooks, and may have put other weights in.
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        self.engine.expect_writes()
+
+    def on_validation_batch_start(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.engine.expect_writes()
+
+    def on_test_batch_start(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.engine.expect_writes()
+
+    def on_predict_batch_start(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.engine.expect_writes()
 
     def evaluate(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
         """Sample k completions of each held-out prompt and judge them, counting what they score."""

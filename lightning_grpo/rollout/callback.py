@@ -14,6 +14,7 @@ from lightning_grpo.rollout.hf import HFEngine, eval_mode
 from lightning_grpo.rollout.proof import Tolerance
 from lightning_grpo.rollout.sync import SyncedEngine
 from lightning_grpo.rollout.types import Engine, Sampling
+from lightning_grpo.rollout.weights import write_counters
 
 
 class RolloutCallback(L.Callback, ABC):
@@ -80,6 +81,7 @@ class RolloutCallback(L.Callback, ABC):
             version=lambda: pl_module.policy_version,
             weights=lambda: self.weights(pl_module),
             score=score,
+            counters=lambda: write_counters(pl_module.policy),
             vocab_size=min(config.vocab_size, len(pl_module.tokenizer)),
             dtypes=(getattr(engine, "dtype", torch.float32), _trainer_dtype(trainer, pl_module)),
             canary_length=min(16, max_model_len(pl_module) - 1),

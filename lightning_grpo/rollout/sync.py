@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import local
@@ -47,7 +47,8 @@ class SyncReport:
 class SyncedEngine:
     """Wraps an engine for one policy and satisfies `Engine` itself.
 
-    Before it generates it asks for the policy's version. Where that moved, the weights are streamed into the engine,
+    Before it generates it asks for the policy's version, and compares the weights' bits if something else than an
+    optimizer step may have changed them. Where either moved, the weights are streamed into the engine,
     the bits that the engine holds must be those that were sent, and the log-probs of fixed token sequences must then
     agree on both sides, within what the dtypes' rounding explains and four times what the first sync showed. Otherwise
     `WeightSyncError` is raised, naming tensors, and nothing is sampled.
@@ -58,9 +59,11 @@ class SyncedEngine:
             ``replica_logprobs`` (`logprobs` of each of several copies, by place), ``samples_in_background`` (True where
             `generate` may run in another thread while the policy trains) and ``updates_in_flight`` (True where
             `update_weights` has an argument ``in_flight`` that lets running requests go on with the new weights).
-        version: gives the policy's version, which rises whenever its weights change.
+        version: gives the policy's version, which rises with every optimizer step.
         weights: gives a fresh stream of the policy's weights under Hugging Face names.
         score: the policy's log-probs of whole sequences at temperature 1, [n − 1] each for n tokens.
+        counters: gives something that is equal between two calls if nothing wrote to the policy's weights by torch's
+            ordinary operations: see `write_counters`.
         vocab_size: of the policy; the canary's tokens are drawn from all of it.
         dtypes: those that the two sides compute in.
         canary_length: tokens of each of the four canary sequences; the first sync scores all of them, each later one
@@ -76,6 +79,7 @@ class SyncedEngine:
         version: Callable[[], int],
         weights: Callable[[], Iterable[tuple[str, Tensor]]],
         score: Callable[[Sequence[Sequence[int]]], list[Tensor]],
+        counters: Callable[[], Hashable] = lambda: None,
         vocab_size: int,
         dtypes: Sequence[torch.dtype] = (torch.float32,),
         canary_length: int = 16,
@@ -87,6 +91,7 @@ class SyncedEngine:
         self._version = version
         self._weights = weights
         self._score = score
+        self._counters = counters
         self._sleep = sleep
         self._dtypes = dtypes
         self._canary = canary_sequences(vocab_size, length=canary_length)
@@ -95,6 +100,8 @@ class SyncedEngine:
         self._proofs = 0
         self._fingerprints: dict[str, Fingerprint] | None = None
         self._synced_version: int | None = None
+        self._synced_counters: Hashable = None
+        self._compare = False
         self._ahead: Future | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="rollout-ahead")
         self._thread = local()
@@ -157,7 +164,7 @@ class SyncedEngine:
             in_flight: don't wait for what is sampled ahead: its further tokens come from the new weights.
         """
         version = self._version()
-        if not force and version == self._synced_version and not getattr(self.engine, "weights_lost", False):
+        if not force and self._holds(version):
             self.engine.wake()
             return None
         if self._ahead is not None and not in_flight:
@@ -165,7 +172,8 @@ class SyncedEngine:
             self._ahead = None
         self._synced_version = None
         start = time.perf_counter()
-        stream = WeightStream(self._weights(), getattr(self.engine, "dtype", None))
+        counters = self._counters()
+        stream = self._stream()
         try:
             self.engine.wake()
             self.engine.update_weights(stream, version, **({"in_flight": True} if in_flight else {}))
@@ -196,8 +204,30 @@ class SyncedEngine:
             canary=canary,
         )
         self._fingerprints = stream.fingerprints
-        self._synced_version = version
+        self._synced_version, self._synced_counters, self._compare = version, counters, False
         return self.last_sync
+
+    def expect_writes(self) -> None:
+        """Compare the weights bit by bit at the next sync even if their version is the same: others had a chance to
+        write to them, as callbacks that average weights do around validation."""
+        self._compare = True
+
+    def _holds(self, version: int) -> bool:
+        """Whether the engine holds the policy's weights of now."""
+        if version != self._synced_version or getattr(self.engine, "weights_lost", False):
+            return False
+        counters = self._counters()
+        if self._compare or counters != self._synced_counters:
+            stream = self._stream()
+            for _ in stream:
+                pass
+            if stream.fingerprints != self._fingerprints:
+                return False
+            self._synced_counters, self._compare = counters, False
+        return True
+
+    def _stream(self) -> WeightStream:
+        return WeightStream(self._weights(), getattr(self.engine, "dtype", None))
 
     def _prove(self, version: int, moved: Sequence[str]) -> Mismatch:
         # All sequences once, which calibrates the tolerance; then one at a time, in turn.
