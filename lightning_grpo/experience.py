@@ -4,11 +4,12 @@ Shapes: N = B·G completions on this rank, R rewards, P prompt length, T complet
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.rollout.types import Rollout
+from lightning_grpo.rollout.types import Rollout, extents
 
 
 @dataclass(kw_only=True)
@@ -18,11 +19,13 @@ class Experience(Rollout):
     ==================  =========  ==================================================================
     number              int        of the rollout, counted over the whole training
     rewards             [N, R]     float32, NaN where a reward does not apply
-    advantages          [N]        float32
+    advantages          [N]        float32; [N, T] if an overridden `compute_advantages` gives each token its own
     old_logprobs        [N, T]     of the policy that sampled, by the trainer; None on-policy
     ref_logprobs        [N, T]     of the reference; None where β = 0
     ==================  =========  ==================================================================
     """
+
+    PER_TOKEN: ClassVar[frozenset[str]] = Rollout.PER_TOKEN | {"advantages", "old_logprobs", "ref_logprobs"}
 
     number: int
     rewards: Tensor
@@ -32,7 +35,7 @@ class Experience(Rollout):
 
 
 def cut_windows(
-    experience: Experience, *, windows: int, accumulate: int, micro_batch_size: int, skip_zero_advantage: bool
+    experience: Rollout, *, windows: int, accumulate: int, micro_batch_size: int, skip_zero_advantage: bool
 ) -> list[list[int]]:
     """The micro-batches of one pass over the experience: ``windows · accumulate`` lists of rows.
 
@@ -41,7 +44,7 @@ def cut_windows(
     saves padding and changes no gradient.
 
     Args:
-        experience: N = windows · accumulate · micro_batch_size rows.
+        experience: N = windows · accumulate · micro_batch_size rows; an `Experience` if any may be skipped.
         windows: optimizer steps in a pass.
         accumulate: micro-batches in an optimizer step.
         micro_batch_size: rows in a micro-batch; fewer where rows were skipped.
@@ -54,22 +57,19 @@ def cut_windows(
             f"{len(experience)} completions don't fill {windows} optimizer steps of {accumulate} micro-batches "
             f"of {micro_batch_size}"
         )
-    lengths = experience.completion_mask.sum(1)
-    prompt_lengths = experience.prompt_mask.sum(1)
+    lengths = extents(experience.completion_mask) + extents(experience.prompt_mask.flip(1))
+    matters = (experience.advantages != 0).view(len(experience), -1).any(1) if skip_zero_advantage else lengths >= 0
     batches: list[list[int]] = []
     for window in range(windows):
         rows = list(range(window * size, (window + 1) * size))
         groups: dict[tuple[int, ...], list[int]] = {}
         for row in rows:
             groups.setdefault(tuple(experience.prompt_ids[row].tolist()), []).append(row)
-        kept = [
-            [row for row in group if not skip_zero_advantage or experience.advantages[row] != 0]
-            for group in groups.values()
-        ]
-        kept.sort(key=lambda group: -max((int(lengths[r] + prompt_lengths[r]) for r in group), default=0))
+        kept = [[row for row in group if matters[row]] for group in groups.values()]
+        kept.sort(key=lambda group: -max((int(lengths[row]) for row in group), default=0))
         queue = [row for group in kept for row in group]
         skipped = set(rows).difference(queue)
-        filler = min(skipped, key=lambda r: (int(lengths[r] + prompt_lengths[r]), r), default=None)
+        filler = min(skipped, key=lambda row: (int(lengths[row]), row), default=None)
         for k in range(accumulate):
             # spread evenly: the peak of memory is that of the fullest micro-batch
             batch = queue[len(queue) * k // accumulate : len(queue) * (k + 1) // accumulate]

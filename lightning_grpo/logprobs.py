@@ -38,7 +38,8 @@ def completion_logprobs(
         prompt_ids: [N, P] int64, left-padded.
         prompt_mask: [N, P] bool, True on real tokens.
         completion_ids: [N, T] int64, right-padded.
-        completion_mask: [N, T] bool, True on real tokens.
+        completion_mask: [N, T] bool, True on tokens to score. A token that is False before a row's last True one is in
+            the context of those after it, and not scored.
         temperature: divides the logits; a number or [N], one for each row.
         share_prompt: where rows have the same prompt, compute it once (with gradients) and let them all attend to it.
         entropy_grad: let gradients flow from the entropy too.
@@ -97,9 +98,14 @@ class _Batch:
             "coefficient": None if self.coefficient is None else self.coefficient[self.completion_mask],
         }
 
+    @property
+    def context(self) -> Tensor:
+        """[N, T] bool: the completions' tokens that others attend to, all up to the last scored one."""
+        return self.completion_mask.flip(1).cummax(1).values.flip(1)
+
     def inputs(self, model: nn.Module) -> dict:
         """The model's arguments; the last token predicts nothing and is left out."""
-        mask = torch.cat([self.prompt_mask, self.completion_mask], 1)[:, :-1]
+        mask = torch.cat([self.prompt_mask, self.context], 1)[:, :-1]
         return model_inputs(model, torch.cat([self.prompt_ids, self.completion_ids], 1)[:, :-1], mask)
 
 
@@ -209,7 +215,7 @@ def _shared(model, head: Head, batch: _Batch, shared: _Shared) -> tuple[Tensor, 
             f"cache; set share_prompt to false for this model"
         )
     shared.cache.batch_select_indices(shared.inverse)
-    mask = torch.cat([batch.prompt_mask, batch.completion_mask[:, :-1]], 1)
+    mask = torch.cat([batch.prompt_mask, batch.context[:, :-1]], 1)
     completions = {**model_inputs(model, batch.completion_ids[:, :-1], mask), **caching}
     predicting = lambda hidden: torch.cat([last[shared.inverse], hidden], 1)
     return _call(model, head, batch, completions, predicting)

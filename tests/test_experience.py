@@ -1,6 +1,6 @@
 """Cutting a rollout into micro-batches, taking rows of it, putting groups into it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lightning_grpo.dynamic_sampling import flat_groups, replace_groups
 from lightning_grpo.experience import Experience, cut_windows
 from lightning_grpo.rollout import Completion, Rollout
+from lightning_grpo.rollout.types import extents
 
 
 def experience(lengths, advantages, G):
@@ -69,6 +70,33 @@ def test_rows_drop_what_is_padding_in_all_of_them():
     assert cut.advantages.tolist() == pytest.approx([0.2, 0.1])
     assert cut.old_logprobs.tolist() == [[5, 6], [0, 1]]
     assert cut.ref_logprobs is None and cut.number == 0
+
+
+def test_rows_keep_tokens_behind_others_that_the_policy_did_not_write():
+    ready = experience([4, 2], [0.1, 0.2], G=2)
+    ready.completion_mask = torch.tensor([[True, False, False, True], [False, True, False, False]])
+    ready.prompt_mask, ready.prompt_ids = torch.tensor([[True, False], [False, True]]), torch.tensor([[1, 2], [3, 4]])
+    cut = ready.rows([0])
+    assert cut.completion_mask.tolist() == [[True, False, False, True]] and cut.completion_ids.shape == (1, 4)
+    assert cut.prompt_ids.tolist() == [[1, 2]]
+    cut = ready.rows([1])
+    assert cut.completion_mask.tolist() == [[False, True]] and cut.rollout_logprobs.shape == (1, 2)
+    assert cut.prompt_ids.tolist() == [[4]]
+    assert extents(ready.completion_mask).tolist() == [4, 2]
+    assert extents(torch.zeros(2, 3, dtype=torch.bool)).tolist() == [0, 0]
+
+
+def test_columns_of_a_subclass_are_cut_if_it_names_them():
+    @dataclass(kw_only=True)
+    class Taught(Experience):
+        PER_TOKEN = Experience.PER_TOKEN | {"teacher_logprobs"}
+        teacher_logprobs: torch.Tensor
+
+    ready = experience([1, 3], [0.1, 0.2], G=2)
+    # as many rewards as tokens: shapes alone would not tell them apart
+    values = vars(ready) | {"rewards": torch.zeros(2, 3), "teacher_logprobs": torch.arange(6.0).view(2, 3)}
+    cut = Taught(**values).rows([0])
+    assert cut.teacher_logprobs.tolist() == [[0.0]] and cut.rewards.shape == (1, 3)
 
 
 def test_flat_groups_look_at_scored_completions_alone():

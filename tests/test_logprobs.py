@@ -119,6 +119,20 @@ def test_any_architecture(name, share_prompt, caplog):
     assert not [r for r in caplog.records if r.name.startswith("lightning_grpo")], "nothing here should fall back"
 
 
+@pytest.mark.parametrize("share_prompt", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_tokens_that_are_not_scored_are_context(name, share_prompt):
+    """A mask with holes, as of completions that hold what others wrote, only selects."""
+    model, rows = make(name), batch()
+    whole = ours(model, rows, share_prompt=share_prompt)
+    own = rows["completion_mask"] & torch.tensor([True, False, False, True, True, True, True])
+    assert (rows["completion_mask"] & ~own).sum() == 8
+    for found, expected in zip(
+        ours(model, rows | {"completion_mask": own}, share_prompt=share_prompt), whole, strict=True
+    ):
+        torch.testing.assert_close(found, torch.where(own, expected, 0.0), rtol=0, atol=1e-5)
+
+
 def test_whole_logits_never_exist(monkeypatch):
     """No linear layer's output is as wide as the vocabulary."""
     model, rows = make("Llama"), batch()

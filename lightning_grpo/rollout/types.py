@@ -7,7 +7,7 @@ completion length.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -123,6 +123,12 @@ class Engine(Protocol):
         ...
 
 
+def extents(mask: Tensor) -> Tensor:
+    """[N] int64: each row's columns of ``mask`` [N, T] up to its last True; 0 for a row without any."""
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask * places).amax(1) if mask.shape[1] else mask.sum(1)
+
+
 @dataclass(kw_only=True)
 class Rollout:
     """N completions with all that the update needs, padded to rectangles.
@@ -131,14 +137,21 @@ class Rollout:
     prompt_ids          [N, P]     int64, left-padded
     prompt_mask         [N, P]     bool, True on real tokens
     completion_ids      [N, T]     int64, right-padded
-    completion_mask     [N, T]     bool, True on real tokens (the end-of-sequence token included)
-    rollout_logprobs    [N, T]     float32, the engine's own; 0 on padding
+    completion_mask     [N, T]     bool, True on the tokens that the policy wrote (the end-of-sequence token included).
+                                   False before the last of them: in context, written by somebody else. False after
+                                   it: padding
+    rollout_logprobs    [N, T]     float32, the engine's own; 0 where completion_mask is False
     truncated           [N]        bool, True where the completion was ended by its length or a cut-off
-    versions            [N, T]     int64, policy version that sampled the token; 0 on padding
+    versions            [N, T]     int64, policy version that sampled the token; 0 where completion_mask is False
     early_rewards       [N, R]     float32, of the rewards that were judged while others were sampled (R of them);
                                    None where there are none
     ==================  =========  ==================================================================
     """
+
+    PER_TOKEN: ClassVar[frozenset[str]] = frozenset(
+        {"completion_ids", "completion_mask", "rollout_logprobs", "versions"}
+    )
+    """Columns with a value for each completion token: those that `rows` shortens."""
 
     prompt_ids: Tensor
     prompt_mask: Tensor
@@ -155,14 +168,17 @@ class Rollout:
     def rows(self, index: Sequence[int], device: torch.device | str | None = None) -> Self:
         """The rows ``index``, without the columns that are padding in all of them, on ``device``."""
         taken = {name: x[list(index)] if isinstance(x, Tensor) else x for name, x in vars(self).items()}
-        P = int(taken["prompt_mask"].sum(1).max())
-        T = max(1, int(taken["completion_mask"].sum(1).max()))
+        P0 = self.prompt_mask.shape[1] - int(extents(taken["prompt_mask"].flip(1)).max())
+        T1 = max(1, int(extents(taken["completion_mask"]).max()))
         for name, x in taken.items():
-            if name.startswith("prompt_"):
-                taken[name] = x[:, x.shape[1] - P :]
-            elif x is not None and name.startswith(("completion_", "old_", "ref_", "rollout_", "versions")):
-                taken[name] = x[:, :T]
-        return type(self)(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in taken.items()})
+            if not isinstance(x, Tensor):
+                continue
+            if name in ("prompt_ids", "prompt_mask"):
+                x = x[:, P0:]
+            elif name in self.PER_TOKEN and x.dim() == 2:
+                x = x[:, :T1]
+            taken[name] = x.to(device)
+        return type(self)(**taken)
 
     @classmethod
     def collate(
