@@ -170,46 +170,80 @@ class GRPOModule(RolloutModule):
                 f"rollout_ahead = {self.rollout_ahead} allows: the engine was not synced in time; nothing was trained "
                 "on them"
             )
-        judged = rewards
+        everything = self.cut(rollout, skip=False)
+        own = reference = None
         with self.window.timed("score"):
-            old_logprobs = ref_logprobs = None
             if self.objective.kl_in_reward:
-                everything = [rows.tolist() for rows in torch.arange(len(rewards)).split(self.micro_batch_size)]
-                old_logprobs = self.score(self.policy, rollout, everything)
-                ref_logprobs = self.score_reference(rollout, everything)
-                penalty = kl_penalty(
-                    old_logprobs,
-                    ref_logprobs,
-                    rollout.completion_mask,
-                    beta=self.coefficients.beta,
-                    estimator=self.objective.resolved.kl_estimator,
-                )
-                # a completion that no reward applies to stays without one
-                penalty = penalty.masked_fill(rewards.isnan().all(1), torch.nan)
-                judged = torch.cat([rewards, -penalty[:, None]], dim=1)
+                reference = self.score_reference(rollout, everything)
+                # one rollout ahead, an older policy sampled: its log-probs are the engine's
+                own = None if self.rollout_ahead else self.score(self.policy, rollout, everything)
+        judged = rewards if reference is None else self.with_kl(rewards, rollout, own, reference)
         experience = Experience(
             **vars(rollout),
             number=batch.rollout,
             rewards=rewards,
             advantages=self.compute_advantages(judged, rollout),
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
+            ref_logprobs=reference,
         )
-        accumulate = self.trainer.accumulate_grad_batches
-        updates = len(experience) // (accumulate * self.micro_batch_size)
-        one_pass = cut_windows(
-            experience,
-            windows=updates,
-            accumulate=accumulate,
-            micro_batch_size=self.micro_batch_size,
-            skip_zero_advantage=self.objective.skips_zero_advantage,
-        )
+        one_pass = self.cut(experience, skip=self.skips_rows)
+        updates = len(one_pass) // self.trainer.accumulate_grad_batches
         with self.window.timed("score"):
-            if old_logprobs is None and self.objective.needs_old_logprobs(updates * self.num_iterations):
-                experience.old_logprobs = self.score(self.policy, experience, one_pass)
+            if self.objective.needs_old_logprobs(updates * self.num_iterations):
+                scored = own is not None and one_pass == everything
+                experience.old_logprobs = own if scored else self.score(self.policy, experience, one_pass)
             if self.objective.kl_in_loss:
                 experience.ref_logprobs = self.score_reference(experience, one_pass)
         self.experience, self.micro_batches = experience, one_pass * self.num_iterations
+
+    def with_kl(self, rewards: Tensor, rollout: Rollout, logprobs: Tensor | None, ref_logprobs: Tensor) -> Tensor:
+        """``rewards`` [N, R] and −β·KL to the reference as one more column.
+
+        Args:
+            rewards: [N, R].
+            rollout: N completions.
+            logprobs: [N, T] of the policy that sampled; None takes the engine's. A token that the engine could not
+                score adds nothing.
+            ref_logprobs: [N, T].
+        """
+        if logprobs is None:
+            logprobs = torch.where(rollout.rollout_logprobs.isnan(), ref_logprobs, rollout.rollout_logprobs)
+        penalty = kl_penalty(
+            logprobs,
+            ref_logprobs,
+            rollout.completion_mask,
+            beta=self.coefficients.beta,
+            estimator=self.objective.resolved.kl_estimator,
+        )
+        # a completion that no reward applies to stays without one
+        penalty = penalty.masked_fill(rewards.isnan().all(1), torch.nan)
+        return torch.cat([rewards, -penalty[:, None]], dim=1)
+
+    def cut(self, rollout: Rollout, *, skip: bool) -> list[list[int]]:
+        """The micro-batches of one pass; with ``skip`` without the rows of an `Experience` that have no advantage."""
+        accumulate = self.trainer.accumulate_grad_batches
+        return cut_windows(
+            rollout,
+            windows=len(rollout) // (accumulate * self.micro_batch_size),
+            accumulate=accumulate,
+            micro_batch_size=self.micro_batch_size,
+            skip_zero_advantage=skip,
+        )
+
+    skips_zero_advantage: bool | None = None
+    """Whether completions without an advantage may be left out of the update. None: if the objective allows it and
+    `compute_loss` is not overridden. A subclass whose loss has no use for them may set True."""
+
+    @property
+    def skips_rows(self) -> bool:
+        """`skips_zero_advantage`, decided."""
+        if self.skips_zero_advantage is not None:
+            return self.skips_zero_advantage
+        return self.objective.skips_zero_advantage and not self.loss_is_overridden
+
+    @property
+    def loss_is_overridden(self) -> bool:
+        """Whether a subclass has a loss of its own, of which nothing is known."""
+        return type(self).compute_loss is not GRPOModule.compute_loss
 
     def ends_with(self, batch: PromptBatch) -> bool:
         """Whether training ends with this rollout, as far as max_steps and max_epochs tell."""
@@ -259,8 +293,7 @@ class GRPOModule(RolloutModule):
 
         The kernel finds the head's gradients in the forward pass with it, after comparing it with the true gradient.
         """
-        overridden = type(self).compute_loss is not GRPOModule.compute_loss
-        if overridden or experience.old_logprobs is not None or not self.objective.constant_on_policy:
+        if self.loss_is_overridden or experience.old_logprobs is not None or not self.objective.constant_on_policy:
             return None
         with torch.enable_grad():
             logprobs = torch.zeros_like(experience.rollout_logprobs).requires_grad_()

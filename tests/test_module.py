@@ -113,14 +113,6 @@ def test_lora_reference_costs_no_copy(tmp_path, tiny_model_path):
     assert all("lora" in name for name, p in policy.named_parameters() if p.requires_grad)
 
 
-def test_kl_in_the_reward(tmp_path, tiny_model_path):
-    policy = module(tiny_model_path, objective=ObjectiveConfig(beta=0.5, kl_placement="reward"))
-    fit(tmp_path, policy, steps=3)
-    plain = module(tiny_model_path)
-    fit(tmp_path, plain, steps=3)
-    assert largest_difference(parameters(policy), parameters(plain)) > 1e-6
-
-
 def test_batch_statistics_and_several_weighted_rewards(tmp_path, tiny_model_path):
     def length(completions, **columns):
         return [float(len(c)) for c in completions]
@@ -282,3 +274,37 @@ def test_gradients_are_gone_while_the_engine_samples(tmp_path, tiny_model_path):
     policy.__class__ = Spy
     fit(tmp_path, policy, steps=2)
     assert held == [[], []]
+
+
+def one_group_differs(completions, **columns):
+    """Within itself only the second group of every four has different rewards."""
+    return [float(i % 4 == 0 and i // 4 % 4 == 1) for i in range(len(completions))]
+
+
+@pytest.mark.parametrize(("says", "rows"), [(None, 32), (True, 8), (False, 32)])
+def test_a_loss_of_ones_own_sees_every_completion_unless_it_says_otherwise(tmp_path, tiny_model_path, says, rows):
+    seen = []
+
+    class Own(GRPOModule):
+        skips_zero_advantage = says
+
+        def compute_loss(self, logprobs, entropy, experience, **sizes):
+            seen.extend(experience.advantages.tolist())
+            return super().compute_loss(logprobs, entropy, experience, **sizes)
+
+    fit(tmp_path, module(tiny_model_path, Own, rewards=[one_group_differs]), steps=1)
+    assert len(seen) == rows
+
+
+def test_advantages_may_differ_from_token_to_token(tmp_path, tiny_model_path):
+    class EachToken(GRPOModule):
+        def compute_advantages(self, rewards, rollout):
+            return super().compute_advantages(rewards, rollout)[:, None].expand_as(rollout.completion_ids)
+
+    ends = []
+    for kind in (GRPOModule, EachToken):
+        policy = module(tiny_model_path, kind, rewards=[one_group_differs])
+        record = fit(tmp_path, policy, steps=2, accumulate=2)
+        ends.append((record["loss"], parameters(policy)))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-6)
+    assert largest_difference(ends[0][1], ends[1][1]) < 1e-7
