@@ -48,11 +48,11 @@ def path_function(name: str):
     from torch.nn.functional import linear
 
     if name.startswith("ours"):
-        from lightning_grpo.kernels import linear as module
-        from lightning_grpo.kernels import linear_logprob
+        from lightning_grpo.kernels import blocks, linear_logprob
 
         if name == "ours, nothing kept":
-            module.KEEP_BYTES = 0
+            budget = blocks.budget
+            blocks.budget = lambda **device: budget(**device)._replace(kept=0)
 
         def ours(hidden, weight, targets, mask, advantages):
             # On-policy the ratio is 1, whatever the log-probs: the loss's gradient is known ahead.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from logprob import LENGTH, measure
 
-from lightning_grpo.kernels import linear
+from lightning_grpo.kernels.blocks import budget
 
 H = 576
 VOCABULARIES = [8192, 16384, 32768, 65536, 131072, 262144]
@@ -84,8 +84,9 @@ def main() -> int:
     plot(curves, args.png)
     if args.json:
         args.json.write_text(json.dumps(curves, indent=1))
-    # On a CPU: a chunk; logits, products and what the allocator holds on to, six blocks of half of BLOCK_BYTES.
-    allowed = 1.1 * (linear.KEEP_BYTES / 2 + 6 * linear.BLOCK_BYTES / 2) / 1e9
+    # On a CPU: a chunk; logits, products and what the allocator holds on to, six blocks.
+    sizes = budget(gpu=False, itemsize=2)
+    allowed = 1.1 * (sizes.chunk + 6 * sizes.block) / 1e9
     ours = curves["ours over V"] + curves["ours over N"]
     most = max(ours, key=lambda p: p["beyond_gb"])
     logits = 4 * most["V"] * most["N"] / 1e9

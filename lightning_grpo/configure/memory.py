@@ -11,7 +11,7 @@ from lightning_grpo.attention import NAME as ATTENTION
 from lightning_grpo.configure.activations import Activations, activations
 from lightning_grpo.configure.devices import GiB, Hardware
 from lightning_grpo.configure.workload import STATE_BYTES, Workload
-from lightning_grpo.kernels.linear import BLOCK_BYTES, KEEP_BYTES
+from lightning_grpo.kernels.blocks import budget
 
 Parts = dict[str, float]
 
@@ -91,9 +91,10 @@ def _head(w: Workload, hardware: Hardware, trained: bool) -> float:
     """
     n, H, V, size = w.micro_batch_size * w.completion_length, w.shape.hidden, w.shape.vocab, w.compute_bytes
     logit = size if hardware.is_cpu else 4
-    W = min(max(BLOCK_BYTES // (n * logit), 512), V)
+    sizes = budget(gpu=not hardware.is_cpu, itemsize=size)
+    W = min(max(sizes.block // (n * logit), 512), V)
     block = n * W * logit
-    kept = min(n * V, KEEP_BYTES // (n * W * size) * n * W) * size if trained and not w.lora_rank else 0
+    kept = min(n * V, sizes.kept // (n * W * size) * n * W) * size if trained and not w.lora_rank else 0
     scratch = 0 if logit == size else n * W * size
     products = (w.weight_bytes != size) + (trained and not w.lora_rank)
     return block + kept + scratch + size * W * H * products + 8 * n * H

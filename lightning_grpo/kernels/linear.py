@@ -1,23 +1,15 @@
 """The log-probability boundary: hidden states in, log-probs and entropy out, never [N, V] logits in between."""
 
-import sys
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.kernels import rows
+from lightning_grpo.kernels.blocks import Block, block_width, budget_for, cut, room_for, scratch_like, targets_by_block
 from lightning_grpo.kernels.products import block_memory, head, logits_dtype, product, view, write
-from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform, targets_within
-
-# Bytes of one block of logits: enough for the matrix products to run at full speed, small beside a model. A CPU is as
-# fast with a half.
-BLOCK_BYTES = 16 << 20
-# Bytes of probabilities that a trainable head's forward keeps, so that logits need not be made again. With the
-# coefficient known ahead none are made again, and a CPU is as fast with chunks of a half, a quarter in fp32.
-KEEP_BYTES = 256 << 20
+from lightning_grpo.kernels.scaling import in_range, power_above
+from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform
 
 
 def linear_logprob(
@@ -37,7 +29,7 @@ def linear_logprob(
     Args:
         hidden: [N, H], the trunk's last hidden states. Under autocast they are cast, as by a linear layer.
         weight: [V, H]; where it needs no gradient the backward multiplies nothing again.
-        targets: [N] int64 in [0, V).
+        targets: [N] integers in [0, V).
         temperature: a number, or [N] with one for each row.
         softcap: c of c·tanh(x / c), applied before the temperature.
         bias: [V].
@@ -52,7 +44,7 @@ def linear_logprob(
 
     The logits exist one block of the vocabulary at a time. With G = onehot − p, ∂logprob/∂logits does not depend on
     the loss, so a frozen head's G·weight is computed in the forward; a trainable head keeps G for as many blocks as
-    KEEP_BYTES hold and recomputes the others in the backward. Rows whose gradient is exactly 0 take no part in it,
+    the `Budget` holds and recomputes the others in the backward. Rows whose gradient is exactly 0 take no part in it,
     whatever they hold.
     """
     if (
@@ -65,11 +57,15 @@ def linear_logprob(
             f"linear_logprob takes hidden [N, H], weight [V, H], targets [N]; "
             f"got {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}"
         )
+    for name, x, shape in (("bias", bias, weight.shape[:1]), ("coefficient", coefficient, targets.shape)):
+        if x is not None and x.shape != shape:
+            raise UserError(f"{name} is shaped {tuple(x.shape)}; linear_logprob takes {tuple(shape)}")
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     elif hidden.dtype != weight.dtype:
         raise UserError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or run under autocast")
+    targets = targets.long()
     transform = Transform.build(targets, len(weight), temperature, softcap, scale)
     coefficient = None if coefficient is None else coefficient.detach().float()
     with torch.autocast(kind, enabled=False):
@@ -86,18 +82,20 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.frozen = recording and not (needs[1] or needs[2] or entropy_grad)
         ctx.ahead = None
         if ctx.frozen:
-            softmax, slope = _frozen(hidden, weight, bias, targets, transform)
-            ctx.save_for_backward(slope)
-        elif recording and coefficient is not None and not entropy_grad:
+            softmax, slope, size = _frozen(hidden, weight, bias, targets, transform)
+            ctx.save_for_backward(slope, size)
+        elif recording and coefficient is not None and not entropy_grad and coefficient.isfinite().all():
+            coefficient = in_range(coefficient, hidden, transform.factor)
             softmax, *ctx.ahead = _ahead(hidden, weight, bias, targets, transform, coefficient, needs)
-            ctx.transform, ctx.coefficient = transform, coefficient
-            ctx.save_for_backward(hidden, weight, bias, targets, *softmax)
+            ctx.coefficient = coefficient
+            blocks = [Block(ids) for ids in cut(weight, block_width(hidden, weight))]
         else:
-            room = _room(hidden, weight, KEEP_BYTES if recording and not entropy_grad else 0)
-            softmax, kept = _softmax(hidden, weight, bias, targets, transform, room)
-            ctx.transform = transform
-            if recording:
-                ctx.save_for_backward(hidden, weight, bias, targets, *softmax, *(x for block in kept for x in block))
+            room = room_for(hidden, weight, budget_for(hidden).kept if recording and not entropy_grad else 0)
+            softmax, blocks = _softmax(hidden, weight, bias, targets, transform, room)
+        if recording and not ctx.frozen:
+            ctx.transform, ctx.ids = transform, [block.ids for block in blocks]
+            kept = (x for block in blocks for x in (block.g, block.scale))
+            ctx.save_for_backward(hidden, weight, bias, targets, *softmax, *kept)
         ctx.set_materialize_grads(False)
         if not entropy_grad:
             ctx.mark_non_differentiable(softmax.entropy)
@@ -106,69 +104,86 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, c_logprob, c_entropy):
+        if c_logprob is None and c_entropy is None:
+            return (None,) * 8
         if ctx.frozen:
-            (slope,) = ctx.saved_tensors
-            grads = (slope * c_logprob[:, None]).masked_fill_(c_logprob[:, None] == 0, 0).to(slope.dtype), None, None
-            return (*grads, *[None] * 5)
+            slope, size = ctx.saved_tensors
+            grad = (slope * (c_logprob * size)[:, None]).masked_fill_(c_logprob[:, None] == 0, 0)
+            return (grad.to(slope.dtype), *[None] * 7)
         # Handed over, not copied; a second backward through a retained graph computes them anew.
         ahead, ctx.ahead = ctx.ahead, None
         scale = None if ahead is None else _multiple(c_logprob, ctx.coefficient)
         if scale is not None:
             return (*(None if x is None else x if scale == 1 else x.mul_(scale) for x in ahead), *[None] * 5)
         hidden, weight, bias, targets, logprob, entropy, lse, rest, *kept = ctx.saved_tensors
-        softmax, kept = Softmax(logprob, entropy, lse, rest), list(zip(kept[::2], kept[1::2], strict=True))
+        softmax = Softmax(logprob, entropy, lse, rest)
+        blocks = [Block(*block) for block in zip(ctx.ids, kept[::2], kept[1::2], strict=True)]
         c_logprob = torch.zeros_like(lse) if c_logprob is None else c_logprob
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _gradients(
-                hidden, weight, bias, targets, ctx.transform, softmax, kept, c_logprob, c_entropy, ctx.needs_input_grad
+                hidden,
+                weight,
+                bias,
+                targets,
+                ctx.transform,
+                softmax,
+                blocks,
+                c_logprob,
+                c_entropy,
+                ctx.needs_input_grad,
             )
         return (*grads, *[None] * 5)
 
 
 def _multiple(c: Tensor, coefficient: Tensor) -> float | None:
     """s where c = s·coefficient, to rounding; else None."""
+    if not len(c):
+        return None
     scale = (c * coefficient).sum() / coefficient.square().sum()
-    same = torch.isfinite(scale) & ((c - scale * coefficient).abs() <= 1e-6 * c.abs().amax()).all() if len(c) else None
-    return float(scale) if same else None
+    same = torch.isfinite(scale) & ((c - scale * coefficient).abs() <= 1e-6 * c.abs().amax()).all()
+    scale, same = torch.stack([scale, same.to(scale.dtype)]).tolist()
+    return scale if same else None
 
 
 def _softmax(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: Transform, room: Tensor
-) -> tuple[Softmax, list[tuple[Tensor, Tensor]]]:
-    """The rows' softmax, and G of the first blocks, as many as ``room`` holds: (g, scale) with G = −scale·g."""
+) -> tuple[Softmax, list[Block]]:
+    """The rows' softmax, and the vocabulary's blocks, of which as many are kept as ``room`` holds."""
     stats = Statistics.empty(len(hidden), hidden.device)
-    width = _width(hidden, weight)
+    width = block_width(hidden, weight)
     memory = block_memory(hidden, width, logits_dtype(hidden))
-    kept = []
-    for ids in _ids(weight, width):
+    cuts, blocks = cut(weight, width), []
+    for ids in cuts:
         _, a = head(hidden, weight, bias, ids, memory)
-        g = view(room, a.shape) if room.numel() >= a.numel() else None
+        g = None
+        if a.numel() <= room.numel():
+            g, room = view(room, a.shape), room[a.numel() :]
         joins = rows.accumulate(a, ids, targets, transform, stats, weights=g)
-        if g is not None:
-            room = room[a.numel() :]
-            kept.append((g, stats.m + joins[1].log()))
+        blocks.append(Block(ids) if g is None else Block(ids, g, stats.m + joins[1].log()))
     softmax = stats.finish()
-    at_target = transform.chain_(-softmax.rest[:, None], stats.y[:, None]).squeeze(1)
-    for (g, scale), ids in zip(kept, _ids(weight, width), strict=False):
-        scale.sub_(softmax.lse).exp_()
-        # The target's own column is in no proportion to the others: its row is brought to the scale of 1.
-        here, column = targets_within(targets, ids)
-        g[here] = (g[here] * scale[here, None]).to(g.dtype)
-        g[here, column] = at_target[here].to(g.dtype)
-        scale[here] = 1
-    return softmax, kept
+    if any(block.g is not None for block in blocks):
+        at_target = transform.chain_(-softmax.rest[:, None], stats.y[:, None]).squeeze(1)
+        for block, (here, column) in zip(blocks, targets_by_block(targets, cuts), strict=True):
+            if block.g is None:
+                continue
+            block.scale.sub_(softmax.lse).exp_()
+            # The target's own column is in no proportion to the others: its row is brought to the scale of 1.
+            block.g[here] = (block.g[here] * block.scale[here, None]).to(block.g.dtype)
+            block.g[here, column] = at_target[here].to(block.g.dtype)
+            block.scale[here] = 1
+    return softmax, blocks
 
 
 def _frozen(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: Transform
-) -> tuple[Softmax, Tensor]:
-    """The rows' softmax, and ∂logprob/∂hidden [N, H], which a loss has only to scale."""
+) -> tuple[Softmax, Tensor, Tensor]:
+    """The rows' softmax, and ∂logprob/∂hidden, which a loss has only to scale, as slope [N, H] · size [N]."""
     stats = Statistics.empty(len(hidden), hidden.device)
-    expected = torch.zeros(hidden.shape, device=hidden.device)
-    width = _width(hidden, weight)
+    expected = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    width = block_width(hidden, weight)
     memory = block_memory(hidden, width, logits_dtype(hidden))
-    scratch = _scratch(memory, hidden, width)
-    for ids in _ids(weight, width):
+    scratch = scratch_like(memory, hidden, width)
+    for ids in cut(weight, width):
         w, a = head(hidden, weight, bias, ids, memory)
         g = a if scratch is memory else view(scratch, a.shape)
         old, new = rows.accumulate(a, ids, targets, transform, stats, weights=g)
@@ -176,7 +191,10 @@ def _frozen(
     softmax = stats.finish()
     at_target = transform.chain_(softmax.rest.clone()[:, None], stats.y[:, None])
     expected.mul_(-(stats.m - softmax.lse).exp()[:, None]).addcmul_(at_target, weight[targets])
-    return softmax, expected.mul_(transform.factor[:, None]).to(hidden.dtype)
+    expected.mul_(transform.factor[:, None])
+    # A sure token's slope would be less than float16 can hold.
+    size = power_above(expected.abs().amax(1))
+    return softmax, (expected / size[:, None]).to(hidden.dtype), size
 
 
 def _ahead(
@@ -189,20 +207,19 @@ def _ahead(
     needs: tuple[bool, ...],
 ) -> tuple[Softmax, Tensor | None, Tensor | None, Tensor | None]:
     """The rows' softmax and all gradients, tokens chunk by chunk, so that no block of logits is made twice."""
-    size = KEEP_BYTES if hidden.is_cuda else KEEP_BYTES // hidden.element_size()
-    most = max(size // (len(weight) * hidden.element_size()), 64)
+    most = max(budget_for(hidden).chunk // (len(weight) * hidden.element_size()), 64)
     # Chunks of one size: what is left over at the end would make narrow, slow products.
     step = -(-len(hidden) // max(-(-len(hidden) // most), 1)) or 1
     found, grad_hidden = [], torch.empty_like(hidden) if needs[0] else None
     grad_weight, grad_bias = (
         torch.zeros_like(x) if need else None for x, need in zip((weight, bias), needs[1:], strict=True)
     )
-    room = _room(hidden[:step], weight, sys.maxsize)
+    room = room_for(hidden[:step], weight)
     for start in range(0, max(len(hidden), 1), step):
         i = slice(start, start + step)
-        softmax, kept = _softmax(hidden[i], weight, bias, targets[i], transform.rows(i), room)
+        softmax, blocks = _softmax(hidden[i], weight, bias, targets[i], transform.rows(i), room)
         found.append(softmax)
-        some = hidden[i], weight, bias, targets[i], transform.rows(i), softmax, kept
+        some = hidden[i], weight, bias, targets[i], transform.rows(i), softmax, blocks
         part, _, _ = _gradients(*some, coefficient[i], None, needs, (grad_weight, grad_bias))
         if grad_hidden is not None:
             grad_hidden[i] = part
@@ -216,7 +233,7 @@ def _gradients(
     targets: Tensor,
     transform: Transform,
     softmax: Softmax,
-    kept: list[tuple[Tensor, Tensor]],
+    blocks: list[Block],
     c_logprob: Tensor,
     c_entropy: Tensor | None,
     needs: tuple[bool, ...],
@@ -225,7 +242,7 @@ def _gradients(
     """Gradients of hidden, weight and bias from the loss's of log-probs and entropy [N]; the last two go ``onto``."""
     size = c_logprob.abs() if c_entropy is None else c_logprob.abs() + c_entropy.abs()
     active = size.nonzero().squeeze(1)
-    every, width = len(active) == len(hidden), _width(hidden, weight)
+    every, width = len(active) == len(hidden), max(block.ids.stop - block.ids.start for block in blocks)
     h, targets, size, transform = hidden[active], targets[active], size[active], transform.rows(active)
     softmax = softmax.rows(active)
     # The size of the loss's gradient stays out of the block, where in half precision it could vanish.
@@ -233,18 +250,19 @@ def _gradients(
     c_entropy = None if c_entropy is None else c_entropy[active] / size
     factor = (size * transform.factor)[:, None]
     scaled = (h * factor).to(h.dtype)
-    grad_hidden = torch.zeros(h.shape, device=h.device) if needs[0] else None
+    grad_hidden = torch.zeros(h.shape, dtype=torch.float32, device=h.device) if needs[0] else None
     grad_weight, grad_bias = onto
     if needs[1] and grad_weight is None:
         grad_weight = torch.empty_like(weight)
     if needs[2] and grad_bias is None:
         grad_bias = torch.empty_like(bias)
     memory = block_memory(h, width, logits_dtype(h))
-    scratch = _scratch(memory, h, width)
-    for i, ids in enumerate(_ids(weight, width)):
-        if i < len(kept):
+    scratch = scratch_like(memory, h, width)
+    for block in blocks:
+        ids = block.ids
+        if block.g is not None:
             w = weight[ids].to(h.dtype)
-            g, scale = kept[i] if every else (x[active] for x in kept[i])
+            g, scale = (block.g, block.scale) if every else (block.g[active], block.scale[active])
             to_rows = (-scale * c_logprob)[:, None]
         else:
             w, a = head(h, weight, bias, ids, memory)
@@ -264,24 +282,3 @@ def _gradients(
         grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
         grad_hidden = grad_hidden if every else torch.zeros_like(hidden).index_copy_(0, active, grad_hidden)
     return grad_hidden, grad_weight, grad_bias
-
-
-def _width(hidden: Tensor, weight: Tensor) -> int:
-    """Vocabulary ids in a block of logits."""
-    size = BLOCK_BYTES if hidden.is_cuda else BLOCK_BYTES // 2
-    width = size // (max(len(hidden), 1) * logits_dtype(hidden).itemsize) // 64 * 64
-    return min(max(width, 512), len(weight))
-
-
-def _ids(weight: Tensor, width: int) -> Iterator[slice]:
-    return (slice(i, min(i + width, len(weight))) for i in range(0, len(weight), width))
-
-
-def _scratch(memory: Tensor, hidden: Tensor, width: int) -> Tensor:
-    """For what is multiplied with the weights, in their precision: ``memory`` itself where that is in it."""
-    return memory if memory.dtype == hidden.dtype else block_memory(hidden, width, hidden.dtype)
-
-
-def _room(hidden: Tensor, weight: Tensor, most: int) -> Tensor:
-    """For G of these rows [N, V], padding included, or as much of it as ``most`` bytes hold."""
-    return hidden.new_empty(min(len(hidden) * (len(weight) + 64), most // hidden.element_size()))

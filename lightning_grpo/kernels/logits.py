@@ -18,7 +18,7 @@ def logits_logprob(
 
     Args:
         logits: [N, V].
-        targets: [N] int64 in [0, V).
+        targets: [N] integers in [0, V).
         temperature: a number, or [N] with one for each row.
         entropy_grad: let gradients flow from the entropy too.
 
@@ -29,6 +29,7 @@ def logits_logprob(
         raise UserError(
             f"logits_logprob takes logits [N, V] and targets [N]; got {tuple(logits.shape)}, {tuple(targets.shape)}"
         )
+    targets = targets.long()
     transform = Transform.build(targets, logits.shape[1], temperature)
     return _LogitsLogprob.apply(logits, targets, transform, entropy_grad)
 
@@ -49,6 +50,8 @@ class _LogitsLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, c_logprob, c_entropy):
+        if c_logprob is None and c_entropy is None:
+            return (None,) * 4
         logits, targets, *softmax = ctx.saved_tensors
         c_logprob = torch.zeros_like(softmax[0]) if c_logprob is None else c_logprob
         grad = torch.empty_like(logits)

@@ -40,12 +40,14 @@ class Transform(NamedTuple):
     ) -> "Transform":
         """For the rows of ``targets`` [N]; says what is wrong where ids or temperatures are out of range."""
         if targets.numel():
-            low, high = (int(x) for x in targets.aminmax())
+            low, high = torch.stack(targets.aminmax()).tolist()
             if low < 0 or high >= vocabulary:
                 raise UserError(f"targets span {low} to {high}; the head has ids 0 to {vocabulary - 1}")
-        temperature = torch.as_tensor(temperature, dtype=torch.float32, device=targets.device).expand(len(targets))
+        # A number is compared where it is: a GPU would be waited for.
+        temperature = torch.as_tensor(temperature, dtype=torch.float32)
         if not (temperature > 0).all():
             raise UserError(f"temperature is {float(temperature.min())}; set it above 0")
+        temperature = temperature.to(targets.device).expand(len(targets))
         return cls(scale / temperature, None if softcap is None else softcap / temperature)
 
     def rows(self, index: slice | Tensor) -> "Transform":
@@ -73,7 +75,9 @@ class Statistics(NamedTuple):
 
     @classmethod
     def empty(cls, n: int, device: torch.device) -> "Statistics":
-        return cls(torch.full((n,), FLOOR, device=device), *torch.zeros(3, n, device=device).unbind())
+        # Not torch's default type, which Lightning's true half precision lowers.
+        zeros = torch.zeros(3, n, dtype=torch.float32, device=device)
+        return cls(torch.full((n,), FLOOR, dtype=torch.float32, device=device), *zeros.unbind())
 
     def finish(self) -> "Softmax":
         m = torch.maximum(self.m, self.y)

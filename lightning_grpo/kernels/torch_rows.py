@@ -20,7 +20,7 @@ def accumulate(
     the factors (old, new) [2, N] are returned by which a sum over the vocabulary goes on: sum·old + new·Σ w·x.
     """
     width = ids.stop - ids.start
-    joins = None if weights is None else torch.empty(2, len(a), device=a.device)
+    joins = None if weights is None else torch.empty(2, len(a), dtype=torch.float32, device=a.device)
     for i in _cached_rows(a):
         some = transform.rows(i)
         m, s, t, y = (x[i] for x in stats)
