@@ -1,5 +1,7 @@
 """The C++ row kernels against their torch twins."""
 
+import tempfile
+
 import pytest
 import torch
 
@@ -122,11 +124,115 @@ def test_plain_torch_where_there_is_no_compiler(monkeypatch, caplog):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=5e-6)
 
 
+COMPILER = """#!/bin/sh
+case "$*" in *"FORBIDDEN"*) exit 1;; esac
+exec c++ "$@"
+"""
+
+
+def compiled_with(monkeypatch, tmp_path, forbidden):
+    """The library by a compiler that doesn't know an option and says nothing."""
+    script = tmp_path / "compiler"
+    script.write_text(COMPILER.replace("FORBIDDEN", forbidden))
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", f"env 'LANG=C C' {script}")
+    cpp_rows._library.cache_clear()
+    try:
+        return cpp_rows._library()
+    finally:
+        cpp_rows._library.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("unknown", ["-march=native", "native", "-fopenmp ", "-fopenmp"])
+def test_processors_and_compilers_without_some_options(monkeypatch, tmp_path, caplog, unknown):
+    """As ARM's and Apple's: the same values without them. $CXX may be a command of several words."""
+    expected = results(cpp_rows, torch.float32, True, True)
+    library = compiled_with(monkeypatch, tmp_path, unknown)
+    assert library is not None and not caplog.records
+    monkeypatch.setattr(cpp_rows, "_library", lambda: library)
+    for x, y in zip(results(cpp_rows, torch.float32, True, True), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=5e-6)
+
+
+def test_a_compiler_that_fails_without_a_word(monkeypatch, tmp_path, caplog):
+    assert compiled_with(monkeypatch, tmp_path, "") is None
+    assert len(caplog.records) == 1 and "non-zero exit status 1" in caplog.text
+
+
+@pytest.mark.parametrize("command", ["ccache 'a-compiler", "  "])
+def test_odd_values_of_cxx(monkeypatch, caplog, command):
+    """A quote without its end is said; blanks are no name."""
+    monkeypatch.setenv("CXX", command)
+    cpp_rows._library.cache_clear()
+    try:
+        library = cpp_rows._library()
+    finally:
+        cpp_rows._library.cache_clear()
+    if command.strip():
+        assert library is None and "No closing quotation" in caplog.text
+    else:
+        assert "a-compiler" not in caplog.text and "-O3" not in caplog.text.split("directory: ")[-1]
+
+
+def test_no_folder_for_temporary_files(monkeypatch, caplog):
+    def missing():
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", missing)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    cpp_rows._library.cache_clear()
+    try:
+        assert cpp_rows._library() is None
+    finally:
+        cpp_rows._library.cache_clear()
+    assert len(caplog.records) == 1 and "No usable temporary directory" in caplog.text
+
+
+@needs_compiler
+def test_columns_apart_are_read_and_written_in_place():
+    """Whatever the strides, and a block that is only read stays as it was."""
+    a, targets, transform, c = block(torch.float32)
+    apart = a.T.contiguous().T
+    found = []
+    for x in (a, apart):
+        stats, out, before = Statistics.empty(5, a.device), torch.empty_like(x), x.clone()
+        cpp_rows.accumulate(x, slice(0, 1100), targets, transform, stats)
+        cpp_rows.gradient(x, out, slice(0, 1100), targets, transform, stats.finish(), c[0], c[1])
+        assert torch.equal(x, before)
+        found.append([*stats, out])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_fp32_whatever_the_default_type(monkeypatch, trainable, compiled, low):
+    """As under Lightning's bf16-true and 16-true, which set it."""
+    monkeypatch.setattr(cpp_rows, "takes", cpp_rows.takes if compiled else lambda *_: False)
+    hidden, weight = (torch.randn(n, 16, generator=torch.Generator().manual_seed(n)).to(low) for n in (9, 1100))
+
+    def solve():
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trainable)]
+        logprob, entropy = linear_logprob(*leaves, torch.arange(9))
+        logprob.sum().backward()
+        return [logprob, entropy, *(x.grad for x in leaves if x.requires_grad)]
+
+    expected = solve()
+    torch.set_default_dtype(low)
+    try:
+        found = solve()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found[0].dtype == found[1].dtype == torch.float32
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 def test_plain_torch_takes_what_cpp_does_not():
     """Softcaps, float16, columns apart."""
     transform = Transform.build(torch.tensor([0]), 4, 1.0)
     chosen = [
-        rows._rows_for(a, t)
+        rows._rows_for(a, None, t)
         for a, t in (
             (torch.zeros(1, 4), transform._replace(cap=torch.ones(1))),
             (torch.zeros(1, 4).half(), transform),

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_grpo.kernels import linear, linear_logprob, rows, torch_rows, triton_rows
-from lightning_grpo.kernels.softmax import Statistics, Transform
+from lightning_grpo.kernels import blocks, linear_logprob, logits_logprob, rows, torch_rows, triton_rows
+from lightning_grpo.kernels.blocks import Budget
+from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +23,7 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-k", "row_kernels", __file__]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
-    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "23 passed" in done.stdout, done.stdout + done.stderr
 
 
 def results(module, dtype, softcap, entropy_grad):
@@ -70,7 +71,7 @@ def test_row_kernels_equal_their_torch_twins(dtype, entropy_grad, softcap):
 @pytest.mark.parametrize("trainable", [False, True])
 def test_linear_logprob_on_the_row_kernels(monkeypatch, trainable):
     """The whole Function on the Triton kernels equals itself on their twins."""
-    monkeypatch.setattr(linear, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(blocks, "budget", lambda **_: Budget(1, 1 << 30, 1 << 30))
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(6, 16, generator=g), torch.randn(1100, 16, generator=g)
     targets, c = torch.tensor([0, 7, 300, 600, 1000, 1099]), torch.randn(6, generator=g)
@@ -80,6 +81,95 @@ def test_linear_logprob_on_the_row_kernels(monkeypatch, trainable):
         logprobs, entropy = linear_logprob(*leaves, targets, temperature=0.7, softcap=15.0)
         (c * logprobs).sum().backward()
         return [logprobs, entropy, *(x.grad for x in leaves if x.requires_grad)]
+
+    expected = solve()
+    monkeypatch.setattr(rows, "accumulate", triton_rows.accumulate)
+    monkeypatch.setattr(rows, "gradient", triton_rows.gradient)
+    for x, y in zip(solve(), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def apart(x):
+    """The same numbers, with a gap after each."""
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("entropy_grad", [False, True])
+@pytest.mark.parametrize("lay", [apart, lambda x: x.T.contiguous().T])
+@pytest.mark.parametrize("wide", [False, True])
+def test_row_kernels_read_and_write_any_strides(wide, lay, entropy_grad):
+    """Blocks whose columns lie apart, and values of rows that do; of float64 and int32 where that may be."""
+    g = torch.Generator().manual_seed(0)
+    a, targets, c = torch.randn(5, 300, generator=g) * 3, torch.tensor([0, 7, 100, 298, 299]), torch.randn(2, 5)
+    transform = Transform.build(targets, 300, torch.rand(5, generator=g) + 0.5, 20.0)
+
+    def solve(module, lay, kind, number):
+        values = lambda *xs: tuple(apart(x).to(number) if lay else x for x in xs)
+        block = lay(a) if lay else a
+        ids = apart(targets).to(kind) if lay else targets
+        some = Transform(*values(*transform))
+        stats = Statistics.empty(5, a.device)
+        weights = torch.empty_like(block)
+        joins = module.accumulate(block, slice(0, 300), ids, some, stats, weights)
+        softmax = stats.finish()
+        out = torch.empty_like(block)
+        c_logprob, c_entropy = values(*c)
+        row = Softmax(*values(*softmax))
+        module.gradient(block, out, slice(0, 300), ids, some, row, c_logprob, c_entropy if entropy_grad else None)
+        return [*softmax, joins[0], weights * joins[1][:, None], out]
+
+    kinds = (torch.int32, torch.float64) if wide else (torch.int64, torch.float32)
+    for x, y in zip(solve(triton_rows, lay, *kinds), solve(torch_rows, None, None, None), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=5e-6)
+
+
+@interpreted
+def test_row_kernels_write_no_further_than_their_output():
+    """A block with padding, written to an output without."""
+    a, targets = torch.randn(3, 128), torch.tensor([0, 7, 99])
+    transform, stats = Transform.build(targets, 100, 1.0), Statistics.empty(3, a.device)
+    memory = torch.full((3, 101), 7.0)
+    triton_rows.accumulate(a, slice(0, 100), targets, transform, stats, memory[:, :100])
+    triton_rows.gradient(a, memory[:, :100], slice(0, 100), targets, transform, stats.finish(), torch.ones(3), None)
+    assert (memory[:, 100] == 7).all()
+
+
+@interpreted
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_row_kernels_do_not_follow_the_default_type(low):
+    a, targets = torch.randn(3, 100), torch.tensor([0, 7, 99])
+    transform = Transform.build(targets, 100, 1.0)
+
+    def solve():
+        stats, weights = Statistics.empty(3, a.device), torch.empty_like(a)
+        return [*triton_rows.accumulate(a, slice(0, 100), targets, transform, stats, weights), *stats.finish()]
+
+    expected = solve()
+    torch.set_default_dtype(low)
+    try:
+        found = solve()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("layout", ["strided targets", "transposed logits"])
+def test_logits_logprob_on_the_row_kernels(monkeypatch, layout):
+    g = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(6, 300, generator=g) * 3, torch.randint(0, 300, (6, 2), generator=g)[:, 0]
+    if layout == "transposed logits":
+        logits, targets = logits.T.contiguous().T, targets.contiguous()
+
+    def solve():
+        leaf = logits.clone().requires_grad_()
+        assert leaf.stride() == logits.stride()
+        logprobs, entropy = logits_logprob(leaf, targets)
+        (logprobs * torch.arange(6)).sum().backward()
+        return [logprobs, entropy, leaf.grad]
 
     expected = solve()
     monkeypatch.setattr(rows, "accumulate", triton_rows.accumulate)

@@ -8,50 +8,70 @@ import ctypes
 import functools
 import logging
 import os
+import shlex
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lightning_grpo.errors import UserError
+from lightning_grpo.kernels.pointers import block_rows, check_written, read_values, written_rows
 from lightning_grpo.kernels.softmax import FLOOR, Softmax, Statistics, Transform
 
 log = logging.getLogger(__name__)
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
+# What not every compiler and processor knows, the best first: Apple's Clang has no OpenMP library, and some compilers
+# name the processor by -mcpu.
+PROCESSORS = [["-march=native"], ["-mcpu=native"], []]
+THREADS = [["-fopenmp"], ["-fopenmp-simd"], []]
 
 
-def takes(a: Tensor, transform: Transform) -> bool:
-    """Whether there is a compiled row function for this block."""
-    return a.dtype in NAMES and a.stride(1) == 1 and transform.cap is None and _library() is not None
+def takes(a: Tensor, out: Tensor | None, transform: Transform) -> bool:
+    """Whether there is a compiled row function for the block ``a``, written to ``out``."""
+    alike = out is None or out.dtype == a.dtype
+    return a.dtype in NAMES and alike and a.stride(1) == 1 and transform.cap is None and _library() is not None
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    compiler = os.environ.get("CXX", "c++")
-    with tempfile.TemporaryDirectory() as folder:
-        source, file = Path(__file__).with_suffix(".cpp"), Path(folder) / "cpp_rows.so"
-        try:
-            subprocess.run([compiler, *FLAGS, source, "-o", file], check=True, capture_output=True, text=True)
-            return ctypes.CDLL(file)
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
-            log.warning(
-                f"no C++ compiler could make the CPU's row kernels, plain torch takes about a fifth longer: {reason}"
-            )
-            return None
+    """The compiled functions; None, and a warning that says why, if this machine can't make them."""
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+        with tempfile.TemporaryDirectory() as folder:
+            *tunings, plain = (processor + threads for threads in THREADS for processor in PROCESSORS)
+            for tuning in tunings:
+                with suppress(OSError, subprocess.CalledProcessError):
+                    return _compile([*compiler, *FLAGS, *tuning], Path(folder))
+            return _compile([*compiler, *FLAGS, *plain], Path(folder))
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or "").strip() or str(error)
+        log.warning(
+            "no C++ compiler could make the CPU's row kernels, plain torch takes about a fifth longer: "
+            f"{said.splitlines()[-1]}"
+        )
+        return None
+
+
+def _compile(command: list[str], folder: Path) -> ctypes.CDLL:
+    source, file = Path(__file__).with_suffix(".cpp"), folder / "cpp_rows.so"
+    subprocess.run([*command, source, "-o", file], check=True, capture_output=True, text=True, errors="replace")
+    return ctypes.CDLL(file)
 
 
 def accumulate(
     a: Tensor, ids: slice, targets: Tensor, transform: Transform, stats: Statistics, weights: Tensor | None = None
 ) -> Tensor | None:
     """`torch_rows.accumulate`."""
-    joins = None if weights is None else torch.ones(2, len(a))
-    written = (*stats, None if joins is None else joins[0])
-    _call("accumulate", a, weights, ids, targets, (transform.factor,), written)
+    check_written(*stats)
+    joins = None if weights is None else torch.ones(2, len(a), dtype=torch.float32)
+    a = block_rows(a)
+    with written_rows(a if weights is None else weights) as out:
+        written = (*stats, None if joins is None else joins[0])
+        _call("accumulate", a, None if weights is None else out, ids, targets, (transform.factor,), written)
     return joins
 
 
@@ -67,7 +87,8 @@ def gradient(
 ) -> None:
     """`torch_rows.gradient`."""
     read = (transform.factor, softmax.lse, softmax.rest, softmax.entropy, c_logprob, c_entropy)
-    _call("gradient", a, out, ids, targets, read)
+    with written_rows(out) as memory:
+        _call("gradient", a, memory, ids, targets, read)
 
 
 def _call(
@@ -80,10 +101,9 @@ def _call(
     written: tuple[Tensor | None, ...] = (),
 ) -> None:
     """Hand over pointers: rows of ``a`` and ``out``, then [N] of each of the others, in the function's order."""
-    if not all(x is None or (x.is_contiguous() and x.dtype == torch.float32) for x in written):
-        raise UserError("statistics must be contiguous fp32, as Statistics.empty lays them out")
     # Held until the function has returned.
-    values = [targets.long().contiguous(), *(None if x is None else x.float().contiguous() for x in read), *written]
+    a = block_rows(a)
+    values = [read_values(targets), *(None if x is None else read_values(x) for x in read), *written]
     pointer = lambda x: None if x is None else ctypes.c_void_p(x.data_ptr())
     block = lambda x: (pointer(x), ctypes.c_int64(0 if x is None else x.stride(0)))
     sizes = (ctypes.c_int64(n) for n in (len(a), ids.stop - ids.start, ids.start))

@@ -16,7 +16,7 @@ def accumulate(
     With ``weights`` [N, W] (may be ``a``), these are set to w ∝ exp(z)·∂z/∂a of the tokens other than the target, and
     the factors (old, new) [2, N] are returned by which a sum over the vocabulary goes on: sum·old + new·Σ w·x.
     """
-    return _rows_for(a, transform).accumulate(a, ids, targets, transform, stats, weights)
+    return _rows_for(a, weights, transform).accumulate(a, ids, targets, transform, stats, weights)
 
 
 def gradient(
@@ -34,13 +34,13 @@ def gradient(
     From c_logprob = ∂loss/∂logprob and c_entropy = ∂loss/∂entropy, [N] each:
     ∂loss/∂z = c_logprob·(onehot − p) − c_entropy·p·(log p + entropy).
     """
-    _rows_for(a, transform).gradient(a, out, ids, targets, transform, softmax, c_logprob, c_entropy)
+    _rows_for(a, out, transform).gradient(a, out, ids, targets, transform, softmax, c_logprob, c_entropy)
 
 
-def _rows_for(a: Tensor, transform: Transform) -> ModuleType:
+def _rows_for(a: Tensor, out: Tensor | None, transform: Transform) -> ModuleType:
     if a.is_cuda:
         # A CPU needs no Triton.
         from lightning_grpo.kernels import triton_rows
 
         return triton_rows
-    return cpp_rows if cpp_rows.takes(a, transform) else torch_rows
+    return cpp_rows if cpp_rows.takes(a, out, transform) else torch_rows

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_grpo.kernels.pointers import block_rows, check_written, read_values, written_rows
 from lightning_grpo.kernels.softmax import FLOOR, Softmax, Statistics, Transform
 
 WARPS = 8
@@ -142,28 +143,30 @@ def accumulate(
 ) -> Tensor | None:
     """`torch_rows.accumulate`."""
     n = len(a)
-    joins = None if weights is None else torch.ones(2, n, device=a.device)
-    target = a if weights is None else weights
-    if n:
-        _accumulate_kernel[(n,)](
-            a,
-            a.stride(0),
-            target,
-            target.stride(0),
-            targets,
-            transform.factor,
-            transform.factor if transform.cap is None else transform.cap,
-            *stats,
-            stats.m if joins is None else joins[0],
-            ids.start,
-            ids.stop - ids.start,
-            a.shape[1],
-            FLOOR=FLOOR,
-            CAPPED=transform.cap is not None,
-            WEIGHTS=weights is not None,
-            TILE=TILE,
-            num_warps=WARPS,
-        )
+    check_written(*stats)
+    joins = None if weights is None else torch.ones(2, n, dtype=torch.float32, device=a.device)
+    block, factor = block_rows(a), read_values(transform.factor)
+    with written_rows(block if weights is None else weights) as target:
+        if n:
+            _accumulate_kernel[(n,)](
+                block,
+                block.stride(0),
+                target,
+                target.stride(0),
+                read_values(targets),
+                factor,
+                factor if transform.cap is None else read_values(transform.cap),
+                *stats,
+                stats.m if joins is None else joins[0],
+                ids.start,
+                ids.stop - ids.start,
+                min(a.shape[1], target.shape[1]),
+                FLOOR=FLOOR,
+                CAPPED=transform.cap is not None,
+                WEIGHTS=weights is not None,
+                TILE=TILE,
+                num_warps=WARPS,
+            )
     return joins
 
 
@@ -179,26 +182,28 @@ def gradient(
 ) -> None:
     """`torch_rows.gradient`."""
     n = len(a)
-    if n:
-        _gradient_kernel[(n,)](
-            a,
-            a.stride(0),
-            out,
-            out.stride(0),
-            targets,
-            transform.factor,
-            transform.factor if transform.cap is None else transform.cap,
-            softmax.lse,
-            softmax.rest,
-            softmax.entropy,
-            c_logprob,
-            c_logprob if c_entropy is None else c_entropy,
-            ids.start,
-            ids.stop - ids.start,
-            a.shape[1],
-            FLOOR=FLOOR,
-            CAPPED=transform.cap is not None,
-            ENTROPY=c_entropy is not None,
-            TILE=TILE,
-            num_warps=WARPS,
-        )
+    block, factor, c = block_rows(a), read_values(transform.factor), read_values(c_logprob)
+    with written_rows(out) as target:
+        if n:
+            _gradient_kernel[(n,)](
+                block,
+                block.stride(0),
+                target,
+                target.stride(0),
+                read_values(targets),
+                factor,
+                factor if transform.cap is None else read_values(transform.cap),
+                read_values(softmax.lse),
+                read_values(softmax.rest),
+                read_values(softmax.entropy),
+                c,
+                c if c_entropy is None else read_values(c_entropy),
+                ids.start,
+                ids.stop - ids.start,
+                min(a.shape[1], target.shape[1]),
+                FLOOR=FLOOR,
+                CAPPED=transform.cap is not None,
+                ENTROPY=c_entropy is not None,
+                TILE=TILE,
+                num_warps=WARPS,
+            )
