@@ -1,13 +1,17 @@
 """Weights from GPU to GPU into servers: what travels together, who may use which way, and (on a GPU) both ways live."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from test_rollout_callback import Sampler, trainer_with
 
 from lightning_grpo.rollout import HFEngine, Sampling, SyncedEngine, VLLMProcessRollout, VLLMServerRollout
-from lightning_grpo.rollout.gpu_transfer import buckets, describe
+from lightning_grpo.rollout import buckets as gpu_buckets
+from lightning_grpo.rollout.buckets import buckets, describe, fetch_buckets, offer_buckets
 from lightning_grpo.rollout.server_check import ServerInfo, check_alike, check_stop, choose_transfer
 from lightning_grpo.rollout.vllm_adapter import adapter_settings
+from lightning_grpo.rollout.wire import Delivery, WeightOffer
 
 
 def info(url="http://a", **changes):
@@ -35,12 +39,91 @@ def test_a_bucket_is_described_for_vllm():
     assert sent[0][0][1].is_contiguous() and sent[0][0][1].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
+WEIGHTS = [
+    ("odd", torch.arange(7, dtype=torch.uint8)),
+    ("matrix", torch.arange(6.0).view(2, 3).T),
+    ("half", torch.randn(5).bfloat16()),
+    ("scalar", torch.tensor(2.5, dtype=torch.float64)),
+    ("large", torch.randn(40)),
+]
+
+
+def fetch(offer, device):
+    """What a worker makes of an offer. Kept until the end: a buffer that is used again must not change it."""
+    with Delivery(offer.host, offer.port, offer.token) as delivery:
+        received = list(fetch_buckets(delivery, device))
+        delivery.answer({"tensors": len(received)})
+        return [(name, tensor.cpu()) for name, tensor in received]
+
+
+def assert_same(received):
+    assert [name for name, _ in received] == [name for name, _ in WEIGHTS]
+    for (_, mine), (_, theirs) in zip(received, WEIGHTS, strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+
+
+def test_buckets_reach_workers_through_buffers_of_their_own(monkeypatch):
+    """All but the export itself, which only a GPU has: what is in a bucket, when the buffer is filled again."""
+    exports = []
+    monkeypatch.setattr(
+        gpu_buckets, "export", lambda buffer: {"export": exports.append(buffer) or len(exports) - 1, "gpu": "cpu"}
+    )
+    monkeypatch.setattr(gpu_buckets, "open_export", lambda place, device: exports[place["export"]])
+    offer = WeightOffer("127.0.0.1")
+    with ThreadPoolExecutor(2) as pool:
+        workers = [pool.submit(fetch, offer, torch.device("cpu")) for _ in range(2)]
+        offer.accept(2)
+        offer_buckets(offer, iter(WEIGHTS), size=48)
+        assert offer.answers() == [{"tensors": 5}] * 2
+        for worker in workers:
+            assert_same(worker.result())
+    offer.close()
+    # Two buffers, for the tensor that is larger than a bucket a new one; an export per worker of each.
+    assert [buffer.numel() for buffer in exports] == [48, 48, 160, 160]
+
+
+def as_lists(weights):
+    return [(name, str(tensor.dtype), tensor.tolist()) for name, tensor in weights]
+
+
+def fetch_in_another_process(host, port, token, results):
+    with Delivery(host, port, token) as delivery:
+        received = [(name, tensor.cpu()) for name, tensor in fetch_buckets(delivery, torch.device("cuda", 0))]
+        delivery.answer({})
+    results.put(
+        [(name, tensor.view(torch.uint8).tolist() if tensor.ndim else tensor.item()) for name, tensor in received]
+    )
+
+
+@pytest.mark.gpu
+def test_buckets_reach_two_processes_on_this_gpu():
+    torch.cuda.init()
+    before = torch.cuda.memory_allocated()
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    offer = WeightOffer("127.0.0.1")
+    arguments = (offer.host, offer.port, offer.token, results)
+    workers = [context.Process(target=fetch_in_another_process, args=arguments) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    offer.accept(2)
+    offer_buckets(offer, ((name, tensor.cuda()) for name, tensor in WEIGHTS), size=48)
+    offer.answers()
+    assert [results.get() for _ in workers] == [as_lists(WEIGHTS)] * 2
+    for worker in workers:
+        worker.join()
+    offer.close()
+    # Both workers have released their export, so that the buffers come back.
+    torch.cuda.ipc_collect()
+    assert torch.cuda.memory_allocated() == before
+
+
 @pytest.mark.parametrize(
     ("on_gpu", "started_for", "chosen"),
     [
         (False, ["nccl"], "tcp"),
         (True, ["nccl", "nccl"], "nccl"),
-        (True, ["ipc"], "ipc"),
+        (True, ["ipc"], "tcp"),
         (True, ["nccl", None], "tcp"),
         (True, [None], "tcp"),
         (True, ["sparse_nccl"], "tcp"),
@@ -55,9 +138,10 @@ def test_auto_takes_what_all_servers_were_started_for(monkeypatch, on_gpu, start
 
 
 def test_a_transfer_that_servers_were_not_started_for_is_refused():
-    command = r"VLLM_ALLOW_INSECURE_SERIALIZATION=1 .*--weight-transfer-config '{\"backend\": \"ipc\"}'"
-    with pytest.raises(ValueError, match=rf"transfer is ipc.*{command}"):
-        choose_transfer([info(), info(transfer="ipc")], "ipc", None)
+    command = r"VLLM_API_KEY=KEY .*--weight-transfer-config '{\"backend\": \"nccl\"}'"
+    with pytest.raises(ValueError, match=rf"transfer is nccl.*{command}"):
+        choose_transfer([info(), info(transfer="nccl")], "nccl", None)
+    assert choose_transfer([info(), info(transfer="nccl")], "ipc", None) == "ipc"
     with pytest.raises(ValueError, match="adapter goes to servers over tcp alone"):
         choose_transfer([info(transfer="nccl")], "nccl", adapter_settings(4, ["q_proj"]))
 

@@ -511,6 +511,21 @@ def test_a_wrong_api_key_is_refused_at_start(server):
         ServerEngine([server.url], eos_token_ids=[EOS], api_key="wrong")
 
 
+def test_every_route_of_a_server_asks_for_the_key(server):
+    """vLLM itself guards sampling alone, and leaves open what takes weights and commands."""
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}) as client:
+        routes = [(m, path) for path, methods in client.get("/openapi.json").json()["paths"].items() for m in methods]
+    routes += [("get", path) for path in ("/openapi.json", "/docs", "/metrics", "/ping", "/no-such-path", "/health/")]
+    control = {"/collective_rpc", "/update_weights", "/init_weight_transfer_engine", "/pause", "/sleep", "/server_info"}
+    assert control <= {path for _, path in routes}
+    for authorization in ("", "Bearer", "Bearer wrong", KEY, f"Basic {KEY}"):
+        with httpx.Client(base_url=server.url, headers={"Authorization": authorization}) as client:
+            codes = {(method, path): client.request(method, path).status_code for method, path in routes}
+        assert codes.pop(("get", "/health")) == 200
+        assert set(codes.values()) == {401}, authorization
+    assert psutil.Process(server.process.pid).environ().get("VLLM_ALLOW_INSECURE_SERIALIZATION") is None
+
+
 def test_a_server_named_twice_is_refused():
     with pytest.raises(ValueError, match="more than once"):
         ServerEngine(["http://127.0.0.1:9", "http://127.0.0.1:9/"], eos_token_ids=[EOS])

@@ -41,8 +41,11 @@ class Endpoint:
             base_url=self.url,
             headers=headers,
             timeout=httpx.Timeout(600.0, connect=30.0),
-            # vLLM closes a connection that was idle for 5 s, perhaps at the moment of the next request.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
+            # A transport of its own ignores HTTP_PROXY and the like: engines are reached directly, as their weights.
+            transport=httpx.AsyncHTTPTransport(
+                # vLLM closes a connection that was idle for 5 s, perhaps at the moment of the next request.
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
+            ),
         )
         self.in_flight = 0
         self.lost: str | None = None
@@ -86,6 +89,13 @@ class Endpoint:
             return (await self.client.get("/health")).status_code == 200
         except httpx.HTTPError:
             return False
+
+    async def is_open(self, path: str) -> bool:
+        """Whether it answers a GET request to ``path`` that brings no API key."""
+        try:
+            return (await self.client.get(path, headers={"Authorization": ""})).status_code == 200
+        except httpx.HTTPError as error:
+            raise self._loss(error) from error
 
     def _refuse(self, reply: httpx.Response, path: str) -> None:
         if reply.status_code == 401:

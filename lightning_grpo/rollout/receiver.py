@@ -4,8 +4,12 @@ Start the server with ``--worker-extension-cls lightning_grpo.rollout.receiver.W
 variable ``VLLM_SERVER_DEV_MODE=1``.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
+from lightning_grpo.rollout.buckets import fetch_buckets
 from lightning_grpo.rollout.proof import Held, place_of
 from lightning_grpo.rollout.tokenizer_check import tokenizer_facts
 from lightning_grpo.rollout.vllm_adapter import load_adapter
@@ -20,14 +24,13 @@ class WeightReceiver:
         """Fetch and load what is offered, the adapter alone where the server takes adapters (``--enable-lora``), and
         answer with what is held afterwards at this server's ``url``. Of weights that workers share, each compares its
         part with the same part of what came; of an adapter that they share, nothing is told."""
-        replace_functions()
         with Delivery(host, int(port), token) as delivery:
-            if self.lora_config is None:
-                held = load_weights(self, delivery.weights())
-            else:
-                held = load_adapter(self, delivery.weights())
-                held = [] if self._shares_model else held
-            delivery.answer(self._told(held, url))
+            delivery.answer(self._told(self._load(delivery.weights()), url))
+
+    def receive_policy_on_gpu(self, host: str, port: str, token: str, url: str) -> None:
+        """The same through memory of the GPU that this worker and the trainer share."""
+        with Delivery(host, int(port), token) as delivery:
+            delivery.answer(self._told(self._load(fetch_buckets(delivery, self.device)), url))
 
     def tell_policy(self, host: str, port: str, token: str, url: str) -> None:
         """Answer with what is held of weights that came another way; nothing where workers share them."""
@@ -40,6 +43,13 @@ class WeightReceiver:
         from vllm.tokenizers import cached_tokenizer_from_config
 
         return tokenizer_facts(cached_tokenizer_from_config(self.model_config))
+
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+        replace_functions()
+        if self.lora_config is None:
+            return load_weights(self, weights)
+        held = load_adapter(self, weights)
+        return [] if self._shares_model else held
 
     @property
     def _shares_model(self) -> bool:

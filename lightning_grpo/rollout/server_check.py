@@ -1,6 +1,7 @@
 """What a vLLM server must have been started with to be sampled from and to take weights."""
 
 import json
+import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from lightning_grpo.errors import UnreachableError, UserError
 from lightning_grpo.rollout.endpoint import Endpoint, EndpointLost
 
+log = logging.getLogger(__name__)
 RECEIVER = "lightning_grpo.rollout.receiver.WeightReceiver"
 SERVER_FLAGS = (
     "--enable-scale-out",
@@ -20,8 +22,10 @@ SERVER_FLAGS = (
     "vllm",
     "--worker-extension-cls",
     RECEIVER,
+    "--middleware",
+    "lightning_grpo.rollout.access.RequireKey",
 )
-"""What a server needs beside the model."""
+"""What a server needs beside the model. The middleware reads the API key from VLLM_API_KEY."""
 SERVER_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 """What it needs in its environment, the latter for adapters alone."""
 CANARIES = 4
@@ -44,7 +48,7 @@ class ServerInfo:
     adapter_rank: int | None
     """The largest LoRA adapter that it takes in place of whole weights; None where it takes those."""
     transfer: str | None
-    """vLLM's own weight transfer that it was started for, such as nccl; None where weights come over TCP alone."""
+    """vLLM's own weight transfer that it was started for, such as nccl; None if it was started for none."""
 
 
 async def check_server(endpoint: Endpoint) -> ServerInfo:
@@ -65,6 +69,12 @@ async def check_server(endpoint: Endpoint) -> ServerInfo:
         await endpoint.call("/resume")
     except ValueError as error:
         raise UserError(f"{endpoint.url} can't take weights; start it with: {command()}") from error
+    if await endpoint.is_open("/get_world_size"):
+        log.warning(
+            "%s takes weights and commands without an API key from everyone who reaches it; start it with: %s",
+            endpoint.url,
+            command(),
+        )
     config = info["vllm_config"]
     model, parallel = config["model_config"], config["parallel_config"]
     extension = parallel.get("worker_extension_cls")
@@ -128,31 +138,28 @@ def check_stop(infos: Sequence[ServerInfo], stop: Sequence[str]) -> None:
 
 
 def choose_transfer(infos: Sequence[ServerInfo], wanted: str, adapter: dict[str, Any] | None) -> str:
-    """How weights travel: tcp, ipc or nccl. auto is what all servers were started for where there is a GPU here.
+    """How weights travel: tcp, ipc or nccl. auto is nccl if there is a GPU here and all servers were started for it,
+    else tcp.
 
     Raises:
-        ValueError: where the servers were not started for what is wanted.
+        ValueError: if the servers were not started for what is wanted.
     """
-    offered = {info.transfer for info in infos}
+    for_nccl = all(info.transfer == "nccl" for info in infos)
     if wanted == "auto":
-        both_can = torch.cuda.is_available() and adapter is None and offered in ({"ipc"}, {"nccl"})
-        return str(offered.pop()) if both_can else "tcp"
-    if wanted == "tcp":
-        return wanted
-    if adapter is not None:
+        return "nccl" if torch.cuda.is_available() and adapter is None and for_nccl else "tcp"
+    if wanted != "tcp" and adapter is not None:
         raise UserError(f"transfer is {wanted}, but an adapter goes to servers over tcp alone; set tcp")
-    if offered != {wanted}:
+    if wanted == "nccl" and not for_nccl:
         raise UserError(
-            f"transfer is {wanted}, but not all servers were started for it; set tcp, or start them with: "
-            + "VLLM_ALLOW_INSECURE_SERIALIZATION=1 " * (wanted == "ipc")
-            + command(weight_transfer_config={"backend": wanted})
+            "transfer is nccl, but not all servers were started for it; set tcp, or start them with: "
+            + command(weight_transfer_config={"backend": "nccl"})
         )
     return wanted
 
 
 def command(**engine_args: Any) -> str:
     """What starts such a server, in a shell."""
-    environment = [f"{name}={value}" for name, value in SERVER_ENVIRONMENT.items()]
+    environment = [f"{name}={value}" for name, value in SERVER_ENVIRONMENT.items()] + ["VLLM_API_KEY=KEY"]
     program = "python -m vllm.entrypoints.openai.api_server --model MODEL"
     return " ".join([*environment, program, *SERVER_FLAGS, *map(shlex.quote, as_flags(engine_args))])
 

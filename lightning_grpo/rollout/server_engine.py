@@ -47,8 +47,7 @@ class ServerEngine:
     """An `Engine` over vLLM servers, which sample while this process does other things.
 
     Args:
-        urls: of the servers, such as http://host:8000. Each was started with `SERVER_FLAGS` and VLLM_SERVER_DEV_MODE=1
-            in a private network: vLLM guards sampling with the API key, but not the control endpoints.
+        urls: of the servers, such as http://host:8000. Each was started with `SERVER_FLAGS` and `SERVER_ENVIRONMENT`.
         eos_token_ids: tokens that end a completion.
         api_key: sent as bearer token.
         max_in_flight: requests sent to one endpoint at a time, as far as it samples that many at once.
@@ -56,8 +55,8 @@ class ServerEngine:
         adapter: what `adapter_settings` says that the servers were started with, where `update_weights` takes a LoRA
             adapter (`adapter_weights`) instead of whole weights.
         weights_host: address at which the servers can reach this process. None finds it out.
-        transfer: how weights travel: tcp; ipc (to servers on this process's GPU) or nccl (to other GPUs), for which the
-            servers are started; auto, which on a GPU is what they were started for.
+        transfer: how weights travel: tcp; ipc (to servers on this process's GPU); nccl (to other GPUs, for which the
+            servers are started); auto, which is nccl if they were started for it and there is a GPU here, else tcp.
         pushes: whether this rank sends the weights. One rank of a distributed run does; all consume the stream.
         barrier: called by all ranks before and after a sync; waits for the others.
         run: the run's name in the versions that servers report, the same on all ranks. None draws one.

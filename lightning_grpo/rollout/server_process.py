@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
+
+import httpx
+import psutil
 
 from lightning_grpo.errors import RunError
 from lightning_grpo.rollout.server_check import SERVER_ENVIRONMENT, SERVER_FLAGS, as_flags
@@ -21,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ServerProcess:
-    """Starts a server on a free local port and waits until it answers.
+    """Starts a server on a free local port and waits until it answers. Every route but ``/health`` asks for `api_key`.
 
     Args:
         model: local folder or hub name.
@@ -32,7 +33,7 @@ class ServerProcess:
         start_timeout: seconds to wait for it.
 
     Raises:
-        RuntimeError: where it ends or stays silent; the message has the end of its log.
+        RuntimeError: if it ends or does not answer in time; the message has the end of its log.
     """
 
     def __init__(
@@ -45,13 +46,14 @@ class ServerProcess:
         cores: list[int] | None = None,
         start_timeout: float = 900.0,
     ) -> None:
-        self.api_key = secrets.token_hex(32)
-        self.url = f"http://{HERE}:{free_port(HERE)}"
+        self.api_key = (environment or {}).get("VLLM_API_KEY") or secrets.token_hex(32)
+        self._closed = False
+        self._port = free_port(HERE)
+        self.url = f"http://{HERE}:{self._port}"
         self.log_file = log_file
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        port = self.url.rpartition(":")[2]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-        command += ["--host", HERE, "--port", port, *SERVER_FLAGS, *as_flags(engine_args)]
+        command += ["--host", HERE, "--port", str(self._port), *SERVER_FLAGS, *as_flags(engine_args)]
         own = SERVER_ENVIRONMENT | {"VLLM_API_KEY": self.api_key, "VLLM_NO_USAGE_STATS": "1"}
         if cores is not None:
             own |= {"OMP_NUM_THREADS": str(len(cores))}
@@ -74,15 +76,26 @@ class ServerProcess:
     def _wait_until_healthy(self, timeout: float) -> None:
         end = time.monotonic() + timeout
         while self.process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return
-            except (URLError, OSError):
-                pass
+            if self._listens() and self._is_healthy():
+                return
             if time.monotonic() > end:
                 raise RunError(f"the vLLM server did not answer within {timeout:.0f} s. {self._log_end()}")
             time.sleep(0.2)
         raise RunError(f"the vLLM server ended with code {self.process.returncode}. {self._log_end()}")
+
+    def _listens(self) -> bool:
+        """Whether it is the server itself that listens on its port, and nobody who took the port before it."""
+        try:
+            connections = psutil.Process(self.process.pid).net_connections("tcp")
+        except psutil.Error:
+            return False
+        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == self._port for c in connections)
+
+    def _is_healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
 
     def _log_end(self) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines()
@@ -91,6 +104,10 @@ class ServerProcess:
 
     def close(self) -> None:
         """End the server and its workers. Safe to call twice."""
+        if self._closed:
+            # Its number may be another process's by now.
+            return
+        self._closed = True
         for signum, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
             try:
                 os.killpg(self.process.pid, signum)

@@ -68,7 +68,8 @@ class VLLMProcessRollout(VLLMRollout):
         self.transfer = transfer
         if transfer in ("ipc", "nccl"):
             _require_gpu(transfer)
-            self.engine_args["weight_transfer_config"] = {"backend": transfer}
+        if transfer == "nccl":
+            self.engine_args["weight_transfer_config"] = {"backend": "nccl"}
         self._server: ServerProcess | None = None
 
     samples_in_background = updates_in_flight = True
@@ -103,8 +104,6 @@ class VLLMProcessRollout(VLLMRollout):
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             index = torch.cuda.current_device()
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
-        if self.transfer == "ipc":
-            environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         return environment
 
     def close(self) -> None:
@@ -116,8 +115,8 @@ class VLLMProcessRollout(VLLMRollout):
 class VLLMServerRollout(RolloutCallback):
     """Samples with vLLM servers that are already running, here or on other machines.
 
-    They are started with VLLM_SERVER_DEV_MODE=1 and the flags that ``docs/engines.md`` lists, in a network where only
-    the trainer reaches them: vLLM asks for the API key for sampling, but not for its control endpoints.
+    They are started with VLLM_SERVER_DEV_MODE=1, an API key and the flags that ``docs/engines.md`` lists. One of these
+    makes every route ask for the key; vLLM on its own leaves those open that take weights and commands.
 
     Args:
         urls: of the servers, such as http://node7:8000. Requests go to the one with the fewest in flight.
@@ -128,8 +127,8 @@ class VLLMServerRollout(RolloutCallback):
             servers are started with flags for it, which the error shows where they are missing).
         sampling_args: any other argument of vLLM's SamplingParams, by name.
         weights_host: this machine's address as the servers see it. Empty finds it out.
-        transfer: how weights travel: tcp, or what the servers were started for: ipc (they share this process's GPU) or
-            nccl (between GPUs). auto takes the latter where they were, and tcp otherwise.
+        transfer: how weights travel: tcp, ipc (through memory of the GPU that trainer and servers share), or nccl
+            (between GPUs; the servers are started for it). auto is nccl if all servers were started for it, else tcp.
         tolerance: the |Δ log-prob| in nats, mean and max, that the proof after a weight sync lets pass. Empty takes
             both from the dtypes and from what the first sync shows.
     """
