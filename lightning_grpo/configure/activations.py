@@ -14,7 +14,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers.integrations import moe
 
 from lightning_grpo.configure.shape import ModelShape, with_layers
 from lightning_grpo.configure.workload import Workload
@@ -54,16 +55,35 @@ def _kept(shape: ModelShape, layers: int, rows: int, prompts: int, P: int, T: in
     with torch.device("meta"):
         config = with_layers(shape.config, layers)
         kind = getattr(torch, dtype)
-        model = AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation=attention).train()
+        model = _build(config, kind, attention).train()
         if rank:
             chosen = targets if isinstance(targets, str) else list(targets)
             get_peft_model(model, LoraConfig(r=rank, target_modules=chosen, task_type="CAUSAL_LM"))
-    with FakeTensorMode():
+    with FakeTensorMode(), _fake_experts():
         _move_to_cpu(model)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         with saved_bytes(weights) as saved, autocast:
             _forward(model.base_model, rows, prompts, P, T)
         return sum(saved.values())
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> nn.Module:
+    """With eager attention if the architecture has no other."""
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except ValueError:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+
+
+@contextlib.contextmanager
+def _fake_experts() -> Iterator[None]:
+    """Experts by transformers' own grouped product, which keeps what torch's does and has a form without data."""
+    real = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda input, weight, offs: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = real
 
 
 def _forward(trunk: nn.Module, rows: int, prompts: int, P: int, T: int) -> None:

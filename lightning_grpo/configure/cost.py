@@ -167,7 +167,7 @@ def micro_batch_work(w: Workload) -> tuple[float, float]:
     full = kept.layer * w.shape.layers + kept.ends
     written = full * w.mean_length / w.completion_length
     logits = rows * completion * w.shape.vocab * 4
-    copies = 6 * w.shape.trunk_linear if w.precision.endswith("mixed") else 0
+    copies = 6 * w.shape.linear if w.precision.endswith("mixed") else 0
     accumulate = 3 * w.trained * w.trained_bytes
     return rows * (trunk + head), 4 * written + 6 * logits + copies + accumulate
 
@@ -201,7 +201,7 @@ def decode_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency, rows
     weights = w.shape.trunk_linear + w.shape.head
     # The policy itself is read in its own precision, and autocast writes a copy of it besides.
     size = 2 if w.engine != "hf" or w.weight_bytes == 2 else 4 + 4 * w.precision.endswith("mixed")
-    read = size * weights + rows * length * w.shape.cache_bytes
+    read = size * (w.shape.read_linear(rows) + w.shape.head) + rows * length * w.shape.cache_bytes
     bandwidth = hardware.bandwidth * efficiency.bandwidth
     return max(read / bandwidth, 2 * weights * rows / rate(w, hardware, efficiency))
 

@@ -75,13 +75,12 @@ def _gathered(w: Workload) -> Parts:
     if w.shards == 1:
         return {}
     ends = w.shape.head * (1 if w.shape.tied else 2)
-    layer = w.shape.trunk_linear / w.shape.layers
-    return {"gathered weights": (2 * layer + ends) * w.compute_bytes}
+    return {"gathered weights": (2 * w.shape.layer_params + ends) * w.compute_bytes}
 
 
 def _weight_copies(w: Workload) -> float:
     """Autocast's low-precision copies of trained weights, kept until the forward's context ends."""
-    return 2 * w.shape.trunk_linear if w.precision.endswith("mixed") and w.dtype == "float32" and not w.lora_rank else 0
+    return 2 * w.shape.linear if w.precision.endswith("mixed") and w.dtype == "float32" and not w.lora_rank else 0
 
 
 def _head(w: Workload, hardware: Hardware, trained: bool) -> float:
@@ -106,7 +105,7 @@ def _generate(w: Workload) -> Parts:
     rows = min(w.engine_sequences, w.samples // w.ranks)
     length = w.prompt_length + w.completion_length
     # One layer after another is copied when rows leave.
-    cache = rows * length * w.shape.cache_bytes * w.compute_bytes / 2 * (1 + 1 / w.shape.layers)
+    cache = rows * length * 2 * w.shape.layers * w.shape.kv_width * w.compute_bytes * (1 + 1 / w.shape.layers)
     # All of them stay for the whole rollout, the head's too.
     copies = _weight_copies(w) and _weight_copies(w) + 2 * w.shape.head
     return {"KV cache": cache, "weight copies": copies, "sampling": 12 * rows * w.shape.vocab}

@@ -25,14 +25,42 @@ _KNOWN = {
     "Qwen/Qwen2.5-7B-Instruct": ("qwen2", 3584, 28, 18944, 28, 4, 128, 152064, False),
     "Qwen/Qwen2.5-14B-Instruct": ("qwen2", 5120, 48, 13824, 40, 8, 128, 152064, False),
     "Qwen/Qwen2.5-32B-Instruct": ("qwen2", 5120, 64, 27648, 40, 8, 128, 152064, False),
+    "Qwen/Qwen2.5-72B-Instruct": ("qwen2", 8192, 80, 29568, 64, 8, 128, 152064, False),
     "Qwen/Qwen3-0.6B": ("qwen3", 1024, 28, 3072, 16, 8, 128, 151936, True),
     "Qwen/Qwen3-1.7B": ("qwen3", 2048, 28, 6144, 16, 8, 128, 151936, True),
     "Qwen/Qwen3-4B": ("qwen3", 2560, 36, 9728, 32, 8, 128, 151936, True),
     "Qwen/Qwen3-8B": ("qwen3", 4096, 36, 12288, 32, 8, 128, 151936, False),
+    "Qwen/Qwen3-14B": ("qwen3", 5120, 40, 17408, 40, 8, 128, 151936, False),
+    "Qwen/Qwen3-32B": ("qwen3", 5120, 64, 25600, 64, 8, 128, 151936, False),
+    "Qwen/Qwen3-30B-A3B": ("qwen3_moe", 2048, 48, 6144, 32, 4, 128, 151936, False),
     "meta-llama/Llama-3.2-1B-Instruct": ("llama", 2048, 16, 8192, 32, 8, 64, 128256, True),
     "meta-llama/Llama-3.2-3B-Instruct": ("llama", 3072, 28, 8192, 24, 8, 128, 128256, True),
     "meta-llama/Llama-3.1-8B-Instruct": ("llama", 4096, 32, 14336, 32, 8, 128, 128256, False),
+    "meta-llama/Llama-3.3-70B-Instruct": ("llama", 8192, 80, 28672, 64, 8, 128, 128256, False),
+    "mistralai/Mistral-7B-Instruct-v0.3": ("mistral", 4096, 32, 14336, 32, 8, 128, 32768, False),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": ("mixtral", 4096, 32, 14336, 32, 8, 128, 32000, False),
+    "microsoft/Phi-4-mini-instruct": ("phi3", 3072, 32, 8192, 24, 8, 128, 200064, True),
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": ("deepseek_v2", 2048, 27, 10944, 16, 16, 64, 102400, False),
 }
+
+_MORE: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen3-30B-A3B": {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "microsoft/Phi-4-mini-instruct": {"pad_token_id": None, "eos_token_id": None, "bos_token_id": None},
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": {
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 1408,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    },
+}
+"""What the sizes above leave out: experts and latent attention."""
 
 
 def known_config(name: str) -> PreTrainedConfig | None:
@@ -44,6 +72,7 @@ def known_config(name: str) -> PreTrainedConfig | None:
     kind, hidden, layers, mlp, heads, kv_heads, width, vocab, tied = _KNOWN[found]
     return AutoConfig.for_model(
         kind,
+        **_MORE.get(found, {}),
         hidden_size=hidden,
         num_hidden_layers=layers,
         intermediate_size=mlp,
@@ -66,7 +95,7 @@ class ModelShape:
     params: int
     """All parameters, tied ones once."""
     trunk_linear: int
-    """Weights of the linear layers below the head: what a token is multiplied with."""
+    """Weights that one token is multiplied with below the head; of a mixture's experts, those it is routed to."""
     layers: int
     hidden: int
     query_width: int
@@ -77,6 +106,12 @@ class ModelShape:
     tied: bool
     linears: tuple[tuple[str, int, int], ...] = field(repr=False)
     """(leaf name, in, out) of each linear layer below the head."""
+    experts: int = 0
+    """Weights of all experts of a mixture."""
+    experts_share: float = 0.0
+    """Share of the experts that a token is routed to."""
+    latent_width: int = 0
+    """What vLLM caches of a token and layer under latent attention (DeepSeek), in elements; 0 without it."""
 
     @property
     def head(self) -> int:
@@ -85,8 +120,22 @@ class ModelShape:
 
     @property
     def cache_bytes(self) -> int:
-        """Key-value cache of one token in 16 bits: 2 (keys, values) · layers · kv_width · 2 bytes."""
-        return 4 * self.layers * self.kv_width
+        """vLLM's cache of one token in 16 bits: 2 (keys, values) · layers · kv_width · 2 bytes, or the latent."""
+        return 2 * self.layers * (self.latent_width or 2 * self.kv_width)
+
+    @property
+    def linear(self) -> int:
+        """Weights of the linear layers below the head, experts left out: those that autocast copies."""
+        return self.trunk_linear - round(self.experts * self.experts_share)
+
+    @property
+    def layer_params(self) -> float:
+        """Weights of one layer, all experts included."""
+        return (self.linear + self.experts) / self.layers
+
+    def read_linear(self, rows: float) -> float:
+        """Weights below the head that ``rows`` tokens need at once, each routed to experts at random."""
+        return self.linear + self.experts * (1 - (1 - self.experts_share) ** rows)
 
     def lora_params(self, rank: int, targets: str | Sequence[str] = "all-linear") -> int:
         """Σ rank · (in + out) over the adapted linear layers."""
@@ -108,21 +157,40 @@ class ModelShape:
             for path, module in model.named_modules()
             if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
         )
+        experts = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in name)
+        share = _experts_share(text) if experts else 0.0
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        heads = text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        query_width, kv_width, latent = width * heads, width * kv_heads, 0
+        if rank := getattr(text, "kv_lora_rank", None):
+            query_width = heads * (text.qk_nope_head_dim + text.qk_rope_head_dim)
+            kv_width = (query_width + heads * text.v_head_dim) // 2
+            latent = rank + text.qk_rope_head_dim
         return cls(
             name=name or getattr(config, "_name_or_path", "") or config.model_type,
             config=text,
             params=sum(p.numel() for p in model.parameters()),
-            trunk_linear=sum(i * o for _, i, o in linears),
+            trunk_linear=sum(i * o for _, i, o in linears) + round(experts * share),
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
-            query_width=width * text.num_attention_heads,
-            kv_width=width * kv_heads,
+            query_width=query_width,
+            kv_width=kv_width,
             vocab=text.vocab_size,
             tied=bool(getattr(text, "tie_word_embeddings", False)),
             linears=linears,
+            experts=experts,
+            experts_share=share,
+            latent_width=latent,
         )
+
+
+def _experts_share(config: PreTrainedConfig) -> float:
+    """Experts of a token over all experts of a layer."""
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    every = next((count for name in names if (count := getattr(config, name, None))), None)
+    return chosen / every if chosen and every else 1.0
 
 
 @cache
@@ -147,6 +215,11 @@ def find_model(model: str) -> ModelShape:
 def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """The same architecture, ``layers`` deep."""
     changed: dict[str, Any] = config.to_dict() | {"num_hidden_layers": layers}
+    rope = changed.get("rope_parameters") or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        # their frequencies depend on the positions' values, which tensors without data have none of
+        kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if rope.get(name) is not None}
+        changed |= {"rope_parameters": {"rope_type": "default"} | kept, "rope_scaling": None}
     if kinds := changed.get("layer_types"):
         changed["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
     out = type(config)(**changed)
