@@ -22,7 +22,8 @@ from lightning_grpo.rewards import (
     compute_rewards,
 )
 from lightning_grpo.rewards.reasoning_gym import REFUSED
-from lightning_grpo.rewards.verify import last_number, same_answer
+from lightning_grpo.rewards.numbers import last_number, number_value
+from lightning_grpo.rewards.verify import extract, same_answer
 
 CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
 

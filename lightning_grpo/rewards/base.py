@@ -5,7 +5,7 @@ import inspect
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,34 @@ from lightning_grpo.errors import UserError
 Scores = Sequence[float | None]
 Completion = str | list[dict[str, Any]]
 
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state")
+"""What every reward may name beside the columns of the data set."""
+OFFERED = ("openings",)
+"""Further arguments, passed only to rewards that name them."""
+
 
 def call_with(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """Call with those of the arguments that the function names, or with all of them where it takes ``**columns``."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return function(**arguments)
-    if missing := [p.name for p in parameters if p.name not in arguments and p.default is p.empty]:
-        raise TypeError(f"it takes {missing[0]!r}, and there is only {', '.join(arguments)}")
-    return function(**{p.name: arguments[p.name] for p in parameters if p.name in arguments})
+    """Call with those of the arguments that the function names, or with all of them if it takes ``**columns``.
+
+    `OFFERED` arguments are passed only to functions that name them.
+    """
+    parameters = inspect.signature(function).parameters
+    require_arguments(function, arguments)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return function(**{name: value for name, value in arguments.items() if name in parameters or name not in OFFERED})
+    return function(**{name: arguments[name] for name in parameters if name in arguments})
+
+
+def require_arguments(function: Callable[..., Any], arguments: Iterable[str]) -> None:
+    """Raise `UserError` if the function needs an argument that is not among these names."""
+    arguments = list(arguments)
+    for name, parameter in inspect.signature(function).parameters.items():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise UserError(f"its argument {name!r} is positional only; rewards are called by keywords, so remove the /")
+        if named and name not in arguments and parameter.default is parameter.empty:
+            hint = "; TRL's log_metric and log_extra are not supported" if name in ("log_metric", "log_extra") else ""
+            raise UserError(f"it takes {name!r}, and there is only {', '.join(arguments)}{hint}")
 
 
 def completion_text(completion: Completion) -> str:
@@ -55,6 +74,8 @@ class Reward(ABC):
 
     def __post_init__(self) -> None:
         self.name = self.name or type(self).name
+        if not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
+            raise UserError(f"the weight of the reward {self.name!r} is {self.weight}; set a finite number")
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:
             raise UserError(
                 f"the time_limit of the reward {self.name!r} is {self.time_limit}; set seconds above 0, or null"
@@ -74,7 +95,9 @@ class Reward(ABC):
             prompts: N prompts, text or chat messages; those of one group follow each other.
             completions: N texts; ``[{"role": "assistant", "content": text}]`` where the prompt is chat messages.
             completion_ids: N lists of token ids, without padding.
-            columns: each further column of the data set, as a list of N values, and ``trainer_state``.
+            columns: each further column of the data set, as a list of N values, and ``trainer_state``. A reward that
+                names ``openings`` gets N texts: a tag that the chat template opened at the end of the prompt, such as
+                ``<think>``, so that it is missing from the completion; empty if there is none.
         """
 
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027  most rewards judge any row
@@ -96,13 +119,25 @@ class FunctionReward(Reward):
         self.name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
         super().__post_init__()
 
-    def __call__(self, **arguments: Any) -> Scores | Awaitable[Scores]:
+    def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
+        """Raise `UserError` if the function needs an argument that is no column of the data set."""
+        try:
+            require_arguments(self.function, [*ARGUMENTS, *OFFERED, *dict.fromkeys(k for row in columns for k in row)])
+        except UserError as error:
+            raise UserError(f"the reward function {self.name!r} can't be called: {error}") from None
+
+    def __call__(self, /, **arguments: Any) -> Scores | Awaitable[Scores]:
         return call_with(self.function, arguments)
 
 
 def load_function(path: str) -> Callable[..., Any]:
     """The object at a dotted path."""
     module, _, name = path.rpartition(".")
+    if "/" in path:
+        raise UserError(
+            f"reward function {path!r} can't be imported: it looks like a model's name or a file. Reward models are not "
+            "loaded by name: write a Reward that loads the model, and give package.module.function or its class path"
+        )
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

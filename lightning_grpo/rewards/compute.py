@@ -1,20 +1,22 @@
 """From reward functions to a tensor, with every answer of theirs checked."""
 
 import asyncio
+import copy
 import inspect
 import math
 import numbers
 import traceback
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_grpo.errors import UserError
-from lightning_grpo.rewards.base import Reward, Scores, call_with
+from lightning_grpo.errors import RunError, UserError
+from lightning_grpo.rewards.base import FunctionReward, Reward, Scores, call_with
 from lightning_grpo.rewards.time_limit import in_hand, overdue, within
 
 
@@ -25,6 +27,7 @@ def compute_rewards(
     completion_ids: Sequence[Sequence[int]],
     columns: Sequence[Mapping[str, Any]],
     trainer_state: Any = None,
+    openings: Sequence[str] | None = None,
 ) -> Tensor:
     """Judge N completions with R rewards: [N, R] float32, NaN where a reward does not apply (it answered None).
 
@@ -37,10 +40,12 @@ def compute_rewards(
         completion_ids: N lists of token ids, without padding.
         columns: N rows of further columns; a column missing in a row is None there.
         trainer_state: passed on to rewards that ask for it.
+        openings: N tags that the prompts end in and the completions therefore lack, such as ``<think>``; None: none.
 
     Raises:
-        ValueError: a reward gave the wrong count of values, or one that is no finite number. Whatever a reward raises
-            itself goes through, with the reward's name noted, and the completion it was at.
+        UserError: a reward gave the wrong count of values, or one that is no finite number.
+        RunError: a reward called ``sys.exit``. Whatever else it raises goes through, with the reward's name noted, and
+            the completion it was at.
         TimeoutError: a call took longer than the reward's `time_limit`.
     """
     N = len(completions)
@@ -56,6 +61,7 @@ def compute_rewards(
         ],
         "completion_ids": [list(ids) for ids in completion_ids],
         "trainer_state": trainer_state,
+        "openings": [""] * N if openings is None else list(openings),
     }
     scores = _call_all(rewards, arguments)
     table = [_checked(reward, answer, completions) for reward, answer in zip(rewards, scores, strict=True)]
@@ -66,6 +72,11 @@ def compute_rewards(
 def _named(reward: Reward, arguments: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
+    except SystemExit as error:
+        raise RunError(
+            f"the reward {reward.name!r} called sys.exit({error.code!r}), which would end the run; raise an exception, or "
+            "return None for completions it can't judge"
+        ) from error
     except Exception as error:
         at = in_hand(list(traceback.walk_tb(error.__traceback__)), arguments)
         error.add_note(f"raised by the reward {reward.name!r}" + (f" at {at}" if at else ""))
@@ -74,15 +85,25 @@ def _named(reward: Reward, arguments: Mapping[str, Any]) -> Iterator[None]:
 
 def _call(reward: Reward, arguments: Mapping[str, Any]) -> Any:
     with _named(reward, arguments):
-        return call_with(reward, arguments)
+        if isinstance(reward, FunctionReward):
+            return call_with(reward.function, arguments)
+        # a column of this name collides with the method's own first argument
+        return call_with(reward, {name: values for name, values in arguments.items() if name != "self"})
+
+
+def _own(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy for one reward: what it changes in its arguments, no other reward sees."""
+    state = arguments["trainer_state"]
+    return copy.deepcopy({**arguments, "trainer_state": None}) | {"trainer_state": state}
 
 
 def _call_all(rewards: Sequence[Reward], arguments: dict[str, Any]) -> list[Any]:
     answers: list[Any] = []
     try:
         for reward in rewards:
-            call = partial(_call, reward, arguments)
-            answers.append(within(reward.time_limit, repr(reward.name), arguments, call))
+            given = _own(arguments)
+            call = partial(_call, reward, given)
+            answers.append(within(reward.time_limit, repr(reward.name), given, call))
     except Exception:
         for answer in filter(inspect.iscoroutine, answers):
             answer.close()
@@ -120,6 +141,8 @@ async def _gather(
 def _checked(reward: Reward, answer: Any, completions: Sequence[str]) -> list[float]:
     if hasattr(answer, "tolist"):
         answer = answer.tolist()
+    elif isinstance(answer, Iterable) and not isinstance(answer, str | bytes | Mapping | Set):
+        answer = list(answer)
     if not isinstance(answer, list | tuple):
         raise UserError(f"the reward {reward.name!r} returned {answer!r}; return a list with one number a completion")
     if len(answer) != len(completions):
@@ -132,9 +155,10 @@ def _checked(reward: Reward, answer: Any, completions: Sequence[str]) -> list[fl
         if value is None:
             values.append(math.nan)
             continue
-        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        single = isinstance(value, np.generic) or (isinstance(value, Tensor | np.ndarray) and len(value.flatten()) == 1)
+        number = value.item() if single else value
         # beyond float32 a finite number would become infinite
-        if not isinstance(number, numbers.Real) or not abs(float(number)) <= torch.finfo(torch.float32).max:
+        if not isinstance(number, numbers.Real) or not abs(number) <= torch.finfo(torch.float32).max:
             raise UserError(
                 f"the reward {reward.name!r} returned {value!r} ({type(value).__name__}) for row {row}, the completion "
                 f"{completions[row][:80]!r}; return a finite number, or None where it does not apply"

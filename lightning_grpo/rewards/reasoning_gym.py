@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
+from lightning_grpo.rewards.strict import strict_score
 from lightning_grpo.rewards.verify import check_extraction, extract
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ class ReasoningGym(Reward):
     """The score that the reasoning-gym task itself gives, for rows from ``data.source: reasoning_gym:TASK``.
 
     Tasks whose scorer evaluates code from the answer are refused (`REFUSED`): what a model writes must not run in the
-    trainer. An answer on which a scorer raises scores 0; their count is logged. Scorers run in this process.
+    trainer. Those that give full marks to wrong answers are made strict (`lightning_grpo.rewards.strict`). An answer on
+    which a scorer raises scores 0; their count is logged. Scorers run in this process.
     """
 
     extract: str = "whole"
@@ -83,7 +85,9 @@ class ReasoningGym(Reward):
             scorer = _scorer(task, json.dumps(args, sort_keys=True))
             answer = extract(completion_text(completion), self.extract)
             try:
-                score = 0.0 if answer is None else float(scorer.score_answer(answer, entry))
+                # a composite task's entry belongs to another task
+                source = entry["metadata"].get("source_dataset", task)
+                score = 0.0 if answer is None else strict_score(source, answer, entry, scorer.score_answer)
             except Exception as error:
                 raised[f"{task} raised {type(error).__name__}"] += 1
                 score = 0.0

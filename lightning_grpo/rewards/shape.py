@@ -10,7 +10,9 @@ from lightning_grpo.rewards.base import Completion, Reward, completion_text
 
 @dataclass(kw_only=True, eq=False)
 class RegexFormat(Reward):
-    """1 where the whole completion matches a regular expression, else 0."""
+    """1 if the whole completion matches a regular expression, else 0. A tag that the chat template opens at the end of
+    the prompt, such as ``<think>``, counts as the completion's first.
+    """
 
     pattern: str = r"\s*<think>(?:(?!</?think>).)*</think>\s*(?!</?think>)\S(?:(?!</?think>).)*"
     """Regular expression; the dot matches line breaks too. By default: thoughts in <think>…</think>, once, and
@@ -23,8 +25,12 @@ class RegexFormat(Reward):
         except re.error as error:
             raise UserError(f"RegexFormat.pattern is {self.pattern!r}: {error}") from error
 
-    def __call__(self, *, completions: list[Completion], **columns: Any) -> list[float]:
-        return [float(self._compiled.fullmatch(completion_text(c)) is not None) for c in completions]
+    def __call__(
+        self, *, completions: list[Completion], openings: list[str] | None = None, **columns: Any
+    ) -> list[float]:
+        openings = openings or [""] * len(completions)
+        texts = [opening + completion_text(c) for opening, c in zip(openings, completions, strict=True)]
+        return [float(self._compiled.fullmatch(text) is not None) for text in texts]
 
 
 @dataclass(kw_only=True, eq=False)

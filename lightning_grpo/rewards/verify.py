@@ -3,34 +3,39 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
+from lightning_grpo.rewards.numbers import last_number, number_value
 
-# a minus sign after a digit or letter subtracts: 7-3 holds 7 and 3
-NUMBER = re.compile(
-    r"(?:(?<!\w)-)?(?:(?<!\w)(?<![0-9]\.)(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)"
-)
-
-
-def last_number(text: str) -> str | None:
-    """The last number in a text, without thousands separators: "so 1,234.50 in all." → "1234.50"."""
-    numbers = NUMBER.findall(text.replace("−", "-"))
-    return numbers[-1].replace(",", "") if numbers else None
+SOLUTION = "####"
+"""Mark before the final answer of a worked solution, as in GSM8K."""
+_TAGS = re.compile(r"((?:[^\\.^$*+?{}\[\]|()]|\\[^\w\s])+)\((?:\?P<\w+>)?\.[*+]\??\)((?:[^\\.^$*+?{}\[\]|()]|\\[^\w\s])+)")
 
 
 def extract(text: str, how: str) -> str | None:
     """The answer in a text: its ``last_number``, the ``whole`` of it, or the only group of a regular expression's last
-    match. None where there is none.
+    match. None if there is none.
     """
     if how == "last_number":
         return last_number(text)
     if how == "whole":
         return text.strip()
-    matches = re.compile(how, re.DOTALL).findall(text)
-    return matches[-1].strip() if matches else None
+    found = _last_match(text, how)
+    return None if found is None else found[1].strip()
+
+
+def _last_match(text: str, pattern: str) -> tuple[str, str] | None:
+    """The last match of a pattern with one group: all of it, and the group."""
+    if tags := _TAGS.fullmatch(pattern):
+        # two literals: searched from the end, in linear time for texts that repeat the first of them
+        first, last = (re.sub(r"\\(.)", r"\1", literal) for literal in tags.groups())
+        end = text.rfind(last)
+        start = text.rfind(first, 0, max(end, 0))
+        return (text[start : end + len(last)], text[start + len(first) : end]) if start >= 0 else None
+    matches = list(re.finditer(pattern, text, re.DOTALL))
+    return (matches[-1][0], matches[-1][1] or "") if matches else None
 
 
 def check_extraction(option: str, how: str) -> None:
@@ -49,39 +54,62 @@ def check_extraction(option: str, how: str) -> None:
 
 
 def same_answer(given: str, expected: str) -> bool:
-    """Equal as numbers where both are numbers (1,000 = 1000.0), else as text without case, outer and double spaces,
-    or a closing full stop.
+    """Equal as numbers if both are one number (1,000 = 1000.0, 3/2 = 1.5), else as text without case, outer and double
+    spaces, or a closing full stop.
     """
+    values = number_value(given), number_value(expected)
+    if None not in values:
+        return values[0] == values[1]
     given, expected = (" ".join(text.split()).removesuffix(".").casefold() for text in (given, expected))
-    numbers = [text.replace(",", "") for text in (given, expected) if NUMBER.fullmatch(text)]
-    return Decimal(numbers[0]) == Decimal(numbers[1]) if len(numbers) == 2 else given == expected
+    return given == expected
 
 
 @dataclass(kw_only=True, eq=False)
 class ExactMatch(Reward):
-    """1 where the answer found in the completion is that of the row, else 0. A row whose answer is null: no reward."""
+    """1 if the answer found in the completion is that of the row, else 0. A row whose answer is null: no reward.
+
+    Numbers are compared by value over their whole notation: 3/2, ``\\frac{3}{2}`` and 1.5 are equal, and a completion
+    that ends in 3/4 does not match the answer 1/4.
+    """
 
     answer: str = "answer"
-    """Column with the right answer, text or a number. ``extract`` finds it there too, so that a worked solution will
-    do ("… #### 72")."""
+    """Column with the right answer, text or a number. Worked solutions are read too: the answer is what follows their
+    last ``####``, or what ``extract`` finds between its tags."""
     extract: str = "last_number"
     """Where the answer stands in the completion: ``last_number``, ``whole`` (all of it), or a regular expression with
-    one group, such as ``<answer>(.*?)</answer>`` (the last match counts)."""
+    one group, such as ``<answer>(.*?)</answer>`` (the last match counts). With last_number each row's answer must be
+    one number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_extraction("ExactMatch.extract", self.extract)
 
     def expected(self, answer: Any) -> str | None:
-        """The right answer as text, None where the row has none; ValueError where it could never be given."""
+        """The right answer as text, None if the row has none; ValueError if it could never be given."""
         if answer is None:
             return None
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise UserError(f"{answer!r} is neither text nor a number")
-        found = extract(str(answer), self.extract)
-        if found is None and self.extract == "last_number":
-            raise UserError(f"{answer!r} holds no number; set ExactMatch.extract to whole or an expression")
-        return str(answer) if found is None else found
+        text = str(answer).rpartition(SOLUTION)[2].strip()
+        if self.extract == "whole":
+            return text
+        if self.extract == "last_number":
+            if number_value(text) is None:
+                raise UserError(
+                    f"{text[-80:]!r} is not one number, and ExactMatch.extract is 'last_number', which compares numbers; "
+                    "set it to whole or to an expression such as <answer>(.*?)</answer>, or leave out such rows"
+                )
+            return text
+        found = _last_match(text, self.extract)
+        if found is None:
+            return text
+        match, group = found
+        if match == group and group != text:
+            raise UserError(
+                f"ExactMatch.extract, {self.extract!r}, finds only {group!r} of the answer {text[-80:]!r}, so that no "
+                "completion could give all of it; set an expression that takes the whole answer, or whole"
+            )
+        return group.strip()
 
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
         for row, values in enumerate(columns):

@@ -1,0 +1,88 @@
+"""reasoning-gym 0.1.25's scorers that give full marks to wrong answers, made strict.
+
+Found by giving each scorer its own right answer with additions, with other numbers, and with values that aren't finite.
+"""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from lightning_grpo.rewards.numbers import MAX_DIGITS, number_value
+
+_NOT_FINITE = re.compile(r"(?<![a-z])(?:nan|inf|infinity)(?![a-hk-z])", re.IGNORECASE)
+_HUGE = re.compile(rf"[0-9]{{{MAX_DIGITS}}}")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip(" '\"").casefold() for word in text.strip(" \n[]").split(",")]
+
+
+def _values(text: str) -> list[Fraction | None]:
+    return [number_value(word) for word in _words(text)]
+
+
+def _same_values(answer: str, right: str) -> bool:
+    return None not in (values := _values(answer)) and values == _values(right)
+
+
+def _same_set(answer: str, right: str) -> bool:
+    given, expected = _values(answer), _values(right)
+    return None not in given and len(given) == len(expected) and set(given) == set(expected)
+
+
+def _same_text(answer: str, right: str) -> bool:
+    return answer.split() == right.split() or answer.casefold().split() == right.casefold().split()
+
+
+def _same_words(answer: str, right: str) -> bool:
+    return _words(answer) == _words(right)
+
+
+def _same_cells(answer: str, right: str) -> bool:
+    return "".join(answer.split()) == "".join(right.split())
+
+
+EXACT: dict[str, Callable[[str, str], bool]] = {
+    "coin_flip": _same_values,
+    "game_of_life": _same_cells,
+    "gsm_symbolic": _same_values,
+    "letter_jumble": _same_text,
+    "number_sorting": _same_values,
+    "polynomial_equations": _same_set,
+    "spell_backward": _same_text,
+    "time_intervals": _same_text,
+    "word_sorting": _same_words,
+}
+"""Tasks with one right answer: 1 for it and 0 for all others, whatever the scorer says."""
+
+_CLAIM = r"\w+ is an? \w+"
+FORM: dict[str, Callable[[str], object]] = {
+    "advanced_geometry": re.compile(r"\s*\(?[-+0-9./\s]+(?:,[-+0-9./\s]+)?\)?\s*°?\s*").fullmatch,
+    "fraction_simplification": lambda answer: number_value(answer) is not None,
+    "kakurasu": re.compile(r"[01\s]+").fullmatch,
+    "knights_knaves": re.compile(rf"\s*{_CLAIM}(?:(?:, and |, | and ){_CLAIM})*\.?\s*").fullmatch,
+    "quantum_lock": re.compile(r"\s*[A-Z](?:\s*→\s*[A-Z])*\s*").fullmatch,
+    "sokoban": re.compile(r"[UDLRudlr\s]+").fullmatch,
+    "survo": re.compile(r"[0-9\s]+").fullmatch,
+    "tower_of_hanoi": re.compile(r"\s*(?:Move disk [0-9]+ from Peg [0-9]+ to Peg [0-9]+\.?\s*)+", re.IGNORECASE).fullmatch,
+}
+"""Tasks whose scorer overlooks what else stands in the answer: an answer must have this form."""
+
+
+def strict_score(task: str, answer: str, entry: dict, score: Callable[[str, dict], float]) -> float:
+    """The score of an answer: never above 0 for one that isn't finite, has another form, or only resembles the right one.
+
+    Args:
+        task: reasoning-gym's name.
+        answer: what the model answered.
+        entry: the row as reasoning-gym made it.
+        score: the task's own scorer.
+    """
+    right = entry.get("answer")
+    if _HUGE.search(answer) or (_NOT_FINITE.search(answer) and not _NOT_FINITE.search(str(right))):
+        return 0.0
+    if same := EXACT.get(task):
+        return float(same(answer, str(right)))
+    if (form := FORM.get(task)) and not form(answer):
+        return 0.0
+    return float(score(answer, entry))
