@@ -32,7 +32,7 @@ from lightning_grpo.policy import (
     load_tokenizer,
     shard,
 )
-from lightning_grpo.rewards import EarlyJudge, Reward, as_rewards, compute_rewards
+from lightning_grpo.rewards import EarlyJudge, Reward, as_rewards, compute_rewards, decode_completions, template_opening
 from lightning_grpo.rollout import (
     Completion,
     Rollout,
@@ -42,7 +42,7 @@ from lightning_grpo.rollout import (
     default_rollout,
     policy_weights,
 )
-from lightning_grpo.rollout.callback import pad_id
+from lightning_grpo.rollout.callback import eos_token_ids, pad_id
 from lightning_grpo.rollout.seeds import rollout_seeds
 
 log = logging.getLogger(__name__)
@@ -287,11 +287,16 @@ class PolicyModule(LightningModule):
         return compute_rewards(
             rewards,
             [prompt.messages for prompt in prompts],
-            self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True),
+            self.decode(completion_ids),
             completion_ids,
             [prompt.columns for prompt in prompts],
             self.trainer,
+            openings=[template_opening(self.tokenizer, prompt.ids) for prompt in prompts],
         )
+
+    def decode(self, completion_ids: Sequence[Sequence[int]]) -> list[str]:
+        """The completions' texts, without the tokens that end or pad them."""
+        return decode_completions(self.tokenizer, completion_ids, eos_token_ids(self.policy, self.tokenizer))
 
     @property
     def reward_names(self) -> list[str]:
@@ -406,10 +411,8 @@ class PolicyModule(LightningModule):
         """One record a completion: prompt, completion, rewards, whether it was cut off."""
         rollout, rewards = self.evaluate(batch)
         k = self.validation_generations
-        completions = [
-            self.tokenizer.decode(ids[mask], skip_special_tokens=True)
-            for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
-        ]
+        pairs = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+        completions = self.decode([ids[mask].tolist() for ids, mask in pairs])
         return [
             {
                 "prompt": batch.messages[n // k],

@@ -5,6 +5,7 @@ from lightning_grpo.rewards.compute import compute_rewards
 from lightning_grpo.rewards.early import EarlyJudge
 from lightning_grpo.rewards.reasoning_gym import ReasoningGym
 from lightning_grpo.rewards.shape import LengthPenalty, RegexFormat
+from lightning_grpo.rewards.text import decode_completions, template_opening
 from lightning_grpo.rewards.verify import ExactMatch, PrefixMatch
 
 __all__ = [
@@ -19,4 +20,6 @@ __all__ = [
     "as_rewards",
     "completion_text",
     "compute_rewards",
+    "decode_completions",
+    "template_opening",
 ]

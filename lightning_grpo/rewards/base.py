@@ -28,7 +28,7 @@ def call_with(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any
     parameters = inspect.signature(function).parameters
     require_arguments(function, arguments)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return function(**{name: value for name, value in arguments.items() if name in parameters or name not in OFFERED})
+        return function(**{k: value for k, value in arguments.items() if k in parameters or k not in OFFERED})
     return function(**{name: arguments[name] for name in parameters if name in arguments})
 
 
@@ -38,7 +38,9 @@ def require_arguments(function: Callable[..., Any], arguments: Iterable[str]) ->
     for name, parameter in inspect.signature(function).parameters.items():
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            raise UserError(f"its argument {name!r} is positional only; rewards are called by keywords, so remove the /")
+            raise UserError(
+                f"its argument {name!r} is positional only; rewards are called by keywords, so remove the /"
+            )
         if named and name not in arguments and parameter.default is parameter.empty:
             hint = "; TRL's log_metric and log_extra are not supported" if name in ("log_metric", "log_extra") else ""
             raise UserError(f"it takes {name!r}, and there is only {', '.join(arguments)}{hint}")
@@ -135,8 +137,8 @@ def load_function(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     if "/" in path:
         raise UserError(
-            f"reward function {path!r} can't be imported: it looks like a model's name or a file. Reward models are not "
-            "loaded by name: write a Reward that loads the model, and give package.module.function or its class path"
+            f"reward function {path!r} can't be imported: it looks like a model's name or a file. Reward models are "
+            "not loaded by name: write a Reward that loads the model, and give its class path"
         )
     try:
         return getattr(importlib.import_module(module), name)

@@ -52,7 +52,8 @@ def compute_rewards(
     for name, values in (("prompts", prompts), ("completion_ids", completion_ids), ("columns", columns)):
         if len(values) != N:
             raise UserError(f"{len(values)} {name} for {N} completions")
-    arguments = {name: [row.get(name) for row in columns] for name in dict.fromkeys(k for row in columns for k in row)}
+    arguments: dict[str, Any] = {"openings": [""] * N if openings is None else list(openings)}
+    arguments |= {name: [row.get(name) for row in columns] for name in dict.fromkeys(k for row in columns for k in row)}
     arguments |= {
         "prompts": list(prompts),
         "completions": [
@@ -61,7 +62,6 @@ def compute_rewards(
         ],
         "completion_ids": [list(ids) for ids in completion_ids],
         "trainer_state": trainer_state,
-        "openings": [""] * N if openings is None else list(openings),
     }
     scores = _call_all(rewards, arguments)
     table = [_checked(reward, answer, completions) for reward, answer in zip(rewards, scores, strict=True)]
@@ -74,8 +74,8 @@ def _named(reward: Reward, arguments: Mapping[str, Any]) -> Iterator[None]:
         yield
     except SystemExit as error:
         raise RunError(
-            f"the reward {reward.name!r} called sys.exit({error.code!r}), which would end the run; raise an exception, or "
-            "return None for completions it can't judge"
+            f"the reward {reward.name!r} called sys.exit({error.code!r}), which would end the run; raise an exception, "
+            "or return None for completions it can't judge"
         ) from error
     except Exception as error:
         at = in_hand(list(traceback.walk_tb(error.__traceback__)), arguments)

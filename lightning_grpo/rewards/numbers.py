@@ -1,6 +1,6 @@
 """Numbers as people write them: decimal, scientific, power, fraction, mixed, in plain text or LaTeX; and their values.
 
-A notation is read as a whole or not at all: ``3/4``, ``\\frac{3}{4}``, ``7^6`` and ``6.02 x 10^23`` are one number each,
+A notation is read as a whole or not at all: ``3/4``, ``\\frac{3}{4}``, ``7^6`` and ``6.02 x 10^23`` are one number,
 and ``5\\sqrt{3}``, ``12:30`` or ``2024-01-02`` hold none, so that no part of them is taken for the answer.
 """
 
@@ -12,16 +12,20 @@ MAX_DIGITS = 1000
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
-_EXPONENT = r"\s?(?:\^|\*\*)\s?(?:\{{\s*(?P<{0}_braced>-?[0-9]+)\s*\}}|\((?P<{0}_round>-?[0-9]+)\)|(?P<{0}_bare>-?[0-9]+))"
+_EXPONENT = (
+    r"\s?(?:\^|\*\*)\s?"
+    r"(?:\{{\s*(?P<{0}_braced>-?[0-9]+)\s*\}}|\((?P<{0}_round>-?[0-9]+)\)|(?P<{0}_bare>-?[0-9]+))"
+)
 _LATEX_FRACTION = (
-    r"\\[dt]?frac\s*(?:\{\s*(?P<top>-?[0-9.,]+)\s*\}\s*\{\s*(?P<bottom>-?[0-9.,]+)\s*\}|(?P<top1>[0-9])\s*(?P<bottom1>[0-9]))"
+    r"\\[dt]?frac\s*(?:\{\s*(?P<top>-?[0-9.,]+)\s*\}\s*\{\s*(?P<bottom>-?[0-9.,]+)\s*\}"
+    r"|(?P<top1>[0-9])\s*(?P<bottom1>[0-9]))"
 )
 # a minus sign after a digit or letter subtracts: 7-3 holds 7 and 3
 _SIGN = r"(?:(?<!\w)[-+]\s?)?"
 _NUMBER = rf"""
     (?P<sign>{_SIGN})
     (?:
-        (?:(?P<whole>[0-9]+)\s{{0,3}})?{_LATEX_FRACTION}                                # \frac{{3}}{{4}}, 1\frac{{3}}{{4}}
+        (?:(?P<whole>[0-9]+)\s{{0,3}})?{_LATEX_FRACTION}  # \frac{{3}}{{4}}, 1\frac{{3}}{{4}}
       | (?<!\w)(?<![0-9]\.)(?P<mixed>[0-9]+)\ (?P<mixed_top>[0-9]+)/(?P<mixed_bottom>[0-9]+)              # 1 3/4
       | (?:(?<!\w)(?<![0-9]\.)|(?=\.))(?P<decimal>{_DECIMAL})
         (?:[eE](?P<e>[-+]?[0-9]+)(?!\w))?                                   # 1e-5
@@ -30,7 +34,10 @@ _NUMBER = rf"""
         (?:\s?/\s?(?P<denominator>{_DECIMAL})(?!\w))?                       # 3/4
     )
 """
-_IRRATIONAL = r"(?:(?<![0-9.])[0-9.]{1,99}\s{0,3})?(?:\\sqrt|√|(?<!\w)sqrt|\\pi(?![a-z])|π)(?:\s*(?:\[[^\]]{0,9}\]|\{[^{}]{0,99}\}|\([^()]{0,99}\)|[0-9.]+))*"
+_IRRATIONAL = (
+    r"(?:(?<![0-9.])[0-9.]{1,99}\s{0,3})?(?:\\sqrt|√|(?<!\w)sqrt|\\pi(?![a-z])|π)"
+    r"(?:\s*(?:\[[^\]]{0,9}\]|\{[^{}]{0,99}\}|\([^()]{0,99}\)|[0-9.]+))*"
+)
 # dates, times, ratios, versions, towers of powers, chains of divisions
 _NO_NUMBER = r"""
     (?<![\w.])(?:[0-9]{1,9}(?::[0-9]{1,9})+ | [0-9]{4}-[0-9]{2}-[0-9]{2}(?![0-9]) | [0-9]{1,9}(?:/[0-9]{1,9}){2,} |
@@ -46,15 +53,17 @@ _TOKEN = re.compile(
 _REMARK = re.compile(r"(?<=[0-9])\s+\([A-Za-z][^()]*\)")
 _SUPERSCRIPTS = re.compile(r"(?<=[0-9)}])[⁰¹²³⁴-⁹⁻]+")
 _PLAIN = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-_WRAPPER = re.compile(r"\\boxed\{(.*)\}|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\\text(?:bf)?\{(.*)\}|\((-?[0-9.,]+)\)", re.DOTALL)
+_WRAPPER = re.compile(
+    r"\\boxed\{(.*)\}|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\\text(?:bf)?\{(.*)\}|\((-?[0-9.,]+)\)", re.DOTALL
+)
 _FRILLS = re.compile(r"^(-?)\\?[$€£]\s?|(?:\s?\\?[%°])+$")
 
 
 def last_number(text: str) -> str | None:
     """The last number in a text, in its whole notation and without thousands separators.
 
-    ``"so 1,234.50 in all."`` gives ``"1234.50"``, ``"= 3/4"`` gives ``"3/4"``. Exponents of units (``5 m^2``) and remarks
-    in parentheses behind a number (``42 (since 6*7)``) don't count.
+    ``"so 1,234.50 in all."`` gives ``"1234.50"``, ``"= 3/4"`` gives ``"3/4"``. Exponents of units (``5 m^2``) and
+    remarks in parentheses behind a number (``42 (since 6*7)``) don't count.
     """
     last = None
     for match in _TOKEN.finditer(_REMARK.sub("", _normal(text))):

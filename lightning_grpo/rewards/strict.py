@@ -64,13 +64,15 @@ FORM: dict[str, Callable[[str], object]] = {
     "quantum_lock": re.compile(r"\s*[A-Z](?:\s*→\s*[A-Z])*\s*").fullmatch,
     "sokoban": re.compile(r"[UDLRudlr\s]+").fullmatch,
     "survo": re.compile(r"[0-9\s]+").fullmatch,
-    "tower_of_hanoi": re.compile(r"\s*(?:Move disk [0-9]+ from Peg [0-9]+ to Peg [0-9]+\.?\s*)+", re.IGNORECASE).fullmatch,
+    "tower_of_hanoi": re.compile(
+        r"\s*(?:Move disk [0-9]+ from Peg [0-9]+ to Peg [0-9]+\.?\s*)+", re.IGNORECASE
+    ).fullmatch,
 }
 """Tasks whose scorer overlooks what else stands in the answer: an answer must have this form."""
 
 
 def strict_score(task: str, answer: str, entry: dict, score: Callable[[str, dict], float]) -> float:
-    """The score of an answer: never above 0 for one that isn't finite, has another form, or only resembles the right one.
+    """The score of an answer: 0 for one that isn't finite, has another form, or only resembles the right one.
 
     Args:
         task: reasoning-gym's name.

@@ -11,7 +11,9 @@ from lightning_grpo.rewards.numbers import last_number, number_value
 
 SOLUTION = "####"
 """Mark before the final answer of a worked solution, as in GSM8K."""
-_TAGS = re.compile(r"((?:[^\\.^$*+?{}\[\]|()]|\\[^\w\s])+)\((?:\?P<\w+>)?\.[*+]\??\)((?:[^\\.^$*+?{}\[\]|()]|\\[^\w\s])+)")
+_TAGS = re.compile(
+    r"((?:[^\\.^$*+?{}\[\]|()]|\\[^\w\s])+)\((?:\?P<\w+>)?\.[*+]\??\)((?:[^\\.^$*+?{}\[\]|()]|\\[^\w\s])+)"
+)
 
 
 def extract(text: str, how: str) -> str | None:
@@ -96,8 +98,8 @@ class ExactMatch(Reward):
         if self.extract == "last_number":
             if number_value(text) is None:
                 raise UserError(
-                    f"{text[-80:]!r} is not one number, and ExactMatch.extract is 'last_number', which compares numbers; "
-                    "set it to whole or to an expression such as <answer>(.*?)</answer>, or leave out such rows"
+                    f"{text[-80:]!r} is not one number, and ExactMatch.extract is 'last_number', which compares "
+                    "numbers; set it to whole or to an expression such as <answer>(.*?)</answer>, or drop such rows"
                 )
             return text
         found = _last_match(text, self.extract)
@@ -106,8 +108,8 @@ class ExactMatch(Reward):
         match, group = found
         if match == group and group != text:
             raise UserError(
-                f"ExactMatch.extract, {self.extract!r}, finds only {group!r} of the answer {text[-80:]!r}, so that no "
-                "completion could give all of it; set an expression that takes the whole answer, or whole"
+                f"ExactMatch.extract, {self.extract!r}, finds only {group!r} of the answer {text[-80:]!r}, so that "
+                "no completion could give all of it; set an expression that takes the whole answer, or whole"
             )
         return group.strip()
 
