@@ -67,7 +67,7 @@ def completion_logprobs(
         run = _unshared if shared is None else _shared
         with _casts_once():
             found = run(model, head, batch, shared)
-    return tuple(torch.zeros(mask.shape, device=x.device).masked_scatter(mask.bool(), x) for x in found)
+    return tuple(x.new_zeros(mask.shape).masked_scatter(mask.bool(), x) for x in found)
 
 
 def _padding(mask: Tensor) -> int:

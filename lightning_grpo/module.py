@@ -310,14 +310,27 @@ class GRPOModule(RolloutModule):
             )
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if not norm.isfinite() and self.trainer.precision != "16-mixed":
-            raise NonFiniteError(
-                f"the gradient's norm is {norm.item()} at optimizer step {self.trainer.global_step}: the step was not "
-                "taken and the weights are those of before. Look at the last logged ratios and log-prob differences; "
-                "a lower learning rate, trainer.gradient_clip_val or precision bf16-mixed are the usual cures"
-            )
+        if not norm.isfinite():
+            self.stop_unless_scaled_down(float(norm))
         self.window.mean("grad_norm", norm)
         self.grad_norm = float(norm)
+
+    def stop_unless_scaled_down(self, norm: float) -> None:
+        """Raise for a gradient that is not finite, unless 16-mixed may have scaled the loss too far: its scaler then
+        leaves the step out and halves the scale."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        loss = self.window.metrics["loss"].value
+        # the gradient is that of all ranks, the loss this rank's
+        broken = self.trainer.strategy.reduce_boolean_decision(not bool(loss.isfinite()), all=False)
+        if scaler is not None and not broken and scaler.get_scale() >= 1:
+            return
+        what = f"the loss is {float(loss)}" if broken else f"the gradient's norm is {norm}"
+        scale = "" if scaler is None else f", with the loss scaled by {scaler.get_scale():g},"
+        raise NonFiniteError(
+            f"{what} at optimizer step {self.trainer.global_step}{scale}: the step was not taken and the weights are "
+            "those of before. Look at the last logged ratios and log-prob differences; a lower learning rate, "
+            "trainer.gradient_clip_val or precision bf16-mixed are the usual cures"
+        )
 
     def configure_gradient_clipping(
         self,
@@ -343,7 +356,7 @@ class GRPOModule(RolloutModule):
         self.trainer.optimizers[0].zero_grad()
         self.commit()
         self.window.stop_clock()
-        self.window.add({"memory/gib": Max(torch.tensor(memory_in_use(self.device)))})
+        self.window.add({"memory/gib": Max(torch.tensor(memory_in_use(self.device), dtype=torch.float64))})
         values = self.window.reduce() | {"learning_rate": rate, "num_tokens": float(self.num_tokens)}
         self.coefficients.step(kl=values.get("kl"), entropy=values.get("entropy"))
         values["tokens_per_second"] = self.window_tokens / values["step_time"]

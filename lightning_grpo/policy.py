@@ -2,6 +2,8 @@
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -180,6 +182,23 @@ def _load_weights(model: str, config: PreTrainedConfig, **options: Any) -> PreTr
 def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
     """The reference of full training: a copy of the policy as it is now, in evaluation mode, without gradients."""
     return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+@contextmanager
+def full_precision_buffers(model: nn.Module) -> Iterator[None]:
+    """Leave the float32 buffers of ``model`` as they are while its dtype is changed to one of 16 bits, as
+    transformers does when it loads in that dtype: rounded rotary frequencies would be other positions."""
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.dtype == torch.float32
+    ]
+    yield
+    for module, name, buffer in kept:
+        now = getattr(module, name)
+        if now.dtype.itemsize < buffer.dtype.itemsize:
+            setattr(module, name, buffer.to(now.device))
 
 
 def shard(policy: nn.Module, mesh: DeviceMesh) -> nn.Module:

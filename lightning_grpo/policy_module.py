@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning import LightningModule
@@ -26,6 +26,7 @@ from lightning_grpo.monitor.metrics import Window, observe_completions, observe_
 from lightning_grpo.policy import (
     LoRA,
     frozen_copy,
+    full_precision_buffers,
     load_config,
     load_generation_config,
     load_policy,
@@ -170,6 +171,11 @@ class PolicyModule(LightningModule):
             for model in (self.policy, *self._reference):
                 shard(model, self.device_mesh["data_parallel"])
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As torch's, but for the buffers: see `full_precision_buffers`. Lightning converts by it in bf16-true."""
+        with full_precision_buffers(self):
+            return super().to(*args, **kwargs)
+
     def configure_callbacks(self) -> list[Callback]:
         """The engine, where the user named none."""
         if any(isinstance(callback, RolloutCallback) for callback in self.trainer.callbacks):
@@ -183,6 +189,11 @@ class PolicyModule(LightningModule):
             raise UserError(
                 f"trainer.strategy is {type(strategy).__name__}, under which weights would not reach the engine; set "
                 "ddp, or lightning.pytorch.strategies.ModelParallelStrategy, which shards them (FSDP2)"
+            )
+        if str(self.trainer.precision) == "16-true":
+            raise UserError(
+                "trainer.precision is 16-true: without loss scaling most gradients are too small for float16 and "
+                "become 0; set bf16-mixed, bf16-true, or 16-mixed, which scales them"
             )
         if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
             raise UserError(
@@ -211,11 +222,12 @@ class PolicyModule(LightningModule):
                 "optimizer.fused is true and trainer.precision 16-mixed: the optimizer would unscale the gradients "
                 "itself, after they were measured and clipped; set fused: false, or precision bf16-mixed"
             )
-        if self.dtype_name != "float32" and self.lora is None and lr <= 1e-5:
+        dtypes = {p.dtype for group in optimizer.param_groups for p in group["params"]}
+        if lr <= 1e-5 and dtypes != {torch.float32}:
             log.warning(
-                "dtype is %s and the learning rate %g: most of each step is lost to rounding. Set dtype: float32 with "
-                "trainer.precision bf16-mixed, which keeps master weights",
-                self.dtype_name,
+                "the trained parameters are %s and the learning rate is %g: most of each step is lost to rounding. Set "
+                "dtype: float32 with trainer.precision bf16-mixed, which keeps master weights",
+                " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
                 lr,
             )
         if self.lr_schedule == "constant":
@@ -276,7 +288,7 @@ class PolicyModule(LightningModule):
         prompts = [row for row in batch.rows for _ in range(repeats)]
         is_early = torch.tensor([reward.early and rollout.early_rewards is not None for reward in self.rewards])
         late = [reward for reward, done in zip(self.rewards, is_early, strict=True) if not done]
-        table = torch.empty(len(rollout), len(self.rewards))
+        table = torch.empty(len(rollout), len(self.rewards), dtype=torch.float32)
         table[:, ~is_early] = self._judge(late, completion_ids, prompts)
         if is_early.any():
             table[:, is_early] = rollout.early_rewards
@@ -306,7 +318,7 @@ class PolicyModule(LightningModule):
     @property
     def reward_weights(self) -> Tensor:
         """[R]"""
-        return torch.tensor([float(reward.weight) for reward in self.rewards])
+        return torch.tensor([float(reward.weight) for reward in self.rewards], dtype=torch.float32)
 
     def logprobs(
         self, model: nn.Module, rows: Rollout, *, entropy_grad: bool = False, coefficient: Tensor | None = None
@@ -366,7 +378,10 @@ class PolicyModule(LightningModule):
         if self.lora is not None:
             with self.policy.disable_adapter():
                 return self.score(self.policy, rollout, micro_batches)
-        return self.score(self._reference[0].to(self.device), rollout, micro_batches)
+        # Lightning moves and converts what is in the module tree alone
+        with full_precision_buffers(self._reference[0]):
+            reference = self.trainer.precision_plugin.convert_module(self._reference[0].to(self.device))
+        return self.score(reference, rollout, micro_batches)
 
     # ── Held-out prompts ──────────────────────────────────────────────────────────────────────────────────────────
 

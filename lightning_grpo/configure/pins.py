@@ -60,7 +60,7 @@ def check_pins(pins: Mapping[str, Any], lora: bool) -> dict[str, Any]:
     if lora and out.get("lora_rank") == 0:
         raise UserError("--lora and --set lora_rank=0 contradict each other; leave one out")
     allowed = {
-        "precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
+        "precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true"),
         "dtype": ("float32", "bfloat16", "float16"),
         "optimizer": ("adamw", "adamw_8bit", "sgd"),
         "engine": ("hf", "vllm"),
@@ -71,7 +71,7 @@ def check_pins(pins: Mapping[str, Any], lora: bool) -> dict[str, Any]:
         if name in out and out[name] not in values:
             raise UserError(f"--set {name}={out[name]}: set one of {', '.join(values)}")
     precision, dtype = out.get("precision"), out.get("dtype")
-    forced = {"32-true": "float32", "bf16-true": "bfloat16", "16-true": "float16"}.get(precision)
+    forced = {"32-true": "float32", "bf16-true": "bfloat16"}.get(precision)
     if forced and dtype not in (None, forced):
         raise UserError(f"--set precision={precision} and dtype={dtype} contradict each other: set dtype={forced}")
     if forced:

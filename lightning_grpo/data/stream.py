@@ -25,7 +25,7 @@ class Stream:
         self.step = 0
         self.repeats = 0
         self.rows: list[int] = []
-        self.rates = torch.full((size,), torch.nan)
+        self.rates = torch.full((size,), torch.nan, dtype=torch.float32)
         self._cursor = self._cursor_at_start = 0
         self._observed: dict[int, float] = {}
         self._taken: set[int] = set()

@@ -54,7 +54,9 @@ class Window:
     def seconds(self, name: str, seconds: float) -> None:
         """Add to the seconds ``time/{name}``; of several ranks the slowest is reported."""
         earlier = self.metrics.get(f"time/{name}")
-        self.metrics[f"time/{name}"] = Max(torch.tensor(seconds + (float(earlier.value) if earlier else 0.0)))
+        self.metrics[f"time/{name}"] = Max(
+            torch.tensor(seconds + (float(earlier.value) if earlier else 0.0), dtype=torch.float64)
+        )
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -68,7 +70,7 @@ class Window:
         total = time.perf_counter() - self.started
         phases = sum(float(metric.value) for name, metric in self.metrics.items() if name.startswith("time/"))
         self.seconds("update", total - phases)
-        self.add({"step_time": Max(torch.tensor(total))})
+        self.add({"step_time": Max(torch.tensor(total, dtype=torch.float64))})
 
     def reduce(self) -> dict[str, float]:
         """All metrics over all ranks; those without a single element are left out. Call it on every rank."""

@@ -59,7 +59,7 @@ class Percentile99(NamedTuple):
         """Of the values ``x`` ≥ 0 where ``mask`` holds; any shape. NaN counts as large."""
         place = (torch.log10(x.detach().clamp(min=1e-9)) + 8) * BINS_A_DECADE
         place = place.nan_to_num(nan=BINS).clamp(-1, BINS - 2).long() + 1
-        counts = torch.zeros(BINS, device=x.device)
+        counts = torch.zeros(BINS, dtype=torch.float32, device=x.device)
         return cls(counts.scatter_add_(0, place.flatten(), mask.flatten().to(counts.dtype)))
 
     @property

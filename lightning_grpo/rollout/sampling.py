@@ -1,5 +1,7 @@
 """From logits to the distribution sampled, and from that to tokens. Shapes: R rows, V vocabulary."""
 
+from math import log
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -31,7 +33,7 @@ def sampled_logprobs(logits: Tensor, sampling: Sampling, seen: Tensor | None = N
     if sampling.temperature > 0:
         logits = logits / sampling.temperature
     if sampling.min_p > 0:
-        floor = logits.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log()
+        floor = logits.amax(-1, keepdim=True) + log(sampling.min_p)
         logits = logits.masked_fill(logits < floor, -torch.inf)
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]

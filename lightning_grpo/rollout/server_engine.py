@@ -340,7 +340,7 @@ class ServerEngine:
         params = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         reply = await endpoint.call("/inference/v1/generate", self._body(sequence, params), copy=copy)
         scored = zip(sequence[1:], reply["prompt_logprobs"][1:], strict=True)
-        return torch.tensor([entry[str(token)]["logprob"] for token, entry in scored])
+        return torch.tensor([entry[str(token)]["logprob"] for token, entry in scored], dtype=torch.float32)
 
     # ── Life ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -194,7 +194,7 @@ class Rollout:
             prompt_mask=torch.zeros(N, P, dtype=torch.bool),
             completion_ids=torch.full((N, T), pad_id),
             completion_mask=torch.zeros(N, T, dtype=torch.bool),
-            rollout_logprobs=torch.zeros(N, T),
+            rollout_logprobs=torch.zeros(N, T, dtype=torch.float32),
             truncated=torch.tensor([c.finish_reason != "stop" for _, c in rows]),
             versions=torch.zeros(N, T, dtype=torch.long),
         )
@@ -207,6 +207,6 @@ class Rollout:
             out.prompt_mask[n, P - p :] = True
             out.completion_ids[n, :t] = torch.tensor(c.token_ids, dtype=torch.long)
             out.completion_mask[n, :t] = True
-            out.rollout_logprobs[n, :t] = torch.tensor(c.logprobs)
+            out.rollout_logprobs[n, :t] = torch.tensor(c.logprobs, dtype=torch.float32)
             out.versions[n, :t] = torch.tensor(c.versions, dtype=torch.long)
         return out

@@ -191,7 +191,7 @@ class VLLMEngine:
         prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
         with guest():
             outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora_request)
-        return [torch.tensor(output.prompt_logprobs.logprobs) for output in outputs]
+        return [torch.tensor(output.prompt_logprobs.logprobs, dtype=torch.float32) for output in outputs]
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise `ValueError` where the engine has a tokenizer of its own that differs from this one."""
