@@ -23,10 +23,15 @@ REMEDY = "set the folder of a Hugging Face checkpoint, or a hub name that this m
 
 
 @cache
-def hub_reachable(name: str, kind: str = "model") -> bool:
+def hub_reachable(name: str, kind: str = "model", *, option: str = "model") -> bool:
     """Whether the hub has the repository ``name`` and answers now; False leaves its cache on this machine.
 
     One request, without retries: transformers and datasets try six times for each file.
+
+    Args:
+        name: of a repository, or of what should have been a folder.
+        kind: ``model`` or ``dataset``.
+        option: that holds ``name``, for messages.
 
     Raises:
         UserError: it is no repository's name, or the hub answers that it has none and the cache doesn't either.
@@ -34,7 +39,7 @@ def hub_reachable(name: str, kind: str = "model") -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"{kind} is {name!r}: no such folder, and not a name on the hub (owner/name)") from error
+        raise UserError(f"{option} is {name!r}: no such folder, and not a name on the hub (owner/name)") from error
     if is_offline_mode():
         return False
     try:
@@ -43,7 +48,7 @@ def hub_reachable(name: str, kind: str = "model") -> bool:
         if isinstance(try_to_load_from_cache(name, "config.json", repo_type=kind), str):
             return False
         raise UserError(
-            f"{kind} is {name!r}: no such folder, and the hub has no repository of that name, or none that you may "
+            f"{option} is {name!r}: no such folder, and the hub has no repository of that name, or none that you may "
             "read (log in with `hf auth login` for a private one)"
         ) from error
     except Exception:

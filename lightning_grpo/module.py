@@ -13,6 +13,7 @@ Shapes: B prompts and N = B·G completions on this rank, n of them in a micro-ba
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 
 from lightning_grpo.ahead import Ahead
 from lightning_grpo.batching import check_batch_arithmetic
-from lightning_grpo.data import PromptBatch
+from lightning_grpo.data import Prompt, PromptBatch
 from lightning_grpo.errors import NonFiniteError, RunError, UserError
 from lightning_grpo.experience import Experience, cut_windows
 from lightning_grpo.monitor.metrics import Window, memory_in_use, observe_completions, observe_rewards
@@ -36,6 +37,7 @@ from lightning_grpo.objective import (
     kl_penalty,
     policy_loss,
 )
+from lightning_grpo.rewards.check import check_rows
 from lightning_grpo.rewind import rewind
 from lightning_grpo.rollout import Rollout
 from lightning_grpo.rollout_module import RolloutModule
@@ -400,6 +402,7 @@ class GRPOModule(RolloutModule):
         """Before a weight is read, check batch arithmetic, and that checkpoints fall between optimizer steps."""
         super().setup(stage)
         if stage != "fit":
+            self._check_rows(getattr(self.trainer.datamodule, "validation", ()))
             return
         if self.trainer.datamodule is None:
             raise UserError("fit was given no data module; pass datamodule=PromptDataModule(...), or a subclass of it")
@@ -411,9 +414,10 @@ class GRPOModule(RolloutModule):
             num_iterations=self.num_iterations,
             ranks=self.data_ranks,
         )
-        columns = [prompt.columns for prompt in self.trainer.datamodule.train]
-        for reward in self.rewards:
-            reward.check(columns)
+        self._check_rows([*self.trainer.datamodule.train, *self.trainer.datamodule.validation])
+
+    def _check_rows(self, prompts: Sequence[Prompt]) -> None:
+        check_rows(self.rewards, [prompt.columns for prompt in prompts], [prompt.place for prompt in prompts])
 
     # ── Resuming ──────────────────────────────────────────────────────────────────────────────────────────────────
 

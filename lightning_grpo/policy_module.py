@@ -148,6 +148,11 @@ class PolicyModule(LightningModule):
         return self._tokenizer
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the checkpoint's embedding, without its weights."""
+        return load_config(self.model_path).get_text_config().vocab_size
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the reference is used at all; where not, none is kept."""
         return False

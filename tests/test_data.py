@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_grpo.data import DifficultySampler, PassSampler, PromptBatch, PromptDataModule
+from lightning_grpo.data import DifficultySampler, PassSampler, PromptBatch, PromptDataModule, sources
 from lightning_grpo.data.stream import Stream
 
 pytestmark = [
@@ -142,6 +142,7 @@ def test_hub_name_goes_to_load_dataset(monkeypatch, load):
         return [{"prompt": "a"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "hub_reachable", lambda *name, option: True)
     assert len(load("openai/gsm8k", source_args={"name": "main", "revision": "v1"}).train) == 1
     assert asked == {"path": "openai/gsm8k", "split": "train", "name": "main", "revision": "v1"}
     with pytest.raises(ValueError, match=r"'nobody/nothing', which can't be loaded \(no such data set\); set a .jsonl"):
@@ -152,7 +153,7 @@ def test_hub_name_goes_to_load_dataset(monkeypatch, load):
     ("options", "error", "message"),
     [
         ({"source": "nowhere.jsonl"}, ValueError, "data.source is 'nowhere.jsonl', and there is no such file"),
-        ({"source": "/no/folder"}, ValueError, "data.source is '/no/folder'; set a .jsonl or .parquet file"),
+        ({"source": "/no/folder"}, ValueError, "data.source is '/no/folder', and there is no such folder; set"),
         ({"source": "arithmetics"}, ValueError, "data.source is 'arithmetics'; set"),
         ({"source": "arithmetic", "source_args": {"hi": 1}}, ValueError, "'hi'; it takes: low, high, operator"),
         ({"source": "arithmetic", "source_args": {"operator": "/"}}, ValueError, r"operator is '/'; set one of \+, -"),

@@ -11,7 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from lightning_grpo.data.prompts import Prompt, PromptBatch, encode_rows, fingerprint
+from lightning_grpo.data.encoding import encode_rows
+from lightning_grpo.data.prompts import Prompt, PromptBatch, fingerprint
 from lightning_grpo.data.sampling import PassSampler, Sampler
 from lightning_grpo.data.sources import read
 from lightning_grpo.data.stream import Stream
@@ -48,8 +49,10 @@ class PromptDataModule(lightning.LightningDataModule):
     """Prompts for rollouts, the other columns going to the rewards.
 
     A row has a ``prompt`` (text, taken as it is, or a list of chat messages, which go through the tokenizer's chat
-    template once) and any other columns. Rows of verl's parquet convention are understood (``answer`` becomes
-    ``reward_model.ground_truth``). A bad row is an error that names the file and the line.
+    template once) and any other columns. A message's content is text, or a list of text parts. The columns ``tools``
+    (JSON schemas) and ``chat_template_kwargs`` (an object), if there are any, go to the template, as objects or as
+    JSON text. Rows of verl's parquet convention are understood (``reward_model.ground_truth`` becomes the ``answer``
+    that is missing). A bad row is an error that names the file and the line.
 
     The training loader gives each rollout's prompts ``steps_per_rollout`` times in a row (once per micro-batch; the
     number is the module's, for this rank). An epoch is ⌊prompts / prompts_per_rollout⌋ rollouts; the prompts left over
@@ -61,8 +64,9 @@ class PromptDataModule(lightning.LightningDataModule):
     was interrupted before its first step is drawn again as it was.
 
     Args:
-        source: A .jsonl or .parquet file, a folder written by datasets.save_to_disk, a hub name (owner/name),
-            ``reasoning_gym:TASK`` (procedural, offline), ``arithmetic`` or ``letters`` (procedural, built in).
+        source: A .jsonl, .json, .csv or .parquet file, a pattern of such files (``data/train-*.parquet``), a folder
+            written by datasets.save_to_disk, a hub name (owner/name), ``reasoning_gym:TASK`` (procedural, offline),
+            ``arithmetic`` or ``letters`` (procedural, built in).
         source_args: Further arguments of the source: a reasoning-gym task's configuration; ``low``, ``high``,
             ``operator``, ``template`` of arithmetic; ``alphabet``, ``repeats`` of letters; ``split`` of a folder;
             ``split``, ``name``, ``revision``, … of a hub data set.
@@ -162,13 +166,15 @@ class PromptDataModule(lightning.LightningDataModule):
             self._stream = Stream(len(self.train), seed=self.seed, sampler=self.sampler)
 
     def _read(self) -> None:
-        rows = self._prompts(self.source, self.source_args, self.size, seed=self.seed)
+        rows = self._prompts(self.source, self.source_args, self.size, seed=self.seed, option="data.source")
         if self.validation_source is None:
             rows, self.validation = self._hold_out(rows)
         else:
             seed = self.seed + VALIDATION_SEED
             size = self.validation_size or None
-            self.validation = self._prompts(self.validation_source, self.validation_args, size, seed=seed)
+            self.validation = self._prompts(
+                self.validation_source, self.validation_args, size, seed=seed, option="data.validation_source"
+            )
         held_out = {tuple(prompt.ids) for prompt in self.validation}
         self.train = [prompt for prompt in rows if tuple(prompt.ids) not in held_out]
         if len(self.train) < len(rows):
@@ -177,11 +183,12 @@ class PromptDataModule(lightning.LightningDataModule):
         self._place = {prompt.index: place for place, prompt in enumerate(self.train)}
         self._fingerprint = fingerprint(self.train)
 
-    def _prompts(self, source: str, args: dict[str, Any], size: int | None, *, seed: int) -> list[Prompt]:
+    def _prompts(self, source: str, args: dict[str, Any], size: int | None, *, seed: int, option: str) -> list[Prompt]:
+        module = self.trainer and self.trainer.lightning_module
         longest = self.max_prompt_length
         if longest is None:
-            longest = getattr(self.trainer and self.trainer.lightning_module, "max_prompt_length", None)
-        rows = read(source, args=args, size=size, seed=seed)
+            longest = getattr(module, "max_prompt_length", None)
+        rows = read(source, args=args, size=size, seed=seed, option=option)
         prompts = encode_rows(
             rows,
             self._tokenizer,
@@ -192,6 +199,7 @@ class PromptDataModule(lightning.LightningDataModule):
             chat_template_args=self.chat_template_args,
             max_prompt_length=longest,
             overlong=self.overlong,
+            vocab_size=getattr(module, "vocab_size", None),
         )
         if len(prompts) < len(rows):
             dropped = f"{len(rows) - len(prompts)} of {len(rows)} prompts of {source} have more than {longest} tokens"

@@ -1,20 +1,23 @@
 """Where rows come from: files, saved data sets, the hub, and questions made on the spot."""
 
 import inspect
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from string import ascii_lowercase
+from textwrap import shorten
 from typing import Any
 
+from lightning_grpo.data.files import is_file_name, read_files
+from lightning_grpo.data.rows import Row
 from lightning_grpo.errors import UserError
+from lightning_grpo.model_files import hub_reachable
 
-Row = dict[str, Any]
 KINDS = (
-    "a .jsonl or .parquet file, a folder written by datasets.save_to_disk, a hub name (owner/name), "
-    "reasoning_gym:TASK, arithmetic, or letters"
+    "a .jsonl, .json, .csv or .parquet file or a pattern of such files, a folder written by datasets.save_to_disk, a "
+    "hub name (owner/name), reasoning_gym:TASK, arithmetic, or letters"
 )
 MOST_ENUMERATED = 100_000
 
@@ -82,52 +85,65 @@ def reasoning_gym(task: str, size: int | None, seed: int, args: dict[str, Any]) 
         yield {"prompt": entry["question"], "answer": entry["answer"], "task": task, "task_args": args, "entry": entry}
 
 
-def jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    """(line number, row) for each line that isn't blank."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: a row is an object with a prompt, not {type(row).__name__}")
-            yield number, row
-
-
-def parquet(path: Path) -> Iterator[Row]:
-    """Rows of a parquet file, with the place of each for error messages."""
-    import pyarrow.parquet
-
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
-
-
-def saved(path: Path, split: str = "train") -> Iterable[Row]:
+def saved(option: str, source: str, /, split: str = "train") -> Iterable[Row]:
     """A folder written by ``datasets.save_to_disk``; ``split`` picks one where it holds several."""
     from datasets import DatasetDict, load_from_disk
 
+    path = Path(source).expanduser()
     try:
         dataset = load_from_disk(str(path))
     except FileNotFoundError as error:
-        raise UserError(f"data.source is the folder {path}, which datasets.save_to_disk did not write") from error
+        kinds = sorted({file.suffix for file in path.iterdir() if is_file_name(file.name)})
+        advice = f"; for the files in it set {source.rstrip('/')}/*{kinds[0]}" if kinds else ""
+        raise UserError(
+            f"{option} is the folder {source}, which datasets.save_to_disk did not write{advice}"
+        ) from error
+    except Exception as error:
+        raise UserError(f"{option} is the folder {source}, which can't be loaded ({_reason(error)})") from error
     if not isinstance(dataset, DatasetDict):
         return dataset
     if split not in dataset:
-        raise UserError(f"{path} has no split {split!r}; set source_args.split to one of {', '.join(dataset)}")
+        raise UserError(f"{source} has no split {split!r}; set source_args.split to one of {', '.join(dataset)}")
     return dataset[split]
 
 
-def hub(source: str, /, split: str = "train", **args: Any) -> Iterable[Row]:
-    """A data set of the Hugging Face hub; ``args`` as of ``datasets.load_dataset`` (``name``, ``revision``, …)."""
+def hub(option: str, source: str, /, split: str = "train", **args: Any) -> Iterable[Row]:
+    """A data set of the Hugging Face hub; ``args`` as of ``datasets.load_dataset`` (``name``, ``revision``, …).
+
+    If the hub can't be reached, its cache on this machine is used.
+    """
     from datasets import load_dataset
 
+    reachable = hub_reachable(source, "dataset", option=option)
     try:
-        return load_dataset(source, split=split, **args)
+        with nullcontext() if reachable else offline():
+            return load_dataset(source, split=split, **args)
     except Exception as error:
-        raise UserError(f"data.source is {source!r}, which can't be loaded ({error}); set {KINDS}") from error
+        where = "" if reachable else "; the hub can't be reached from this machine"
+        raise UserError(
+            f"{option} is {source!r}, which can't be loaded ({_reason(error)}){where}; set {KINDS}"
+        ) from error
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Let ``datasets`` look into its cache alone, instead of asking the hub six times for each file."""
+    import datasets
+    import huggingface_hub
+
+    holders = (datasets.config, huggingface_hub.constants)
+    before = [holder.HF_HUB_OFFLINE for holder in holders]
+    try:
+        for holder in holders:
+            holder.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for holder, value in zip(holders, before, strict=True):
+            holder.HF_HUB_OFFLINE = value
+
+
+def _reason(error: Exception) -> str:
+    return shorten(str(error), 400, placeholder=" …") or type(error).__name__
 
 
 def _call(source: str, make: Callable[..., Iterable[Row]], *fixed: Any, args: dict[str, Any]) -> Iterable[Row]:
@@ -140,28 +156,35 @@ def _call(source: str, make: Callable[..., Iterable[Row]], *fixed: Any, args: di
     return make(*fixed, **args)
 
 
-def read(source: str, *, args: dict[str, Any], size: int | None, seed: int) -> list[tuple[str, Row]]:
-    """All rows, or the first ``size``, each with the place it comes from ("train.jsonl, line 7")."""
-    path = Path(source).expanduser()
-    unit = "row"
+def read(
+    source: str, *, args: dict[str, Any], size: int | None, seed: int, option: str = "data.source"
+) -> list[tuple[str, Row]]:
+    """All rows, or the first ``size``, each with the place it comes from ("train.jsonl, line 7").
+
+    Args:
+        option: that holds ``source``, for messages.
+    """
     if source.startswith("reasoning_gym:"):
-        rows = reasoning_gym(source.removeprefix("reasoning_gym:"), size, seed, args)
+        rows = _numbered(source, reasoning_gym(source.removeprefix("reasoning_gym:"), size, seed, args))
     elif source in PROCEDURAL:
-        rows = _call(source, PROCEDURAL[source], size, seed, args=args)
-    elif path.suffix in (".jsonl", ".parquet"):
-        if not path.is_file():
-            raise UserError(f"data.source is {source!r}, and there is no such file; set {KINDS}")
-        if path.suffix == ".jsonl":
-            numbered, unit = _call(source, jsonl, path, args=args), "line"
-            return [(f"{source}, {unit} {number}", row) for number, row in islice(numbered, size)]
-        rows = _call(source, parquet, path, args=args)
-    elif path.is_dir():
-        rows = _call(source, saved, path, args=args)
+        rows = _numbered(source, _call(source, PROCEDURAL[source], size, seed, args=args))
+    elif Path(source).expanduser().is_dir():
+        rows = _numbered(source, _call(source, saved, option, source, args=args))
+    elif is_file_name(source):
+        rows = _call(source, read_files, option, source, args=args)
     elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        rows = _call(source, hub, source, args=args)
+        rows = _numbered(source, _call(source, hub, option, source, args=args))
     else:
-        raise UserError(f"data.source is {source!r}; set {KINDS}")
-    return [(f"{source}, {unit} {i}", row) for i, row in enumerate(islice(rows, size))]
+        why = ", and there is no such folder" if "/" in source else ""
+        raise UserError(f"{option} is {source!r}{why}; set {KINDS}")
+    taken = list(islice(rows, size))
+    if not taken:
+        raise UserError(f"{option} is {source!r}, which holds no rows; set another, or write prompts into it")
+    return taken
+
+
+def _numbered(source: str, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    return ((f"{source}, row {i}", row) for i, row in enumerate(rows))
 
 
 PROCEDURAL: dict[str, Callable[..., Iterable[Row]]] = {"arithmetic": arithmetic, "letters": letters}

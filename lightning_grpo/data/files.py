@@ -1,0 +1,168 @@
+"""Rows of data files, each with its place ("train.jsonl, line 7"). UTF-8, with or without a byte order mark."""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from lightning_grpo.data.rows import Row
+from lightning_grpo.errors import UserError
+
+# a code unit of UTF-16 that is no character alone, as JSON escapes it; in pairs they stand for emoji and the like
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, line) of a text file.
+
+    Raises:
+        UserError: it is not UTF-8; names the line.
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+        raise UserError(f"{path}: this file is UTF-16, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        for number, line in enumerate(file, 1):
+            if not line.isascii() and (escaped := re.search("[\udc80-\udcff]", line)):
+                raise UserError(
+                    f"{path}, line {number}: the byte 0x{ord(escaped[0]) - 0xDC00:x} in column {escaped.start() + 1} "
+                    "is not UTF-8; if the file is Latin-1 or Windows-1252, convert it (iconv -f WINDOWS-1252 -t UTF-8)"
+                )
+            yield number, line
+
+
+def parse(where: str, text: str) -> Any:
+    """The value that JSON text stands for; ``where`` is its place, for messages."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error}") from error
+    except ValueError as error:  # Python's limit for converting decimal digits
+        raise UserError(f"{where}: it holds an integer of thousands of digits; write it as text, in quotes") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: its objects and lists are nested too deeply") from error
+    if SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):x}"
+            raise UserError(f"{where}: {half} is half of a surrogate pair and no character; remove it") from error
+    return value
+
+
+def _row(where: str, value: Any) -> tuple[str, Row]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a row is an object with a prompt, not {type(value).__name__}")
+    return where, value
+
+
+def jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    """An object on each line that isn't blank."""
+    for number, line in lines(path):
+        if text := line.strip("\ufeff \t\r\n"):
+            where = f"{path}, line {number}"
+            yield _row(where, parse(where, text))
+
+
+def json_file(path: Path) -> Iterator[tuple[str, Row]]:
+    """A list of objects; or an object on each line, as in `jsonl`."""
+    first = next((line.lstrip() for _, line in lines(path) if line.strip()), "")
+    if not first.startswith("["):
+        yield from jsonl(path)
+        return
+    for number, value in enumerate(parse(str(path), "".join(line for _, line in lines(path)))):
+        yield _row(f"{path}, row {number}", value)
+
+
+def csv_file(path: Path) -> Iterator[tuple[str, Row]]:
+    """Comma-separated values under a line with the names of the columns; every value is text."""
+    reader = csv.reader((line for _, line in lines(path)), strict=True)
+    try:
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}, line 1: two columns have the same name: {', '.join(names)}")
+        for values in reader:
+            where = f"{path}, line {reader.line_num}"
+            if values and len(values) != len(names):
+                raise UserError(f"{where}: it has {len(values)} values for the {len(names)} columns of line 1")
+            if values:
+                yield where, dict(zip(names, values, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+
+
+def parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of a parquet file, counted from 0."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield f"{path}, row {number}", row
+                    number += 1
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: it can't be read as parquet: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, near row {number}: a text is not UTF-8: {error}") from error
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
+    ".jsonl": jsonl,
+    ".json": json_file,
+    ".csv": csv_file,
+    ".parquet": parquet,
+}
+OTHER_SUFFIXES = (".ndjson", ".txt", ".tsv", ".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".arrow", ".xlsx", ".yaml")
+"""Endings of data files that aren't read; a source that ends in one is no name on the hub."""
+
+
+def is_file_name(source: str) -> bool:
+    """Whether a source names a file, there or not, or a pattern of files such as ``data/train-*.parquet``."""
+    suffix = Path(source).suffix.lower()
+    return suffix in READERS or suffix in OTHER_SUFFIXES or glob_special(source) or Path(source).expanduser().is_file()
+
+
+def glob_special(source: str) -> bool:
+    """Whether a source is a pattern: it has one of ``*``, ``?`` and ``[``."""
+    return any(character in source for character in "*?[")
+
+
+def find_files(option: str, source: str) -> list[Path]:
+    """The file that a source names, or the files that its pattern matches, by name.
+
+    Args:
+        option: that holds ``source``, for messages.
+
+    Raises:
+        UserError: there is no such file, or it is of a kind that isn't read.
+    """
+    path = Path(source).expanduser()
+    found = [path] if path.is_file() else []
+    if not found and glob_special(source):
+        found = [file for file in map(Path, sorted(glob(str(path), recursive=True))) if file.is_file()]
+    if not found:
+        what = "no file matches it" if glob_special(source) else "there is no such file"
+        raise UserError(f"{option} is {source!r}, and {what}; set a {_KINDS} file, or a pattern of such files")
+    for file in found:
+        if file.suffix.lower() not in READERS:
+            raise UserError(f"{option} is {source!r}, and {file.name} is no {_KINDS} file; convert it to one of these")
+    return found
+
+
+def read_files(option: str, source: str) -> Iterator[tuple[str, Row]]:
+    """The rows of all files that `find_files` finds, one file after the other."""
+    for path in find_files(option, source):
+        try:
+            yield from READERS[path.suffix.lower()](path)
+        except OSError as error:
+            raise UserError(f"{option} is {source!r}, and {path} can't be read: {error}") from error
+
+
+_KINDS = ".jsonl, .json, .csv or .parquet"
