@@ -110,7 +110,7 @@ def _engine(plan: Plan) -> dict[str, Any]:
         "kv_cache_memory_bytes": Choice(int(w.engine_cache), f"{w.engine_cache / GiB:.1f} GiB of key-value cache"),
     }
     if not plan.hardware.is_cpu:
-        settings["sleep_level"] = Choice(1 if w.engine_sleep else 0, "gives its memory to the update")
+        settings["sleep_level"] = Choice(2 if w.engine_sleep else 0, "gives its memory to the update")
     return settings
 
 

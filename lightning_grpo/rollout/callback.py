@@ -95,10 +95,12 @@ class RolloutCallback(L.Callback, ABC):
 
     def _stop(self, pl_module: L.LightningModule) -> None:
         engine, self._engine = self._engine, None
-        if engine is not None:
-            pl_module.engine = None
-            engine.close()
-        self.close()
+        try:
+            if engine is not None:
+                pl_module.engine = None
+                engine.close()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Free what `build_engine` made beside the engine. Safe to call twice."""

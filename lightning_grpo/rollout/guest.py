@@ -1,7 +1,8 @@
 """vLLM as a guest in the trainer's process: what it changes there holds only while it works.
 
-It replaces functions of torch, reseeds every generator, sets environment variables and thread counts, and logs to the
-terminal. Inside `guest()` all that is its own; outside, the trainer finds everything as it left it.
+It replaces functions of torch, reseeds every generator, sets environment variables, thread counts and the precision of
+float32 products, and logs to the terminal. Inside `guest()` all that is its own; outside, the trainer finds everything
+as it left it.
 """
 
 import logging
@@ -32,38 +33,88 @@ _REPLACED = [
 
 _guest_functions: dict[tuple[object, str], object] = {}
 _guest_environment: dict[str, str] = {}
+_guest_precision: list[tuple[str | None, str, str]] = []
 
 
-@contextmanager
-def guest() -> Iterator[None]:
-    """Give the process to vLLM for a while; afterwards the trainer's functions, variables, threads and generators
-    are as before, and vLLM's are kept for its next turn."""
-    functions = {(owner, name): getattr(owner, name) for owner, name in _REPLACED if hasattr(owner, name)}
-    environment = dict(os.environ)
-    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
-    random_states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    for (owner, name), function in _guest_functions.items():
-        setattr(owner, name, function)
-    os.environ.update(_guest_environment)
-    try:
-        yield
-    finally:
-        for (owner, name), function in functions.items():
+class Visit:
+    """One stay of vLLM in the trainer's process, which can be interrupted."""
+
+    def __init__(self) -> None:
+        self._enter()
+
+    def _enter(self) -> None:
+        self._functions = {(owner, name): getattr(owner, name) for owner, name in _REPLACED if hasattr(owner, name)}
+        self._environment = dict(os.environ)
+        self._threads, self._set_num_threads = torch.get_num_threads(), torch.set_num_threads
+        self._precision = _matmul_precision()
+        self._random_states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        for (owner, name), function in _guest_functions.items():
+            setattr(owner, name, function)
+        os.environ.update(_guest_environment)
+        _set_matmul_precision(_guest_precision[-1] if _guest_precision else self._precision)
+
+    def leave(self) -> None:
+        """Put the trainer's functions, variables, threads, precision and generators back, and keep vLLM's."""
+        for (owner, name), function in self._functions.items():
             if getattr(owner, name) is not function:
                 _guest_functions[owner, name] = getattr(owner, name)
                 setattr(owner, name, function)
-        _guest_environment.update({k: v for k, v in os.environ.items() if environment.get(k) != v})
-        for variable in set(os.environ) - set(environment):
+        now, before = dict(os.environ), self._environment
+        _guest_environment.update({k: v for k, v in now.items() if before.get(k) != v})
+        for variable in now.keys() - before.keys():
             del os.environ[variable]
-        os.environ.update(environment)
-        if torch.get_num_threads() != threads:
-            set_num_threads(threads)
-        random.setstate(random_states[0])
-        np.random.set_state(random_states[1])
-        torch.set_rng_state(random_states[2])
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
+        os.environ.update({k: v for k, v in before.items() if now.get(k) != v})
+        if torch.get_num_threads() != self._threads:
+            self._set_num_threads(self._threads)
+        if (precision := _matmul_precision()) != self._precision:
+            _guest_precision[:] = [precision]
+            _set_matmul_precision(self._precision)
+        random.setstate(self._random_states[0])
+        np.random.set_state(self._random_states[1])
+        torch.set_rng_state(self._random_states[2])
+        if self._cuda_states is not None:
+            torch.cuda.set_rng_state_all(self._cuda_states)
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Give the process back to the trainer for a while, for a callback."""
+        self.leave()
+        try:
+            yield
+        finally:
+            self._enter()
+
+
+@contextmanager
+def guest() -> Iterator[Visit]:
+    """Give the process to vLLM for a while; afterwards the trainer's functions, variables, threads, precision and
+    generators are as before, and vLLM's are kept for its next turn. Both ways together take about a millisecond:
+    enter once around a loop."""
+    visit = Visit()
+    try:
+        yield visit
+    finally:
+        visit.leave()
+
+
+def _matmul_precision() -> tuple[str | None, str, str]:
+    """Of float32 products: for all backends (None if they were set one by one), on CUDA, in oneDNN."""
+    try:
+        common = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        common = None
+    return common, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+
+def _set_matmul_precision(precision: tuple[str | None, str, str]) -> None:
+    if precision == _matmul_precision():
+        return
+    common, cuda, onednn = precision
+    if common is not None:
+        torch.set_float32_matmul_precision(common)
+    torch.backends.cuda.matmul.fp32_precision = cuda
+    torch.backends.mkldnn.matmul.fp32_precision = onednn
 
 
 @contextmanager

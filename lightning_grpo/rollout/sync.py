@@ -274,5 +274,7 @@ class SyncedEngine:
 
     def close(self) -> None:
         """End what is sampled ahead, and the engine."""
-        self.engine.close()
-        self._background.shutdown(cancel_futures=True)
+        try:
+            self.engine.close()
+        finally:
+            self._background.shutdown(cancel_futures=True)

@@ -63,8 +63,8 @@ class VLLMEngine:
         log_file: takes what vLLM prints and logs.
         engine_args: any argument of `vllm.EngineArgs` by name; max_model_len is prompt and completion together.
         sampling_args: any argument of `vllm.SamplingParams` by name, for every request.
-        sleep_level: what `sleep` gives back on a GPU: 0 nothing, 1 the key-value cache (weights go to host memory),
-            2 the weights as well (the next use needs `update_weights`).
+        sleep_level: what `sleep` gives back on a GPU: 0 nothing, 1 all memory (weights are kept in host memory), 2 all
+            memory, without a copy of the weights (the next use needs `update_weights`).
 
     With ``enable_lora`` among the engine_args the weights that `update_weights` takes are those of `adapter_weights`,
     and every request from then on is computed with them on top of the checkpoint's.
@@ -139,8 +139,8 @@ class VLLMEngine:
         places: dict[str, tuple[int, int]] = {}
         engine = self.llm.llm_engine
         spare = sampling.spare(sum(map(len, seeds)))
-        try:
-            with guest():
+        with guest() as visit:
+            try:
                 for i, (prompt, group) in enumerate(zip(prompts, seeds, strict=True)):
                     for g, seed in enumerate(group):
                         request_id = str(next(self._request_ids))
@@ -149,20 +149,18 @@ class VLLMEngine:
                             request_id, {"prompt_token_ids": list(prompt)}, params, lora_request=self._lora_request
                         )
                         places[request_id] = places[internal_id] = (i, g)
-            while engine.has_unfinished_requests():
-                with guest():
-                    outputs = engine.step() + _cut(engine, spare)
-                for output in outputs:
-                    if not output.finished:
-                        continue
-                    i, g = places[output.request_id]
-                    groups[i][g] = self._completion(output.outputs[0])
-                    if on_group is not None and all(groups[i]):
-                        on_group(i, groups[i])
-        except BaseException:
-            with guest():
+                while engine.has_unfinished_requests():
+                    for output in engine.step() + _cut(engine, spare):
+                        if not output.finished:
+                            continue
+                        i, g = places[output.request_id]
+                        groups[i][g] = self._completion(output.outputs[0])
+                        if on_group is not None and all(groups[i]):
+                            with visit.interrupted():
+                                on_group(i, groups[i])
+            except BaseException:
                 engine.abort_request(list(places), internal=True)
-            raise
+                raise
         return groups
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -304,9 +302,20 @@ def _shutdown(llm: Any, host_group: bool) -> None:
     client._finalizer.detach()
     try:
         with guest():
+            _wake_for_shutdown(llm)
             client.engine_core.shutdown()
     finally:
         core.cleanup_dist_env_and_memory = original
+
+
+def _wake_for_shutdown(llm: Any) -> None:
+    """Map a sleeping engine's memory again: vLLM's allocator unmaps all of it at the end, and unmapping twice is an
+    error of CUDA's that every later allocation in the process would meet."""
+    if llm.llm_engine.is_sleeping():
+        try:
+            llm.wake_up()
+        except Exception as error:
+            log.warning("the sleeping vLLM engine could not be woken up before its end: %s", error)
 
 
 def _release_process_group(host_group: bool) -> None:
@@ -332,11 +341,23 @@ def _explained(error: Exception, settings: dict[str, Any], log_file: Path) -> Ex
     text = str(error)
     where = f"The engine's log is {log_file.resolve()}."
     if "memory" in text.lower() or "kv cache" in text.lower():
-        share = settings.get("gpu_memory_utilization")
+        sizes = ", ".join(
+            f"{name}={settings.get(name)}"
+            for name in ("gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs", "max_model_len")
+        )
         return OutOfMemoryError(
-            f"the vLLM engine does not fit in memory (gpu_memory_utilization={share}, "
-            f"kv_cache_memory_bytes={settings.get('kv_cache_memory_bytes')}, "
-            f"max_num_seqs={settings.get('max_num_seqs')}): {text} "
-            f"Lower max_num_seqs or max_completion_length, or set kv_cache_memory_bytes. {where}"
+            f"the vLLM engine does not fit in memory ({sizes}): {text} {_memory_advice(text, settings)} {where}"
         )
     return RuntimeError(f"the vLLM engine did not start: {type(error).__name__}: {text} {where}")
+
+
+def _memory_advice(text: str, settings: dict[str, Any]) -> str:
+    if settings.get("kv_cache_memory_bytes") is not None:
+        if "memory is needed" in text or "cache is needed" in text or "No available memory" in text:
+            return "Raise kv_cache_memory_bytes, or lower max_num_seqs or max_completion_length."
+        return "Lower kv_cache_memory_bytes, max_num_seqs or max_completion_length."
+    if "on startup is less than" in text:
+        return "Lower gpu_memory_utilization, or end what else uses this GPU."
+    if "cache" in text.lower():
+        return "Raise gpu_memory_utilization, or lower max_num_seqs or max_completion_length."
+    return "Lower gpu_memory_utilization, max_num_seqs or max_completion_length."

@@ -50,8 +50,10 @@ class VLLMRollout(RolloutCallback):
         quantization: how vLLM quantizes the weights it is given, such as fp8. Empty doesn't.
         tensor_parallel_size: neighbouring ranks of the trainer that hold one engine's weights together, and sample the
             prompts of all of them; 1 gives each rank a whole engine. For a server process: its GPUs.
-        sleep_level: what the engine gives back on a GPU while the policy trains: 0 nothing, 1 the key-value cache
-            (weights move to host memory), 2 the weights too.
+        sleep_level: what the engine gives back on a GPU while the policy trains: 0 nothing, 1 all memory (weights are
+            kept in host memory), 2 all memory, without a copy of the weights, which the next sync sends anyway. Empty
+            is 2, or 1 if the engine holds what no sync sends: the base model under ``lora: adapter``, a draft model,
+            scales of a quantization.
         lora: what a sync sends where adapters are trained: merged (whole weights with the adapter in them, sampled at
             full speed) or adapter (the adapter alone, on top of the checkpoint's weights: next to nothing to send, but
             sampling computes the adapter beside each layer, on a CPU at a fraction of the speed).
@@ -76,7 +78,7 @@ class VLLMRollout(RolloutCallback):
         enforce_eager: bool | None = None,
         quantization: str | None = None,
         tensor_parallel_size: int = 1,
-        sleep_level: Literal[0, 1, 2] = 1,
+        sleep_level: Literal[0, 1, 2] | None = None,
         lora: Literal["merged", "adapter"] = "merged",
         log_file: str | None = None,
         engine_args: dict[str, Any] | None = None,
@@ -91,10 +93,8 @@ class VLLMRollout(RolloutCallback):
         on_gpu = torch.cuda.is_available()
         self.max_num_seqs = max_num_seqs
         self.kv_cache_memory_bytes = kv_cache_memory_bytes
-        self.sleep_level = sleep_level if on_gpu else 0
-        self.sleeps = self.sleep_level > 0
         self.lora = lora
-        if lora == "adapter" and self.sleep_level == 2:
+        if lora == "adapter" and sleep_level == 2:
             raise UserError("sleep_level is 2: it drops the weights that lora: adapter never sends; set 1 or 0")
         if tensor_parallel_size < 1:
             raise UserError(f"tensor_parallel_size is {tensor_parallel_size}; set 1, or how many ranks share an engine")
@@ -113,6 +113,10 @@ class VLLMRollout(RolloutCallback):
             "tensor_parallel_size": tensor_parallel_size,
         }
         self.engine_args = {k: v for k, v in settings.items() if v is not None} | (engine_args or {})
+        if sleep_level is None:
+            sleep_level = 1 if lora == "adapter" or _holds_more_than_weights(self.engine_args) else 2
+        self.sleep_level = sleep_level if on_gpu else 0
+        self.sleeps = self.sleep_level > 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_vllm()
@@ -163,6 +167,15 @@ class VLLMRollout(RolloutCallback):
 
     def log_path(self, trainer: L.Trainer) -> Path:
         return Path(self.log_file or Path(trainer.default_root_dir) / f"vllm-{trainer.global_rank}.log")
+
+
+def _holds_more_than_weights(engine_args: dict[str, Any]) -> bool:
+    """Whether the engine computes with tensors that no sync sends and that a sleep at level 2 would lose."""
+    return (
+        engine_args.get("quantization") is not None
+        or engine_args.get("speculative_config") is not None
+        or engine_args.get("kv_cache_dtype", "auto") != "auto"
+    )
 
 
 def refuse_bias(pl_module: L.LightningModule, sampling_args: dict[str, Any]) -> None:
