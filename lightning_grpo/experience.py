@@ -3,10 +3,13 @@
 Shapes: N = B·G completions on this rank, R rewards, P prompt length, T completion length.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.types import Rollout, extents
@@ -75,3 +78,25 @@ def cut_windows(
             batch = queue[len(queue) * k // accumulate : len(queue) * (k + 1) // accumulate]
             batches.append(batch or [filler])
     return batches
+
+
+def redistribute(shares: Sequence[Experience], ranks: int, num_generations: int) -> list[Experience]:
+    """A rollout as ``len(shares)`` ranks hold it, in the shares of ``ranks`` others.
+
+    Rank r of W has every W-th group of ``num_generations`` rows from the r-th on, as `PromptDataModule` deals prompts.
+    """
+    columns = {}
+    for name, value in vars(shares[0]).items():
+        if isinstance(value, Tensor):
+            parts = [getattr(share, name) for share in shares]
+            if value.dim() == 2:
+                width = max(part.shape[1] for part in parts)
+                # prompts are padded on the left, completions on the right; what fills them is masked
+                left = name.startswith("prompt")
+                parts = [pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1])) for x in parts]
+            groups = torch.stack([x.unflatten(0, (-1, num_generations)) for x in parts], dim=1)
+            columns[name] = groups.flatten(0, 1)
+    return [
+        replace(shares[0], **{name: groups[rank::ranks].flatten(0, 1) for name, groups in columns.items()})
+        for rank in range(ranks)
+    ]

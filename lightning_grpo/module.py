@@ -15,9 +15,11 @@ Shapes: B prompts and N = B·G completions on this rank, n of them in a micro-ba
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
@@ -25,7 +27,7 @@ from lightning_grpo.ahead import Ahead
 from lightning_grpo.batching import check_batch_arithmetic
 from lightning_grpo.data import Prompt, PromptBatch
 from lightning_grpo.errors import NonFiniteError, RunError, UserError
-from lightning_grpo.experience import Experience, cut_windows
+from lightning_grpo.experience import Experience, cut_windows, redistribute
 from lightning_grpo.monitor.metrics import Window, memory_in_use, observe_completions, observe_rewards
 from lightning_grpo.objective import (
     AdvantageConfig,
@@ -37,8 +39,8 @@ from lightning_grpo.objective import (
     kl_penalty,
     policy_loss,
 )
+from lightning_grpo.position import Position
 from lightning_grpo.rewards.check import check_rows
-from lightning_grpo.rewind import rewind
 from lightning_grpo.rollout import Rollout
 from lightning_grpo.rollout_module import RolloutModule
 
@@ -84,17 +86,27 @@ class GRPOModule(RolloutModule):
         if objective.max_completion_length is None:
             objective = replace(objective, max_completion_length=self.max_completion_length)
         self.objective = objective
-        self.coefficients = Coefficients(objective)
         self.advantage = advantage
+        self._begin_anew()
 
+    def _begin_anew(self) -> None:
+        """The state of a run that has not begun."""
+        self.coefficients = Coefficients(self.objective)
+        self.num_tokens = 0
+        self.in_optimizer = False
+        self._schedule_due = False
+        self._logged: set[str] = set()
+        self._begin_between_rollouts()
+
+    def _begin_between_rollouts(self) -> None:
+        """Nothing is left of the last rollout."""
         self.experience: Experience | None = None
         self.micro_batches: list[list[int]] = []
         self.micro_step = 0
         self.stepped = 0
         self.stepped_at = 0
         self.finished = -1
-        self.num_tokens = 0
-        self._logged: set[str] = set()
+        self.ahead = None
 
     # ── The four hooks to override ────────────────────────────────────────────────────────────────────────────────
 
@@ -157,11 +169,13 @@ class GRPOModule(RolloutModule):
             )
         elif begins:
             self.update_in_flight()
+        if not self.micro_batches:
+            self.prepare()
         if begins:
             self.open_window()
 
     def make_experience(self, batch: PromptBatch) -> None:
-        """Sample, reward and score one rollout, and cut it into micro-batches."""
+        """Sample and reward one rollout."""
         rollout, rewards = self.sample(batch)
         if self.rollout_ahead and not self.ends_with(batch):
             self.sample_ahead()
@@ -180,22 +194,33 @@ class GRPOModule(RolloutModule):
                 # one rollout ahead, an older policy sampled: its log-probs are the engine's
                 own = None if self.rollout_ahead else self.score(self.policy, rollout, everything)
         judged = rewards if reference is None else self.with_kl(rewards, rollout, own, reference)
-        experience = Experience(
+        self.micro_batches = []
+        self.experience = Experience(
             **vars(rollout),
             number=batch.rollout,
             rewards=rewards,
             advantages=self.compute_advantages(judged, rollout),
             ref_logprobs=reference,
         )
+        self.prepare(own, everything)
+
+    def prepare(self, logprobs: Tensor | None = None, scored: list[list[int]] | None = None) -> None:
+        """Cut the rollout into micro-batches, and score on them what the objective needs and is not there yet.
+
+        Args:
+            logprobs: [N, T] that the policy gave on the micro-batches ``scored``. None if it has not scored them.
+            scored: as `cut` gives them.
+        """
+        experience = self.experience
         one_pass = self.cut(experience, skip=self.skips_rows)
         updates = len(one_pass) // self.trainer.accumulate_grad_batches
         with self.window.timed("score"):
-            if self.objective.needs_old_logprobs(updates * self.num_iterations):
-                scored = own is not None and one_pass == everything
-                experience.old_logprobs = own if scored else self.score(self.policy, experience, one_pass)
-            if self.objective.kl_in_loss:
+            if experience.old_logprobs is None and self.objective.needs_old_logprobs(updates * self.num_iterations):
+                is_scored = logprobs is not None and one_pass == scored
+                experience.old_logprobs = logprobs if is_scored else self.score(self.policy, experience, one_pass)
+            if experience.ref_logprobs is None and self.objective.kl_in_loss:
                 experience.ref_logprobs = self.score_reference(experience, one_pass)
-        self.experience, self.micro_batches = experience, one_pass * self.num_iterations
+        self.micro_batches = one_pass * self.num_iterations
 
     def with_kl(self, rewards: Tensor, rollout: Rollout, logprobs: Tensor | None, ref_logprobs: Tensor) -> Tensor:
         """``rewards`` [N, R] and −β·KL to the reference as one more column.
@@ -316,6 +341,7 @@ class GRPOModule(RolloutModule):
             self.stop_unless_scaled_down(float(norm))
         self.window.mean("grad_norm", norm)
         self.grad_norm = float(norm)
+        self.in_optimizer = True
 
     def stop_unless_scaled_down(self, norm: float) -> None:
         """Raise for a gradient that is not finite, unless 16-mixed may have scaled the loss too far: its scaler then
@@ -369,7 +395,9 @@ class GRPOModule(RolloutModule):
 
     def commit(self) -> None:
         """An optimizer step is done: what came before it is not needed again."""
+        self.in_optimizer = False
         self.num_tokens += self.window_tokens
+        self.steps = self.trainer.global_step + 1
         self.stepped, self.stepped_at = self.micro_step, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         if self.micro_step == len(self.micro_batches):
             self.finished = self.experience.number
@@ -415,6 +443,10 @@ class GRPOModule(RolloutModule):
             ranks=self.data_ranks,
         )
         self._check_rows([*self.trainer.datamodule.train, *self.trainer.datamodule.validation])
+        if self.trainer.global_step == 0:
+            self._begin_anew()
+        else:
+            self._go_on_without_checkpoint()
 
     def _check_rows(self, prompts: Sequence[Prompt]) -> None:
         check_rows(self.rewards, [prompt.columns for prompt in prompts], [prompt.place for prompt in prompts])
@@ -427,9 +459,26 @@ class GRPOModule(RolloutModule):
         Inside an optimizer step, whose gradients no checkpoint holds, the step is left to be taken again as a whole.
         """
         super().on_save_checkpoint(checkpoint)
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        if self.micro_step != self.stepped:
-            rewind(checkpoint, self.trainer)
+        data = self.trainer.datamodule
+        if data is None or not data.state_dict():
+            return
+        if self.in_optimizer:
+            raise RunError(
+                "a checkpoint can't be saved while the optimizer changes the weights; save it after the step"
+            )
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        # Lightning counts an optimizer step, and moves its schedule, only some lines after the step was taken
+        uncounted = progress.total.processed < progress.total.ready == self.stepped_at
+        if uncounted:
+            unfinished = 0
+        elif self.micro_step != self.stepped:
+            unfinished = (progress.current.ready - 1) % self.trainer.accumulate_grad_batches + 1
+        else:
+            unfinished = progress.total.ready - progress.total.processed
+        position = Position.of(
+            self.trainer, unfinished=unfinished, steps=self.steps if uncounted else self.trainer.global_step
+        )
+        checkpoint[type(data).__qualname__] = data.state_dict(unfinished, draw_again=self.experience is None)
         following = (self.experience.number if self.experience else self.finished) + 1
         ahead = self.ahead if self.ahead and self.ahead.number == following else None
         mine = {"ahead": ahead and ahead.state_dict(wait=not self.trainer.interrupted)}
@@ -439,52 +488,108 @@ class GRPOModule(RolloutModule):
         if self.trainer.world_size > 1:
             ranks = [None] * self.trainer.world_size
             distributed.all_gather_object(ranks, mine)
+        checkpoint["global_step"], checkpoint["epoch"] = position.steps, position.epoch
         checkpoint["grpo"] = {
             "ranks": ranks,
-            "cut": self._cut(),
+            "layout": self._layout(),
+            "position": position.state_dict(),
             "micro_step": self.stepped,
-            # Lightning counts a step, and moves its schedule, only some lines after it was taken
-            "torn": progress.processed < progress.ready == self.stepped_at,
+            "schedule_due": uncounted,
             "num_tokens": self.num_tokens,
             "coefficients": self.coefficients.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the very micro-batch that was next."""
+        """In `fit`, go on with the very micro-batch that was next. Elsewhere, the weights are all that is taken."""
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint["grpo"]
-        if state["torn"]:
-            raise UserError(
-                "the checkpoint was saved in the instant after an optimizer step, before it was counted: it can't be "
-                "resumed exactly; resume from the one before"
-            )
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._begin_anew()
+        state, now = checkpoint["grpo"], self._layout()
         self.num_tokens = state["num_tokens"]
+        self._schedule_due = state["schedule_due"]
         self.coefficients.load_state_dict(state["coefficients"])
+        position = Position.from_state_dict(state["position"])
+        if state["layout"] != now:
+            factor = _micro_batches_a_prompt(now) / _micro_batches_a_prompt(state["layout"])
+            position = position.scaled(factor, multiple=self.trainer.accumulate_grad_batches)
+        position.write(checkpoint, self.trainer)
         ranks = state["ranks"]
-        in_rollout = "experience" in ranks[0]
-        changed = [f"{name} {was} → {now}" for name, was in state["cut"].items() if was != (now := self._cut()[name])]
-        if in_rollout and changed:
-            raise UserError(
-                f"the checkpoint was saved in the middle of a rollout and {', '.join(changed)} since: the rest of the "
-                "rollout can't be trained on as it was cut. Resume with the earlier values, or from a checkpoint "
-                "between two rollouts"
-            )
-        rank = self.trainer.global_rank
-        if in_rollout:
-            self.experience = Experience(**ranks[rank]["experience"])
-            self.micro_batches = ranks[rank]["micro_batches"]
-            self.micro_step = self.stepped = state["micro_step"]
+        if "experience" in ranks[0]:
+            self._take_up_rollout(state)
         ahead = [held["ahead"] for held in ranks]
-        if self.rollout_ahead and all(ahead) and len(ahead) == self.trainer.world_size:
+        rank = self.trainer.global_rank
+        fits = all(state["layout"][name] == now[name] for name in ("ranks", *FIXED_IN_A_ROLLOUT[:2]))
+        if self.rollout_ahead and all(ahead) and fits:
             self.ahead = Ahead.from_state_dict(ahead[rank])
             self.finished = self.ahead.number - 1
         elif any(ahead):
             log.warning("the rollout that the checkpoint holds sampled ahead doesn't fit this run; it is sampled again")
 
-    def _cut(self) -> dict[str, int]:
-        """What decides how a rollout is dealt out to micro-batches."""
+    def _take_up_rollout(self, state: dict[str, Any]) -> None:
+        """Go on inside a rollout, in other micro-batches or on another number of ranks where these were changed."""
+        was, now = state["layout"], self._layout()
+        changed = [f"{name} {was[name]} → {now[name]}" for name in FIXED_IN_A_ROLLOUT if was[name] != now[name]]
+        if changed:
+            raise UserError(
+                f"the checkpoint was saved in the middle of a rollout and {', '.join(changed)} since: the rest of the "
+                "rollout can't be trained on. Resume with the earlier values, or from a checkpoint between two rollouts"
+            )
+        rank = self.trainer.global_rank
+        held = [Experience(**mine["experience"]) for mine in state["ranks"]]
+        if was == now:
+            self.experience, self.micro_batches = held[rank], state["ranks"][rank]["micro_batches"]
+            self.micro_step = self.stepped = state["micro_step"]
+            return
+        trained = state["micro_step"] * was["micro_batch_size"] * was["ranks"]
+        window = now["micro_batch_size"] * now["ranks"] * now["trainer.accumulate_grad_batches"]
+        if trained % window:
+            raise UserError(
+                f"the checkpoint was saved in the middle of a rollout, after optimizer steps on {trained} of its "
+                f"completions; {trained} can't be divided into steps of micro_batch_size {now['micro_batch_size']} × "
+                f"trainer.accumulate_grad_batches {now['trainer.accumulate_grad_batches']} × {now['ranks']} ranks = "
+                f"{window} completions. Set them so that a step takes as many as before, "
+                f"{was['micro_batch_size'] * was['ranks'] * was['trainer.accumulate_grad_batches']}, or resume from a "
+                "checkpoint between two rollouts"
+            )
+        # the micro-batches are cut anew when training starts, once weights are there to score with
+        self.experience = redistribute(held, now["ranks"], self.num_generations)[rank]
+        self.micro_step = self.stepped = trained // (now["micro_batch_size"] * now["ranks"])
+
+    def _go_on_without_checkpoint(self) -> None:
+        """Begin a further `fit` of the same trainer, which may have stopped anywhere, at the last optimizer step."""
+        number = self.experience.number if self.experience else None
+        if self.trainer.datamodule.serve_again(number, self.stepped):
+            self.micro_step = self.stepped
+        else:
+            self._begin_between_rollouts()
+
+    def on_train_start(self) -> None:
+        """Move the schedule for a step that was taken and not yet counted when the checkpoint was saved."""
+        super().on_train_start()
+        if self._schedule_due:
+            self._schedule_due = False
+            for config in self.trainer.lr_scheduler_configs:
+                if config.interval == "step" and not config.reduce_on_plateau:
+                    self.lr_scheduler_step(config.scheduler, None)
+
+    def _layout(self) -> dict[str, int]:
+        """What decides how a rollout is divided into micro-batches."""
         return {
+            "data.prompts_per_rollout": self.trainer.datamodule.prompts_per_rollout,
+            "num_generations": self.num_generations,
+            "num_iterations": self.num_iterations,
             "ranks": self.trainer.world_size,
             "micro_batch_size": self.micro_batch_size,
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
         }
+
+
+FIXED_IN_A_ROLLOUT = ("data.prompts_per_rollout", "num_generations", "num_iterations")
+"""What can't change while a rollout is trained on; the rest of a layout can."""
+
+
+def _micro_batches_a_prompt(layout: dict[str, int]) -> Fraction:
+    """Micro-batches of one rank for each prompt of a rollout."""
+    completions = layout["num_generations"] * layout["num_iterations"]
+    return Fraction(completions, layout["micro_batch_size"] * layout["ranks"])

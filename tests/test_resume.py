@@ -60,12 +60,6 @@ def test_checkpoints_hold_nothing_but_plain_data_and_lora_only_its_adapter(tmp_p
     assert state["state_dict"] and all("lora" in name for name in state["state_dict"])
 
 
-def test_another_cut_in_the_middle_of_a_rollout_is_refused(tmp_path, tiny_model_path):
-    run(tmp_path, tiny_model_path, max_steps=2)
-    with pytest.raises(ValueError, match="micro_batch_size 8 → 4"):
-        run(tmp_path, tiny_model_path, resume="last", changes={"micro_batch_size": 4})
-
-
 def test_other_adapters_are_refused(tmp_path, tiny_model_path):
     run(tmp_path, tiny_model_path, changes={"lora": LoRA(rank=4, target_modules=["q_proj"])}, max_steps=2)
     with pytest.raises(ValueError, match=r"lacks .* adapter weights"):
@@ -106,7 +100,9 @@ class SaveAfterStep(GRPOModule):
 def test_a_checkpoint_saved_at_any_moment_goes_on_exactly(tmp_path, tiny_model_path):
     """Two rollouts of two optimizer steps of two micro-batches; the second resamples groups."""
     steps = 4
-    settings = {"rewards": [PrefixMatch(), checksum], "resampling_rounds": 1, "num_iterations": 1}
+    settings = {
+        "rewards": [PrefixMatch(), checksum], "resampling_rounds": 1, "lr_schedule": "linear", "warmup_steps": 2,
+    }  # fmt: skip
 
     def train(root, resume=None, folder=None):
         policy = module(tiny_model_path, kind=SaveAfterStep, **settings)
@@ -123,12 +119,9 @@ def test_a_checkpoint_saved_at_any_moment_goes_on_exactly(tmp_path, tiny_model_p
     saved = sorted(folder.iterdir())
     assert len(saved) == 2 * steps * 3 + steps
     for path in saved:
-        if "stepped" in path.name:
-            with pytest.raises(ValueError, match="saved in the instant after an optimizer step"):
-                train(tmp_path / path.stem, resume=str(path))
-            continue
-        step = int(path.name.partition("-")[0])
+        # Lightning counts a step only after the hook that takes it
+        step = int(path.name.partition("-")[0]) + ("stepped" in path.name)
         resumed, other = train(tmp_path / path.stem, resume=str(path))
-        for name in ("loss", "reward", "grad_norm", "num_tokens"):
+        for name in ("loss", "reward", "grad_norm", "num_tokens", "learning_rate"):
             assert resumed[name] == whole[name][step:], (path.name, name)
         assert largest_difference(other, ended) == 0, path.name

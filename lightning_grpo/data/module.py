@@ -144,6 +144,7 @@ class PromptDataModule(lightning.LightningDataModule):
         self.train: list[Prompt] = []
         self.validation: list[Prompt] = []
         self._tokenizer: Any = None
+        self._stream: Stream | None = None
 
     # Rows ---------------------------------------------------------------------------------------------------------
 
@@ -162,7 +163,7 @@ class PromptDataModule(lightning.LightningDataModule):
                 f"data.prompts_per_rollout is {self.prompts_per_rollout} and {len(self.train)} training prompts are "
                 f"left of {self.source!r}; set it to {len(self.train)} or less, or give more prompts"
             )
-        if self.trainer is None or self.trainer.global_step == 0:
+        if self.trainer is None or self.trainer.global_step == 0 or self._stream is None:
             self._stream = Stream(len(self.train), seed=self.seed, sampler=self.sampler)
 
     def _read(self) -> None:
@@ -317,18 +318,21 @@ class PromptDataModule(lightning.LightningDataModule):
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
-    def state_dict(self, unfinished: int | None = None) -> dict[str, Any]:
-        """The position, and what it is a position in.
+    def state_dict(self, unfinished: int | None = None, *, draw_again: bool = True) -> dict[str, Any]:
+        """The position, and what it is a position in. Empty if training was never set up.
 
         Args:
-            unfinished: how many of the batches served last are to be served again, out of the rollout as it was drawn.
-                None is a batch fetched and not yet trained, if there is one; a rollout that it begins is drawn again.
+            unfinished: how many of the batches served last are to be served again. None is a batch fetched and not yet
+                trained, if there is one.
+            draw_again: draw a rollout whose first batch is to be served again once more, and forget what was drawn and
+                observed since. False serves it as it was drawn.
         """
-        again = unfinished is None
-        if again and self.trainer is not None:
+        if self._stream is None:
+            return {}
+        if unfinished is None and self.trainer is not None:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             unfinished = progress.ready - progress.processed
-        position = self._stream.state_dict(unfinished or 0, draw_again=again)
+        position = self._stream.state_dict(unfinished or 0, draw_again=draw_again)
         return {"prompts": len(self.train), "fingerprint": self._fingerprint} | position
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -342,3 +346,16 @@ class PromptDataModule(lightning.LightningDataModule):
                 "tokenizer, or start from the checkpoint's weights alone"
             )
         self._stream.load_state_dict(state_dict)
+
+    def serve_again(self, rollout: int | None, step: int) -> bool:
+        """Serve ``rollout`` again from its ``step``-th micro-batch on, in a `fit` that goes on without a checkpoint.
+
+        False if that is not the rollout at hand: the one at hand, if it was begun, is then drawn again.
+        """
+        stream = self._stream
+        if rollout == stream.rollout:
+            stream.load_state_dict(stream.state_dict(stream.step - step, draw_again=False))
+            return True
+        if stream.step < stream.repeats:
+            stream.load_state_dict(stream.state_dict(stream.step))
+        return False

@@ -26,9 +26,10 @@ class Stream:
         self.repeats = 0
         self.rows: list[int] = []
         self.rates = torch.full((size,), torch.nan, dtype=torch.float32)
-        self._cursor = self._cursor_at_start = 0
+        self._cursor = 0
         self._observed: dict[int, float] = {}
         self._taken: set[int] = set()
+        self._before = self.state_dict()
 
     def advance(self, count: int, repeats: int) -> None:
         """Serve one more step: of the rollout at hand while it has been served less than ``repeats`` times, else of
@@ -37,20 +38,26 @@ class Stream:
         if not self.rows or self.step == self.repeats:
             self._begin(count)
             self.step, self.repeats = 0, repeats
-        if self.step and repeats != self.repeats:
-            raise UserError(
-                f"the checkpoint was saved within a rollout of {self.repeats} micro-batches, this run has {repeats}; "
-                "resume with the same batch sizes and number of ranks, or from a checkpoint between two rollouts"
-            )
-        self.repeats = repeats
+        if repeats != self.repeats:
+            self._divide_into(repeats)
         self.step += 1
 
     def _begin(self, count: int) -> None:
+        self._before = self.state_dict()
         self.rates = self._rates_observed()
         self._observed, self._taken = {}, set()
         self.rollout += 1
         self.rows = self.more(count)
-        self._cursor_at_start = self._cursor
+
+    def _divide_into(self, repeats: int) -> None:
+        """Go on at the same place of the rollout, which now takes ``repeats`` steps."""
+        step, between = divmod(self.step * repeats, self.repeats)
+        if between:
+            raise UserError(
+                f"the checkpoint was saved within a rollout of {self.repeats} micro-batches, this run has {repeats}; "
+                "resume with the same batch sizes and number of ranks, or from a checkpoint between two rollouts"
+            )
+        self.step, self.repeats = step, repeats
 
     def peek(self, count: int) -> list[int]:
         """The ``count`` rows that the next rollout begins with, if no more is drawn or observed in this one."""
@@ -87,17 +94,18 @@ class Stream:
     def state_dict(self, unfinished: int = 0, *, draw_again: bool = True) -> dict[str, Any]:
         """The position, ``unfinished`` steps before the last one served. Tensors, lists and numbers only.
 
-        Where that is the rollout's start, ``draw_again`` forgets what it drew further and observed.
+        If that is the rollout's start, ``draw_again`` gives the position before the rollout was drawn.
         """
         step = self.step - unfinished
-        keep = bool(step) or not draw_again
+        if unfinished and step == 0 and draw_again and self._before["rollout"] < self.rollout:
+            return self._before
         return {
             "rollout": self.rollout,
             "step": step,
             "repeats": self.repeats,
             "rows": list(self.rows),
-            "cursor": self._cursor if keep else self._cursor_at_start,
-            "observed": dict(self._observed) if keep else {},
+            "cursor": self._cursor,
+            "observed": dict(self._observed),
             "rates": self.rates.clone(),
         }
 
@@ -105,5 +113,6 @@ class Stream:
         self.rollout, self.step, self.repeats = state["rollout"], state["step"], state["repeats"]
         self.rows = list(state["rows"])
         self.rates = state["rates"].clone()
-        self._cursor = self._cursor_at_start = state["cursor"]
+        self._cursor = state["cursor"]
         self._observed, self._taken = dict(state["observed"]), set(self.rows)
+        self._before = dict(state)
