@@ -16,6 +16,7 @@ from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.decoding import buffered_cache, quick_decoding
 from lightning_grpo.rollout.sampling import draw, sampled_logprobs
 from lightning_grpo.rollout.seeds import uniform
+from lightning_grpo.rollout.stop import StopStrings
 from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Sampling
 
 
@@ -179,6 +180,7 @@ class HFEngine:
             # A padded place marks the prompt's last token, which is marked anyway.
             seen.scatter_(1, torch.where(mask.bool(), ids[fan_out], ids[fan_out, -1:]), True)
 
+        stop = StopStrings(self.tokenizer, sampling.stop)
         for step in range(max_tokens):
             logprobs = sampled_logprobs(logits, sampling, seen)
             uniforms = torch.tensor([uniform(row.seed, step) for row in rows], dtype=torch.float64)
@@ -187,7 +189,7 @@ class HFEngine:
             for row, token, logprob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
                 row.token_ids.append(token)
                 row.logprobs.append(logprob)
-                row.finish_reason = self._finish_reason(row, sampling.stop, max_tokens)
+                row.finish_reason = self._finish_reason(row, prompts[row.prompt_index], stop, max_tokens)
             if sum(row.finish_reason is None for row in rows) <= spare:
                 for row in rows:
                     row.finish_reason = row.finish_reason or "abort"
@@ -220,12 +222,9 @@ class HFEngine:
         )
         return output.logits[:, -1]
 
-    def _finish_reason(self, row: _Row, stop: Sequence[str], max_tokens: int) -> FinishReason | None:
-        if row.token_ids[-1] in self.eos_token_ids:
+    def _finish_reason(
+        self, row: _Row, prompt: Sequence[int], stop: StopStrings, max_tokens: int
+    ) -> FinishReason | None:
+        if row.token_ids[-1] in self.eos_token_ids or stop.end(prompt, row.token_ids):
             return "stop"
-        if stop:
-            # A stop string of n characters ends within the last n tokens, whatever the tokenizer.
-            tail = self.tokenizer.decode(row.token_ids[-max(map(len, stop)) :])
-            if any(s in tail for s in stop):
-                return "stop"
         return "length" if len(row.token_ids) == max_tokens else None
