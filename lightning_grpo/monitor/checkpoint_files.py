@@ -1,0 +1,154 @@
+"""Reading and writing checkpoint files: a file has its name only once it is complete, and one that can't be used is
+refused with the reason."""
+
+import errno
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from lightning_grpo.errors import RunError, UserError
+
+SET = "; set model.model to the one that it was trained from"
+PARTIAL = ".part"
+"""Ending of files that are being written, or that a run left behind which was killed."""
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes beside the final name and renames, so that neither a kill nor a full disk leaves half a checkpoint.
+
+    Lightning's own class holds the whole checkpoint in memory a second time, and moves it from the system's temporary
+    folder: between two file systems that is a copy, which may break off.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any | None = None
+    ) -> None:
+        """Write a file.
+
+        Raises:
+            RunError: the file can't be written. An earlier file of this name is as it was.
+        """
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        path = Path(path)
+        partial = path.with_name(f".{path.name}{PARTIAL}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:
+            remove(partial)
+            if (cause := write_error(error)) is None:
+                raise
+            raise RunError(f"the checkpoint {path} could not be written: {_reason(cause, path.parent)}") from error
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike,
+        map_location: Any = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a file.
+
+        Raises:
+            UserError: there is no such file, or it is no complete checkpoint of this package.
+        """
+        if "://" not in str(path):
+            require_checkpoint_file(str(path))
+        try:
+            checkpoint = super().load_checkpoint(path, map_location, weights_only)
+        except MemoryError:
+            raise
+        except Exception as error:  # torch raises nearly any, depending on what the bytes happen to be
+            raise UserError(
+                f"ckpt_path {path} can't be read as a checkpoint: it was cut off while being written or copied, or is "
+                f"another kind of file ({_first_line(error)}); name an earlier checkpoint"
+            ) from error
+        require_own_checkpoint(checkpoint, path)
+        return checkpoint
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if that is possible."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def require_checkpoint_file(path: str) -> None:
+    """Raise `UserError` unless ``path`` is a file that has content, or a folder of a sharded checkpoint."""
+    if not os.path.exists(path):
+        folder = os.path.dirname(path) or "."
+        found = sorted(name for name in os.listdir(folder) if name.endswith(".ckpt")) if os.path.isdir(folder) else []
+        there = f"{folder} has {', '.join(found[-5:])}" if found else f"{folder} has no .ckpt file"
+        raise UserError(f"ckpt_path {path} does not exist ({there}); name one that does, or last for the newest")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "meta.pt")):
+        raise UserError(f"ckpt_path {path} is a folder; name a .ckpt file in it, or last for the newest checkpoint")
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        raise UserError(f"ckpt_path {path} is an empty file; name an earlier checkpoint")
+
+
+def require_own_checkpoint(checkpoint: Any, path: str | os.PathLike) -> None:
+    """Raise `UserError` unless what was read is a checkpoint that this package saved."""
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"ckpt_path {path} holds a {type(checkpoint).__name__}, not a checkpoint of this package")
+    if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        raise UserError(
+            f"ckpt_path {path} holds bare weights, from which no run can be resumed; to start from them, save them as "
+            "a Hugging Face model folder and set model.model to it"
+        )
+    missing = [key for key in ("state_dict", "pytorch-lightning_version", "grpo") if key not in checkpoint]
+    if missing:
+        raise UserError(
+            f"ckpt_path {path} was not saved by a run of lightning_grpo (it has no {', '.join(missing)}); name a file "
+            "that lightning-grpo fit saved"
+        )
+
+
+def require_same_weights(own: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """Raise `UserError` unless a checkpoint holds the tensors of this model, by name and shape."""
+    for what, names in (("lacks", own.keys() - saved.keys()), ("has besides", saved.keys() - own.keys())):
+        if names:
+            raise UserError(
+                f"the checkpoint is another model's: it {what} {len(names)} tensors, such as {min(names)}{SET}"
+            )
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape:
+            shapes = f"{list(saved[name].shape)} there and {list(tensor.shape)} here"
+            raise UserError(f"the checkpoint is another model's: {name} is {shapes}{SET}")
+
+
+def write_error(error: BaseException | None) -> OSError | None:
+    """The `OSError` behind what torch raises when a file can't be written; None if it was something else."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _reason(error: OSError, folder: Path) -> str:
+    reason = os.strerror(error.errno)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free" if folder.is_dir() else ""
+        return f"{reason} ({free}). Free some, lower checkpoint.save_top_k, or set trainer.default_root_dir elsewhere"
+    return f"{reason}; set trainer.default_root_dir to a folder that can be written"
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds other Python objects than tensors and plain data, which are never read"
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= 120 else line[:117] + "..."

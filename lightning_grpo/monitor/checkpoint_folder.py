@@ -1,0 +1,90 @@
+"""Which folder a run's checkpoints go to: none that another run uses, or used."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from lightning_grpo.errors import UserError
+from lightning_grpo.monitor.checkpoint_files import PARTIAL, remove
+
+LOCK = ".lock"
+LAST = "last.ckpt"
+
+
+def family(base: Path) -> list[Path]:
+    """``base`` and its successors ``base-2``, ``base-3``, … as far as they exist; ``base`` itself in any case."""
+    numbers = (path.name.removeprefix(f"{base.name}-") for path in base.parent.glob(f"{base.name}-*") if path.is_dir())
+    return [base, *(base.with_name(f"{base.name}-{n}") for n in sorted(int(n) for n in numbers if n.isdecimal()))]
+
+
+def newest(base: Path) -> Path:
+    """The folder of the family whose last checkpoint was written last; ``base`` if there is none."""
+    written = {folder: (folder / LAST).stat().st_mtime for folder in family(base) if (folder / LAST).exists()}
+    return max(written, key=written.get, default=base)
+
+
+def unused(base: Path) -> Path:
+    """The first folder of the family, or the next one, that holds no checkpoint and is not in use."""
+    folders = family(base)
+    number = int(folders[-1].name.removeprefix(f"{base.name}-")) + 1 if len(folders) > 1 else 2
+    candidates = [*folders, base.with_name(f"{base.name}-{number}")]
+    return next(folder for folder in candidates if not any(folder.glob("*.ckpt")) and user_of(folder) is None)
+
+
+def user_of(folder: Path) -> str | None:
+    """The process that writes checkpoints to ``folder``, in words; None if there is none, or it has died."""
+    try:
+        file = (folder / LOCK).open("r+")
+    except OSError:
+        return None
+    with file:
+        # where locks are not supported, the process id alone decides
+        if _try_lock(file):
+            return None
+        words = file.read().split()
+        pid, host = int(words[0]) if words and words[0].isdecimal() else 0, words[1] if len(words) > 1 else "?"
+        if host == socket.gethostname() and (pid == os.getpid() or not psutil.pid_exists(pid)):
+            return None
+        return f"process {pid} on {host}"
+
+
+class FolderLock:
+    """Marks a folder as in use by this process until `release`; the system releases it if the process dies.
+
+    Raises:
+        UserError: another process uses the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if (user := user_of(folder)) is not None:
+            raise UserError(
+                f"{folder} is in use: {user} writes its checkpoints there. Wait until it ends, or set "
+                "trainer.default_root_dir to another folder"
+            )
+        self._file = (folder / LOCK).open("a+")
+        _try_lock(self._file)
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()} {socket.gethostname()}\n")
+        self._file.flush()
+        for partial in folder.glob(f".*{PARTIAL}"):
+            remove(partial)
+
+    def release(self) -> None:
+        """Let others use the folder. Safe to call twice."""
+        if not self._file.closed:
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self._file.close()
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
