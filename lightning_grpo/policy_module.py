@@ -4,7 +4,8 @@ Shapes: B prompts, N = B·G completions, R rewards, P prompt length, T completio
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal, Self
@@ -22,6 +23,7 @@ from lightning_grpo.data import Prompt, PromptBatch
 from lightning_grpo.errors import UserError
 from lightning_grpo.logprobs import completion_logprobs
 from lightning_grpo.model_checks import require_end_token
+from lightning_grpo.monitor.checkpoint_files import require_same_weights
 from lightning_grpo.monitor.metrics import Window, observe_completions, observe_rewards
 from lightning_grpo.policy import (
     LoRA,
@@ -45,6 +47,7 @@ from lightning_grpo.rollout import (
 )
 from lightning_grpo.rollout.callback import eos_token_ids, pad_id
 from lightning_grpo.rollout.seeds import rollout_seeds
+from lightning_grpo.stopping import abandonable
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +192,7 @@ class PolicyModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before a weight is loaded."""
+        self._build_optimizer([nn.Parameter(torch.zeros(1))])
         strategy = self.trainer.strategy
         if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
             raise UserError(
@@ -218,9 +222,19 @@ class PolicyModule(LightningModule):
                 f"{max(longest - self.max_completion_length, longest // 2)} or less"
             )
 
+    def _build_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        try:
+            optimizer = self.optimizer_factory(parameters)
+        except ValueError as error:
+            raise UserError(f"model.optimizer: {error}; set a value in its range") from error
+        for name, value in optimizer.defaults.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"model.optimizer.{name} is {value}; set a finite number")
+        return optimizer
+
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer over all trainable parameters, and its learning-rate schedule, one step at a time."""
-        optimizer = self.optimizer_factory(p for p in self.parameters() if p.requires_grad)
+        optimizer = self._build_optimizer(p for p in self.parameters() if p.requires_grad)
         lr = max(group["lr"] for group in optimizer.param_groups)
         if self.trainer.precision == "16-mixed" and optimizer.defaults.get("fused"):
             raise UserError(
@@ -407,8 +421,9 @@ class PolicyModule(LightningModule):
     def evaluate(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
         """Sample k completions of each held-out prompt and judge them, counting what they score."""
         k = self.validation_generations
-        rollout = self.generate(batch, k, self.validation_sampling, number=EVALUATION)
-        rewards = self.compute_rewards(rollout, batch)
+        with abandonable(self.trainer):
+            rollout = self.generate(batch, k, self.validation_sampling, number=EVALUATION)
+            rewards = self.compute_rewards(rollout, batch)
         # prompts that only fill up a rank's last batch count nowhere
         real = torch.tensor(batch.real).repeat_interleave(k)
         observe_rewards(self._held_out, rewards[real], self.reward_names, self.reward_weights)
@@ -472,6 +487,8 @@ class PolicyModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """With LoRA, take the base model as it was loaded, but insist on every adapter weight."""
+        if self.lora is None and self.device_mesh is None:
+            require_same_weights(self.state_dict(), checkpoint["state_dict"])
         if self.lora is not None:
             missing = {n for n, p in self.named_parameters() if p.requires_grad} - checkpoint["state_dict"].keys()
             if missing:

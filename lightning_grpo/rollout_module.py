@@ -16,6 +16,7 @@ from lightning_grpo.monitor.metrics import Window, observe_groups
 from lightning_grpo.objective import total_rewards
 from lightning_grpo.policy_module import PolicyModule
 from lightning_grpo.rollout import Rollout, RolloutCallback
+from lightning_grpo.stopping import abandonable
 
 
 class RolloutModule(PolicyModule):
@@ -97,14 +98,14 @@ class RolloutModule(PolicyModule):
     def _sample_once(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
         if self.ahead is not None:
             self.update_in_flight()
-            with self.window.timed("rollout"):
+            with self.window.timed("rollout"), abandonable(self.trainer):
                 rollout, self.ahead = self.ahead.take(batch), None
         else:
             with self.window.timed("sync"):
                 self.engine.sync()
-            with self.window.timed("rollout"):
+            with self.window.timed("rollout"), abandonable(self.trainer):
                 rollout = self.rollout(batch)
-        with self.window.timed("reward"):
+        with self.window.timed("reward"), abandonable(self.trainer):
             rewards = self.compute_rewards(rollout, batch)
             rollout.early_rewards = None  # they are among the rewards
         totals = total_rewards(rewards, self.reward_weights)

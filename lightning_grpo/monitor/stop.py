@@ -1,0 +1,91 @@
+"""Stops a run that was sent a signal between two micro-batches, with a checkpoint from which it can be resumed."""
+
+import logging
+import os
+
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_grpo import stopping
+from lightning_grpo.monitor.checkpoint import Checkpoint
+from lightning_grpo.stopping import Stopped
+
+log = logging.getLogger(__name__)
+
+
+class StopOnSignal(Callback):
+    """Leaves training when Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 arrives (see `lightning_grpo.stopping`).
+
+    Must stand before the callback that owns the engine, so that the checkpoint is written before anything is closed:
+    schedulers give a run a limited time to end.
+    """
+
+    def __init__(self) -> None:
+        self._training = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Pass signals on to the ranks that this process started."""
+        launcher = trainer.strategy.launcher
+        engines = (getattr(callback, "engine_args", None) or {} for callback in trainer.callbacks)
+        stopping.forward_to(
+            getattr(launcher, "procs", []),
+            ranks_independent=isinstance(trainer.strategy, DDPStrategy)
+            and all(settings.get("tensor_parallel_size", 1) == 1 for settings in engines),
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on there is something to save."""
+        stopping.install()
+        stopping.defer()
+        self._training = True
+        stopping.stop_if_asked(trainer)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning has just put its own handler in place."""
+        stopping.install()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning has just put its own handler in place."""
+        stopping.install()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning has just put its own handler in place."""
+        stopping.install()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning has just put its own handler in place."""
+        stopping.install()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Between two micro-batches."""
+        stopping.stop_if_asked(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last checkpoint is written by others."""
+        self._training = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save the present step. All ranks are here together."""
+        if not isinstance(exception, Stopped) or not self._training or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._training = False
+        exception.progress = f"{trainer.global_step} optimizer steps"
+        checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)), None)
+        if checkpoint is None or trainer.fast_dev_run:
+            return
+        try:
+            exception.saved = os.path.relpath(checkpoint.save(trainer))
+        except Exception as error:  # its cause is reported beside the reason why the run ended
+            exception.failure = error
+        if _is_requeued(trainer, exception.signum):
+            trainer._signal_connector._slurm_sigusr_handler_fn(exception.signum, None)
+
+
+def _is_requeued(trainer: Trainer, signum: int) -> bool:
+    """Whether SLURM sent the signal to have the job put into its queue again."""
+    environment = trainer._accelerator_connector.cluster_environment
+    is_slurm = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+    return is_slurm and signum == environment.requeue_signal

@@ -1,0 +1,202 @@
+"""Ctrl-C and the signals by which schedulers end a job: the first stops the run at a safe point, a second at once.
+
+A signal may arrive between any two lines, and on one rank before the others. It therefore only sets a flag while
+weights, the optimizer or a file are being written. `abandonable` marks work that changes nothing that a checkpoint
+holds: there it raises `Stopped` immediately. `stop_if_asked` is the point at which all ranks leave together.
+
+Imports nothing that takes time, since it is the first thing that a command runs.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+SAME_REQUEST = 1.0
+"""Seconds in which a repeated signal is the first one again: terminals and launchers both send it to every rank."""
+
+
+class Stopped(BaseException):
+    """The run was asked to stop by a signal.
+
+    No `Exception`, so that nothing that expects errors takes it for one.
+
+    Attributes:
+        signum: the signal.
+        saved: the checkpoint from which the run can be resumed, once one was saved.
+        failure: why no checkpoint could be saved.
+        progress: how far training got, in words.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {name_of(signum)}")
+        self.signum = signum
+        self.saved: str | None = None
+        self.failure: BaseException | None = None
+        self.progress: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """128 plus the signal's number, as shells report it: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signum
+
+
+def name_of(signum: int) -> str:
+    """The name of a signal for a message."""
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+
+
+class _State:
+    """What the signal handler knows. There is one per process, as there is one handler."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.since = 0.0
+        self.immediate = False
+        self.handlers: dict[int, Any] = {}
+        self.children: list[Any] = []
+        self.ranks_independent = True
+        self.group: Any = None
+
+
+_state = _State()
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Handle `SIGNALS` in this block, and raise `Stopped` immediately until training begins (`defer`).
+
+    Signals that the process was started to ignore (nohup, a shell's background job) stay ignored. Without effect
+    outside the main thread.
+    """
+    global _state
+    outer, _state = _state, _State()
+    if threading.current_thread() is threading.main_thread():
+        _state.handlers = {
+            signum: handler for signum in SIGNALS if (handler := signal.getsignal(signum)) is not signal.SIG_IGN
+        }
+    _state.immediate = True
+    install()
+    try:
+        yield
+    finally:
+        _state.immediate = False
+        for signum, handler in _state.handlers.items():
+            signal.signal(signum, handler)
+        _state = outer
+
+
+def install() -> None:
+    """Take the signals (again: Lightning puts a handler of its own in place for SIGTERM)."""
+    for signum in _state.handlers:
+        signal.signal(signum, _receive)
+
+
+def is_installed() -> bool:
+    """Whether this process handles signals here."""
+    return bool(_state.handlers)
+
+
+def defer() -> None:
+    """From now on, stop at safe points only: training has begun."""
+    _state.immediate = False
+
+
+def raise_immediately() -> None:
+    """From now on, stop anywhere: there is nothing to save."""
+    _state.immediate = is_installed()
+
+
+def forward_to(children: list[Any], *, ranks_independent: bool) -> None:
+    """Pass signals on to ``children``, the processes of other ranks that this one started.
+
+    Args:
+        children: `subprocess.Popen` objects.
+        ranks_independent: whether each rank samples and scores without waiting for the others.
+    """
+    _state.children, _state.ranks_independent = children, ranks_independent
+
+
+def _receive(signum: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if _state.asked:
+        if now - _state.since > SAME_REQUEST:
+            _say(f"{name_of(signum)} again: ending at once, without a checkpoint")
+            end_children(patience=0)
+            os._exit(128 + signum)
+        return
+    _state.asked, _state.since = signum, now
+    for child in _state.children:
+        with suppress(OSError):
+            child.send_signal(signum)
+    if _state.immediate:
+        raise Stopped(signum)
+    _say(f"{name_of(signum)}: saving a checkpoint at the next safe point; Ctrl-C again ends at once, without one")
+
+
+def _say(message: str) -> None:
+    # print is not safe inside a signal handler
+    if all(os.environ.get(rank, "0") == "0" for rank in ("LOCAL_RANK", "RANK", "SLURM_PROCID")):
+        os.write(2, f"{message}\n".encode())
+
+
+@contextmanager
+def abandonable(trainer: "Trainer") -> Iterator[None]:
+    """Work that a signal breaks off at once, as it changes nothing that a checkpoint holds. A point to stop at follows.
+
+    All ranks come here together. With several ranks the work is broken off only if each does it without the others
+    (`forward_to`): a rank that left would otherwise be waited for.
+    """
+    outer = _state.immediate
+    try:
+        if not _state.asked:
+            _state.immediate = is_installed() and (trainer.world_size == 1 or _state.ranks_independent)
+            try:
+                yield
+            finally:
+                _state.immediate = outer
+    except Stopped:
+        _state.immediate = outer
+    stop_if_asked(trainer)
+
+
+def stop_if_asked(trainer: "Trainer") -> None:
+    """Raise `Stopped` on all ranks if any of them received a signal. All ranks come here together."""
+    asked = _state.asked
+    if is_installed() and trainer.world_size > 1:
+        asked = _any_rank(asked)
+    if asked:
+        _state.asked, _state.since = asked, _state.since or time.monotonic()
+        raise Stopped(asked)
+
+
+def _any_rank(asked: int) -> int:
+    import torch
+    from torch import distributed
+
+    if _state.group is None:
+        # of its own and on CPUs: no GPU is waited for, and ranks may be far apart in sampling
+        _state.group = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+    flag = torch.tensor(asked)
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=_state.group)
+    return int(flag)
+
+
+def end_children(patience: float) -> None:
+    """End every process that this one started, and those that they started, after ``patience`` seconds."""
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    _, alive = psutil.wait_procs(children, timeout=patience) if patience else ([], children)
+    for child in alive:
+        with suppress(psutil.Error):
+            child.kill()
