@@ -343,7 +343,7 @@ class PromptDataModule(lightning.LightningDataModule):
             raise UserError(
                 f"the checkpoint was saved with {state_dict['prompts']} training prompts, and the {len(self.train)} "
                 f"that data.source = {self.source!r} now gives are not the same; restore the data options and the "
-                "tokenizer, or start from the checkpoint's weights alone"
+                "tokenizer, or start a new run without ckpt_path"
             )
         self._stream.load_state_dict(state_dict)
 

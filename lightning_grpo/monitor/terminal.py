@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -38,6 +39,14 @@ def figures(metrics: dict[str, Any]) -> str:
     seconds = {name: float(metrics.get(f"time/{name}", 0.0)) for name in PHASES}
     phases = [f"{name} {value:.1f}s" for name, value in seconds.items() if value >= 0.05]
     return "  ".join(shown) + "  │ " + " ".join(phases)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run's config and predictions lie: the first logger's folder, or the root if it has none.
+
+    All ranks come here together: Lightning broadcasts it.
+    """
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 class TerminalHandler(logging.StreamHandler):
@@ -141,7 +150,7 @@ class RunSummary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summary."""
-        log_dir = trainer.log_dir  # on every rank: it is broadcast
+        folder = run_folder(trainer)  # on every rank
         if not trainer.is_global_zero:
             return
         lines = [f"{trainer.global_step} optimizer steps, {pl_module.num_tokens:,} completion tokens"]
@@ -151,6 +160,5 @@ class RunSummary(Callback):
         checkpoint = trainer.checkpoint_callback
         if checkpoint is not None and (path := checkpoint.last_model_path or checkpoint.best_model_path):
             lines.append(f"checkpoint: {path}")
-        if log_dir:
-            lines.append(f"config and logs: {log_dir}")
+        lines.append(f"config and logs: {folder}")
         print("\n".join(lines))
