@@ -8,7 +8,7 @@ import functools
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -22,6 +22,15 @@ LONGEST = 2048
 
 # Arguments that change what is computed: by SDPA, or that other attentions heed.
 OTHERS = ("position_bias", "cache", "softcap", "s_aux")
+
+
+def attention_for(config: PreTrainedConfig, asked: str | None) -> str | None:
+    """The attention to load a causal language model with: ``asked``, except that `NAME` is None, transformers' own
+    choice, for a model that has no SDPA or can't be given an attention by name, such as Falcon."""
+    models = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
+    models = models if isinstance(models, tuple) else (models,)
+    takes = all(model._supports_sdpa and model._can_set_attn_implementation() for model in models)
+    return asked if takes or asked != NAME else None
 
 
 def attend(

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lightning_grpo.attention import NAME as ATTENTION
+from lightning_grpo.attention import attention_for
 from lightning_grpo.errors import UserError
 from lightning_grpo.model_checks import require_causal, require_complete, require_finite
 from lightning_grpo.model_files import loading_options, read_json, unreadable
@@ -119,7 +120,7 @@ def load_policy(
         lora: adapters to train instead of the whole weights.
         gradient_checkpointing: recompute activations in the backward pass.
         attn_implementation: transformers' name of the attention to use; by default its SDPA, but for what
-            `lightning_grpo.attention` does faster.
+            `lightning_grpo.attention` does faster, or transformers' choice for models that can't be given either.
         from_scratch: random weights by the folder's configuration instead of its checkpoint.
         seed: of the random weights and of a new adapter.
 
@@ -132,7 +133,7 @@ def load_policy(
     generation_config = load_generation_config(model, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        attention = {"dtype": DTYPES[dtype], "attn_implementation": attn_implementation}
+        attention = {"dtype": DTYPES[dtype], "attn_implementation": attention_for(config, attn_implementation)}
         if from_scratch:
             policy = AutoModelForCausalLM.from_config(config, **attention)
         else:

@@ -9,6 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lightning_grpo.attention import LONGEST, NAME, _multiplies_bfloat16, attend
 from lightning_grpo.logprobs import completion_logprobs
 from lightning_grpo.policy import LoRA, frozen_copy, load_policy
+from lightning_grpo.rollout.decoding import quick_decoding
 
 pytestmark = pytest.mark.skipif(not _multiplies_bfloat16(), reason="needs bfloat16 products")
 
@@ -175,6 +176,30 @@ def test_policy_and_reference_have_it_unless_another_is_asked_for(tiny_model_pat
     for chosen in ("sdpa", "eager"):
         policy = load_policy(tiny_model_path, lora=lora, attn_implementation=chosen)
         assert policy.config._attn_implementation == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("Falcon", {"num_hidden_layers": 2}, "sdpa"),
+        ("Bloom", {"n_layer": 2}, "eager"),
+        ("GptOss", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}, "eager"),
+    ],
+)
+def test_models_that_take_no_attention_by_name_have_their_own(tmp_path, name, settings, expected):
+    """Trained and sampled with it, the latter also where quick decoding is asked for."""
+    config = getattr(transformers, f"{name}Config")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config(**{k: SMALL[k] for k in SMALL} | settings))
+    model.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path)).eval()
+    assert policy.config._attn_implementation == expected
+    ids, mask = torch.arange(8).view(2, 4), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    with torch.no_grad():
+        plain = policy(input_ids=ids, attention_mask=mask).logits
+        with quick_decoding(policy):
+            quick = policy(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(quick[1], plain[1]) and torch.equal(quick[0, 1:], plain[0, 1:])
 
 
 def test_its_name_is_not_saved_with_a_checkpoint(tiny_model_path, tmp_path):

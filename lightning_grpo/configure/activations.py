@@ -17,6 +17,8 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.integrations import moe
 
+from lightning_grpo.attention import NAME as ATTENTION
+from lightning_grpo.attention import attention_for
 from lightning_grpo.configure.shape import ModelShape, with_layers
 from lightning_grpo.configure.workload import Workload
 
@@ -67,12 +69,10 @@ def _kept(shape: ModelShape, layers: int, rows: int, prompts: int, P: int, T: in
         return sum(saved.values())
 
 
-def _build(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> nn.Module:
-    """With eager attention if the architecture has no other."""
-    try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except ValueError:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+def _build(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> nn.Module:
+    """With the model's own attention if it takes none by name."""
+    attention = attention if attention_for(config, ATTENTION) else None
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo.attention import NAME as ATTENTION
+from lightning_grpo.attention import attention_for
 from lightning_grpo.configure.cost import Efficiency, decode_seconds
 from lightning_grpo.configure.devices import Hardware
 from lightning_grpo.configure.workload import Workload
@@ -36,9 +37,9 @@ class Measured:
 def random_policy(w: Workload, device: torch.device | str) -> nn.Module:
     """The model of ``w`` with random weights, ready to be trained."""
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            w.shape.config, dtype=getattr(torch, w.dtype), attn_implementation=ATTENTION
-        )
+        config, dtype = w.shape.config, getattr(torch, w.dtype)
+        attention = attention_for(config, ATTENTION)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if w.lora_rank:
         targets = w.lora_targets if isinstance(w.lora_targets, str) else list(w.lora_targets)
         model = get_peft_model(model, LoraConfig(r=w.lora_rank, target_modules=targets, task_type="CAUSAL_LM"))

@@ -89,11 +89,14 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def quick_decoding(model: nn.Module) -> Iterator[None]:
     """Let ``model`` attend with `attend` where it would use SDPA, and cast its weights once, not for each token.
 
+    A model such as Falcon, which isn't given its attention by name, keeps its own.
+
     To be entered under the autocast that the model runs in, where there is one.
     """
     config = model.config.get_text_config()
     own, cached = config._attn_implementation, torch.is_autocast_cache_enabled()
-    config._attn_implementation = NAME if str(own).startswith("sdpa") else own
+    if str(own).startswith("sdpa") and model._can_set_attn_implementation():
+        config._attn_implementation = NAME
     torch.set_autocast_cache_enabled(True)
     try:
         yield
