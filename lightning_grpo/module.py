@@ -316,14 +316,22 @@ class GRPOModule(RolloutModule):
         return loss
 
     def coefficient_ahead(self, experience: Experience, sizes: dict[str, float]) -> Tensor | None:
-        """∂loss/∂log-prob [n, T] before the forward pass, where the log-probs have no part in it (ratio 1, no KL).
+        """∂loss/∂log-prob [n, T] before the forward pass, if the log-probs have no part in it (ratio 1, no KL).
 
-        The kernel finds the head's gradients in the forward pass with it, after comparing it with the true gradient.
+        The kernel finds the head's gradients in the forward pass with it, and compares it with the true gradient in the
+        backward. It is taken at the engine's log-probs, which those of the policy are near, and a little beside them:
+        a surrogate may look at the log-probs themselves, as DPPO's trust region does.
         """
         if self.loss_is_overridden or experience.old_logprobs is not None or not self.objective.constant_on_policy:
             return None
+        near = experience.rollout_logprobs.nan_to_num()
+        here, beside = (self._loss_gradient(logprobs, experience, sizes) for logprobs in (near, near - 0.01))
+        return here if torch.allclose(here, beside, rtol=1e-5, atol=0) else None
+
+    def _loss_gradient(self, logprobs: Tensor, experience: Experience, sizes: dict[str, float]) -> Tensor:
+        """∂loss/∂log-prob [n, T] at ``logprobs``, without the entropy."""
         with torch.enable_grad():
-            logprobs = torch.zeros_like(experience.rollout_logprobs).requires_grad_()
+            logprobs = logprobs.detach().requires_grad_()
             loss, _ = self.compute_loss(logprobs, torch.zeros_like(logprobs), experience, **sizes)
             return torch.autograd.grad(loss, logprobs)[0]
 

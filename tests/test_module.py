@@ -10,7 +10,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from lightning_grpo import GRPOModule, PromptDataModule
+from lightning_grpo.kernels import linear
 from lightning_grpo.objective import ObjectiveConfig
+from lightning_grpo.objective.presets import PRESETS
+from lightning_grpo.objective.surrogate import Surrogate
 from lightning_grpo.policy import LoRA
 from lightning_grpo.rewards import FunctionReward, PrefixMatch, Reward
 from lightning_grpo.rollout import Sampling
@@ -35,6 +38,28 @@ def test_gradient_does_not_depend_on_the_cut_into_micro_batches(tmp_path, tiny_m
     assert moved > 1e-5
     assert largest_difference(ends[0], ends[1]) < 1e-4 * moved
     assert largest_difference(ends[0], ends[2]) < 1e-4 * moved
+
+
+class Squared(Surrogate):
+    """A loss whose gradient follows the log-probs, at every ratio."""
+
+    def __call__(self, terms):
+        return terms.advantages * terms.logprobs.square()
+
+
+@pytest.mark.parametrize(
+    ("objective", "known"),
+    [*[({"loss_type": name}, True) for name in PRESETS], ({"surrogate": Squared()}, False)],
+    ids=[*PRESETS, "of one's own"],
+)
+def test_a_coefficient_known_ahead_is_used(tmp_path, tiny_model_path, monkeypatch, objective, known):
+    """In each micro-batch, or not computed at all."""
+    used = []
+    multiple = linear._multiple
+    monkeypatch.setattr(linear, "_multiple", lambda *c: used.append(multiple(*c)) or used[-1])
+    policy = module(tiny_model_path, objective=ObjectiveConfig(beta=0.0, **objective))
+    fit(tmp_path, policy, steps=1)
+    assert (len(used) > 0 and None not in used) if known else used == []
 
 
 def parameters_at_start(model):

@@ -139,7 +139,7 @@ def _multiple(c: Tensor, coefficient: Tensor) -> float | None:
     """s where c = s·coefficient, to rounding; else None."""
     if not len(c):
         return None
-    scale = (c * coefficient).sum() / coefficient.square().sum()
+    scale = (c * coefficient).sum() / coefficient.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
     same = torch.isfinite(scale) & ((c - scale * coefficient).abs() <= 1e-6 * c.abs().amax()).all()
     scale, same = torch.stack([scale, same.to(scale.dtype)]).tolist()
     return scale if same else None
