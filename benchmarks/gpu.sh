@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Everything that one GPU can show of this package in eight minutes, on a machine that has Python, torch and Triton:
+#
+#     benchmarks/gpu.sh gather            # where there is a network: wheels into build/gpu_wheels, about 20 MB
+#     benchmarks/gpu.sh [OPTION ...]      # on the GPU machine, with build/gpu_wheels beside it; --help lists options
+#
+# Installs nothing, and no torch: the wheels are unpacked into a temporary folder. Without a GPU it runs as far as a CPU can.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+WHEELS=build/gpu_wheels
+PYTHON=${PYTHON:-python3}
+
+if [ "${1:-}" = gather ]; then
+    # For the GPU machine's Python, in the versions of requirements/cpu.txt; the last four are for the peers.
+    version_of() { grep -iE "^$1==" requirements/cpu.txt; }
+    "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version "${2:-3.12}" --dest "$WHEELS" \
+        $(for name in jsonargparse docstring_parser typeshed_client lightning lightning-utilities torchmetrics \
+            transformers peft datasets dill multiprocess; do version_of "$name"; done) trl==1.16.0 liger_kernel==0.8.5
+    du -sh "$WHEELS"
+    exit
+fi
+
+SITE=$(mktemp -d)
+trap 'rm -rf "$SITE"' EXIT
+for wheel in "$WHEELS"/*.whl; do
+    [ -e "$wheel" ] && "$PYTHON" -m zipfile -e "$wheel" "$SITE"
+done
+export PYTHONPATH="$PWD:$PWD/benchmarks:$SITE" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+"$PYTHON" benchmarks/gpu_stages.py "$@"
