@@ -13,6 +13,24 @@ ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 PATIENCE = 20.0
 
 
+HELP = """usage: lightning-grpo SUBCOMMAND ...
+
+Group Relative Policy Optimization of language models.
+
+  fit         train a policy
+  validate    sample held-out prompts and report their rewards
+  test        the same, for a final figure
+  predict     sample completions and write them to a file
+  configure   choose hyperparameters for a task, a model and a GPU; predict memory, time and cost
+
+  lightning-grpo fit --config configs/smoke.yaml       a run of half a minute
+  lightning-grpo SUBCOMMAND --help                     the options
+  lightning-grpo fit --model.help                      those of the model; likewise --data.help
+
+Every option can stand in a YAML file (--config), on the command line, and in the environment
+(LIGHTNING_GRPO_FIT__TRAINER__MAX_STEPS)."""
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line ``args``; those of the process where None.
 
@@ -41,6 +59,9 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP)
+        raise SystemExit(0 if args else 2)
     if args[:1] == ["configure"]:
         from lightning_grpo.configure import command as configure
 
