@@ -70,6 +70,7 @@ class Checkpoint(ModelCheckpoint):
         self._base = self.dirpath and Path(self.dirpath)
         self._resumes = False
         self._lock: FolderLock | None = None
+        self._claimed: Path | None = None
         self._saved_at = 0.0
         self._step = 0
         self._unranked: str | None = None
@@ -119,9 +120,11 @@ class Checkpoint(ModelCheckpoint):
 
     def _claim(self, trainer: Trainer) -> None:
         folder = Path(self.dirpath)
-        if trainer.fast_dev_run or (self._lock is not None and self._lock.folder == folder):
+        # the same on all ranks, though the first one alone holds the lock
+        if trainer.fast_dev_run or self._claimed == folder:
             return
         self._release()
+        self._claimed = folder
         refusal = None
         if trainer.is_global_zero:
             try:
@@ -137,7 +140,7 @@ class Checkpoint(ModelCheckpoint):
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
+        self._lock = self._claimed = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let others use the folder."""
