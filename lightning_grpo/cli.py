@@ -6,7 +6,7 @@ import shlex
 import sys
 
 from lightning_grpo.errors import ReportedError
-from lightning_grpo.stopping import Stopped, end_children, name_of, stop_on_signals
+from lightning_grpo.stopping import Stopped, end_children, is_first_rank, name_of, stop_on_signals
 
 ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 """What the machine refuses, whatever a program does."""
@@ -45,7 +45,8 @@ def main(args: list[str] | None = None) -> None:
         with stop_on_signals():
             _run(given)
     except Stopped as stop:
-        print("\n".join(farewell(stop, given)), file=sys.stderr)
+        if is_first_rank():
+            print("\n".join(farewell(stop, given)), file=sys.stderr)
         if args is None:
             end_children(PATIENCE)
         # a rank that ended with an error would have Lightning kill the first one

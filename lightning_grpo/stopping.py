@@ -145,8 +145,13 @@ def _receive(signum: int, frame: FrameType | None) -> None:
 
 def _say(message: str) -> None:
     # print is not safe inside a signal handler
-    if all(os.environ.get(rank, "0") == "0" for rank in ("LOCAL_RANK", "RANK", "SLURM_PROCID")):
+    if is_first_rank():
         os.write(2, f"{message}\n".encode())
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one of its ranks that talks, as far as launchers say before Lightning does."""
+    return all(os.environ.get(rank, "0") == "0" for rank in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
 
 
 @contextmanager
