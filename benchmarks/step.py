@@ -197,7 +197,7 @@ def run_ours(job: dict, clock: Clock) -> dict:
             if trainer.global_step > len(clock.steps):
                 clock.step()
                 norms.append(float(trainer.callback_metrics["grad_norm"]))
-                trained.append(int(trainer.callback_metrics["num_tokens"]) - sum(trained))
+                trained.append(int(trainer.callback_metrics["completion_tokens"]) - sum(trained))
 
     class Timed(GRPOModule):
         def rollout(self, batch):

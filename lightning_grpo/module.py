@@ -93,6 +93,7 @@ class GRPOModule(RolloutModule):
         """The state of a run that has not begun."""
         self.coefficients = Coefficients(self.objective)
         self.num_tokens = 0
+        self.completion_tokens = 0
         self.in_optimizer = False
         self._schedule_due = False
         self._logged: set[str] = set()
@@ -293,12 +294,14 @@ class GRPOModule(RolloutModule):
         age = (self.trainer.global_step - experience.versions[rows])[mask]
         self.window.mean("staleness", age)
         self.window.add({"staleness_max": Max(age.amax())})
-        counts = torch.stack([self.objective.loss_mask(mask, truncated).sum(), mask.sum()]).to(self.device)
-        self.loss_tokens, self.window_tokens = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        counts = [self.objective.loss_mask(mask, truncated).sum(), mask.sum(), experience.prompt_mask[rows].sum()]
+        counts = self.trainer.strategy.reduce(torch.stack(counts).to(self.device), reduce_op="sum")
+        self.loss_tokens, self.window_tokens, self.window_prompt_tokens = counts.tolist()
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """The loss of the next micro-batch."""
         experience = self.experience.rows(self.micro_batches[self.micro_step], self.device)
+        counted = self.without_fillers(experience) if self.skips_rows else experience
         sizes = {
             "num_tokens": self.loss_tokens / (self.trainer.accumulate_grad_batches * self.data_ranks),
             "num_sequences": self.micro_batch_size,
@@ -307,13 +310,19 @@ class GRPOModule(RolloutModule):
             self.policy,
             experience,
             entropy_grad=self.objective.needs_entropy_grad,
-            coefficient=self.coefficient_ahead(experience, sizes),
+            coefficient=self.coefficient_ahead(counted, sizes),
         )
-        loss, metrics = self.compute_loss(logprobs, entropy, experience, **sizes)
+        loss, metrics = self.compute_loss(logprobs, entropy, counted, **sizes)
         self.window.add(metrics)
         self.window.add({"loss": Sum(loss.detach(), torch.tensor(1))})
         self.micro_step += 1
         return loss
+
+    def without_fillers(self, experience: Experience) -> Experience:
+        """``experience`` with no tokens in the rows that only fill a micro-batch which would be empty: they add nothing
+        to the gradient, and nothing to metrics."""
+        matters = (experience.advantages != 0).view(len(experience), -1).any(1, keepdim=True)
+        return replace(experience, completion_mask=experience.completion_mask & matters)
 
     def coefficient_ahead(self, experience: Experience, sizes: dict[str, float]) -> Tensor | None:
         """∂loss/∂log-prob [n, T] before the forward pass, if the log-probs have no part in it (ratio 1, no KL).
@@ -393,7 +402,15 @@ class GRPOModule(RolloutModule):
         self.commit()
         self.window.stop_clock()
         self.window.add({"memory/gib": Max(torch.tensor(memory_in_use(self.device), dtype=torch.float64))})
-        values = self.window.reduce() | {"learning_rate": rate, "num_tokens": float(self.num_tokens)}
+        values = (
+            self.window.reduce()
+            | self.coefficients.adaptive
+            | {
+                "learning_rate": rate,
+                "num_tokens": float(self.num_tokens),
+                "completion_tokens": float(self.completion_tokens),
+            }
+        )
         self.coefficients.step(kl=values.get("kl"), entropy=values.get("entropy"))
         values["tokens_per_second"] = self.window_tokens / values["step_time"]
         # Lightning repeats the last value of what is not logged; what has no value in this step says so
@@ -404,8 +421,11 @@ class GRPOModule(RolloutModule):
     def commit(self) -> None:
         """An optimizer step is done: what came before it is not needed again."""
         self.in_optimizer = False
-        self.num_tokens += self.window_tokens
         self.steps = self.trainer.global_step + 1
+        if self.micro_step * self.num_iterations <= len(self.micro_batches):
+            # in later passes over the rollout they are not new
+            self.num_tokens += self.window_tokens + self.window_prompt_tokens
+        self.completion_tokens += self.window_tokens
         self.stepped, self.stepped_at = self.micro_step, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         if self.micro_step == len(self.micro_batches):
             self.finished = self.experience.number
@@ -504,6 +524,7 @@ class GRPOModule(RolloutModule):
             "micro_step": self.stepped,
             "schedule_due": uncounted,
             "num_tokens": self.num_tokens,
+            "completion_tokens": self.completion_tokens,
             "coefficients": self.coefficients.state_dict(),
         }
 
@@ -515,6 +536,7 @@ class GRPOModule(RolloutModule):
         self._begin_anew()
         state, now = checkpoint["grpo"], self._layout()
         self.num_tokens = state["num_tokens"]
+        self.completion_tokens = state["completion_tokens"]
         self._schedule_due = state["schedule_due"]
         self.coefficients.load_state_dict(state["coefficients"])
         position = Position.from_state_dict(state["position"])

@@ -418,12 +418,16 @@ class PolicyModule(LightningModule):
     def on_predict_batch_start(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.engine.expect_writes()
 
-    def evaluate(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
-        """Sample k completions of each held-out prompt and judge them, counting what they score."""
-        k = self.validation_generations
+    def judge_held_out(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
+        """k completions of each held-out prompt, and their rewards."""
         with abandonable(self.trainer):
-            rollout = self.generate(batch, k, self.validation_sampling, number=EVALUATION)
-            rewards = self.compute_rewards(rollout, batch)
+            rollout = self.generate(batch, self.validation_generations, self.validation_sampling, number=EVALUATION)
+            return rollout, self.compute_rewards(rollout, batch)
+
+    def evaluate(self, batch: PromptBatch) -> None:
+        """Judge completions of held-out prompts and count what they score."""
+        k = self.validation_generations
+        rollout, rewards = self.judge_held_out(batch)
         # prompts that only fill up a rank's last batch count nowhere
         real = torch.tensor(batch.real).repeat_interleave(k)
         observe_rewards(self._held_out, rewards[real], self.reward_names, self.reward_weights)
@@ -432,7 +436,6 @@ class PolicyModule(LightningModule):
         self._held_out.mean("pass@1", right)
         if k > 1:
             self._held_out.mean(f"pass@{k}", right.any(1))
-        return rollout, rewards
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Evaluate one batch of held-out prompts."""
@@ -444,7 +447,7 @@ class PolicyModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record a completion: prompt, completion, rewards, whether it was cut off."""
-        rollout, rewards = self.evaluate(batch)
+        rollout, rewards = self.judge_held_out(batch)
         k = self.validation_generations
         pairs = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
         completions = self.decode([ids[mask].tolist() for ids, mask in pairs])
@@ -462,6 +465,14 @@ class PolicyModule(LightningModule):
             )
             if batch.real[n // k]
         ]
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting anew, whatever an interrupted evaluation left."""
+        self._held_out = Window()
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting anew, whatever an interrupted evaluation left."""
+        self._held_out = Window()
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all ranks under ``val/``."""

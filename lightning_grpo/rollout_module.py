@@ -12,7 +12,7 @@ from lightning_grpo.ahead import Ahead
 from lightning_grpo.data import PromptBatch
 from lightning_grpo.dynamic_sampling import flat_groups, replace_groups
 from lightning_grpo.errors import UserError
-from lightning_grpo.monitor.metrics import Window, observe_groups
+from lightning_grpo.monitor.metrics import Total, Window, observe_groups
 from lightning_grpo.objective import total_rewards
 from lightning_grpo.policy_module import PolicyModule
 from lightning_grpo.rollout import Rollout, RolloutCallback
@@ -84,6 +84,7 @@ class RolloutModule(PolicyModule):
         """Completions and their rewards [N, R]; groups without spread replaced, as far as asked."""
         G, data = self.num_generations, self.trainer.datamodule
         rollout, rewards = self._sample_once(batch)
+        observe_groups(self.window, total_rewards(rewards, self.reward_weights), G)
         for _ in range(self.resampling_rounds):
             flat = flat_groups(total_rewards(rewards, self.reward_weights), G).nonzero().flatten().tolist()
             missing = int(self.trainer.strategy.reduce(torch.tensor(len(flat), device=self.device), reduce_op="sum"))
@@ -109,8 +110,7 @@ class RolloutModule(PolicyModule):
             rewards = self.compute_rewards(rollout, batch)
             rollout.early_rewards = None  # they are among the rewards
         totals = total_rewards(rewards, self.reward_weights)
-        observe_groups(self.window, totals, self.num_generations)
-        self.window.mean("rollout_tokens", rollout.completion_mask.sum())
+        self.window.add({"rollout_tokens": Total(rollout.completion_mask.sum())})
         self.trainer.datamodule.observe(batch.prompt_indices, totals.view(len(batch), -1).nanmean(1))
         return rollout, rewards
 
@@ -127,6 +127,13 @@ class RolloutModule(PolicyModule):
         if self.in_flight_updates and self.trainer.strategy.reduce_boolean_decision(samples, all=False):
             with self.window.timed("sync"):
                 self.engine.sync(in_flight=True)
+
+    def on_validation_start(self) -> None:
+        """Validation inside an optimizer step is no part of its time."""
+        self.window.pause()
+
+    def on_validation_end(self) -> None:
+        self.window.go_on()
 
     def setup(self, stage: str) -> None:
         """Check that the engine can do beside the update what is asked of it."""

@@ -1,11 +1,12 @@
 """Metrics are true means: over elements, not over batches of them."""
 
 import math
+import time
 
 import pytest
 import torch
 
-from lightning_grpo.monitor.metrics import Spread, Window, observe_completions, observe_groups, observe_rewards
+from lightning_grpo.monitor.metrics import Spread, Total, Window, observe_completions, observe_groups, observe_rewards
 from lightning_grpo.monitor.terminal import figures, held_out_figures
 from lightning_grpo.objective import Max, Min, Percentile99, Sum
 
@@ -79,7 +80,30 @@ def test_completions_and_rewards():
     assert values["reward"] == pytest.approx(2 / 3)
     assert values["rewards/two/mean"] == 2 and values["rewards/two/std"] == 0
     assert values["frac_reward_zero_std"] == 0.5
-    assert values["reward_std"] == pytest.approx(0.5 * math.sqrt(0.5))
+    assert values["group_reward_std"] == pytest.approx(0.5 * math.sqrt(0.5))
+    # TRL's: of all completions, 1, 1 and 0
+    assert values["reward_std"] == pytest.approx(math.sqrt(1 / 3))
+
+
+def test_totals_add_up():
+    window = Window()
+    window.add({"tokens": Total(torch.tensor(3))})
+    window.add({"tokens": Total(torch.tensor(4))})
+    assert window.reduce() == {"tokens": 7.0}
+
+
+def test_a_paused_clock_stands_still(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    window = Window()
+    now[0] += 2
+    window.pause()
+    now[0] += 1000
+    window.go_on()
+    window.go_on()
+    now[0] += 3
+    window.stop_clock()
+    assert window.reduce() == {"time/update": 5.0, "step_time": 5.0}
 
 
 def test_what_a_person_is_shown():

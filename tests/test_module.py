@@ -1,22 +1,25 @@
 """The algorithm under a real Trainer: what the update must not depend on, what it logs, what it refuses."""
 
 import math
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from fitting import data, fit, largest_difference, module, parameters
+from fitting import checksum, data, fit, largest_difference, module, parameters
 from lightning import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from lightning_grpo import GRPOModule, PromptDataModule
 from lightning_grpo.kernels import linear
-from lightning_grpo.objective import ObjectiveConfig
+from lightning_grpo.monitor import metrics
+from lightning_grpo.objective import AdaptiveBeta, AdaptiveEntropy, ObjectiveConfig
 from lightning_grpo.objective.presets import PRESETS
 from lightning_grpo.objective.surrogate import Surrogate
 from lightning_grpo.policy import LoRA
 from lightning_grpo.rewards import FunctionReward, PrefixMatch, Reward
-from lightning_grpo.rollout import Sampling
+from lightning_grpo.rollout import HFRollout, Sampling
 
 GLOBAL = ["grpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo"]
 
@@ -109,7 +112,7 @@ def test_same_seed_same_run(tmp_path, tiny_model_path):
 
 
 def test_several_updates_and_passes_a_rollout_start_at_ratio_one(tmp_path, tiny_model_path):
-    policy = module(tiny_model_path, num_iterations=2)
+    policy = module(tiny_model_path, num_iterations=2, rewards=[checksum])
     record = fit(tmp_path, policy, steps=5, accumulate=2)  # two updates a pass, two passes a rollout
     extremes = [(low, high) for low, high in zip(record["ratio/min"], record["ratio/max"], strict=True)]
     assert extremes[0] == (1, 1) and extremes[4] == (1, 1)
@@ -158,6 +161,7 @@ def test_true_means_over_the_window(tmp_path, tiny_model_path):
     class Spy(GRPOModule):
         def compute_loss(self, logprobs, entropy, experience, **sizes):
             mask = experience.completion_mask
+            self.prompt_tokens = getattr(self, "prompt_tokens", 0) + experience.prompt_mask.sum()
             seen.append((float(entropy[mask].sum()), int(mask.sum()), experience.rewards.sum().item()))
             return super().compute_loss(logprobs, entropy, experience, **sizes)
 
@@ -169,7 +173,9 @@ def test_true_means_over_the_window(tmp_path, tiny_model_path):
     assert len(seen) == 4
     assert step["entropy"] == pytest.approx(entropy / tokens, rel=1e-5)
     assert step["reward"] == pytest.approx(rewards / 32, rel=1e-5)
-    assert step["num_tokens"] == tokens == round(step["completions/mean_length"] * 32)
+    assert step["completion_tokens"] == tokens == round(step["completions/mean_length"] * 32)
+    # every letter is a token, and each of the eight prompts is seen once per completion
+    assert step["num_tokens"] == tokens + int(policy.prompt_tokens)
     assert {"loss", "grad_norm", "learning_rate", "step_time", "tokens_per_second", "reward_std"} <= step.keys()
     assert {"time/sync", "time/rollout", "time/reward", "time/score", "time/update"} <= step.keys()
     assert step["sampling/sampling_logp_difference/max"] < 1e-4
@@ -333,3 +339,130 @@ def test_advantages_may_differ_from_token_to_token(tmp_path, tiny_model_path):
         ends.append((record["loss"], parameters(policy)))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-6)
     assert largest_difference(ends[0][1], ends[1][1]) < 1e-7
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])
+def test_metrics_do_not_depend_on_the_cut_into_micro_batches(tmp_path, tiny_model_path, loss_type):
+    seen = []
+    for micro_batch_size, accumulate in [(32, 1), (8, 4), (1, 32)]:
+        policy = module(
+            tiny_model_path,
+            rewards=[one_group_differs],
+            micro_batch_size=micro_batch_size,
+            objective=ObjectiveConfig(loss_type=loss_type, beta=0.0),
+        )
+        step = fit(tmp_path, policy, steps=1, accumulate=accumulate).steps[0]
+        seen.append({name: value for name, value in step.items() if "time" not in name and name != "memory/gib"})
+    assert seen[0]["entropy"] > 1
+    for other in seen[1:]:
+        for name in seen[0].keys() - {"loss", "tokens_per_second"}:  # a mean over micro-batches, and a speed
+            assert other[name] == pytest.approx(seen[0][name], rel=2e-5, abs=3e-6, nan_ok=True), name
+
+
+def test_tokens_that_are_seen_twice_are_counted_once(tmp_path, tiny_model_path):
+    record = fit(tmp_path, module(tiny_model_path, num_iterations=2), steps=4)
+    trained, seen = record["completion_tokens"], record["num_tokens"]
+    assert trained[1] == 2 * trained[0] and seen[1] == seen[0] < seen[2] == seen[3]
+
+
+def test_resampled_tokens_are_counted_and_resampled_groups_are_not(tmp_path, tiny_model_path):
+    sampled, groups = [], []
+
+    class Spy(GRPOModule):
+        def rollout(self, batch):
+            rollout = super().rollout(batch)
+            sampled.append(int(rollout.completion_mask.sum()))
+            return rollout
+
+        def compute_rewards(self, rollout, batch):
+            rewards = super().compute_rewards(rollout, batch)
+            groups.append(rewards.view(-1, 4).std(1))
+            return rewards
+
+    record = fit(tmp_path, module(tiny_model_path, Spy, resampling_rounds=2), steps=1)
+    assert len(sampled) == 3
+    assert record["rollout_tokens"] == [sum(sampled)]
+    assert record["frac_reward_zero_std"] == [float((groups[0] == 0).double().mean())]
+    assert record["group_reward_std"][0] == pytest.approx(float(groups[0].mean()), abs=1e-7)
+
+
+def test_adaptive_coefficients_are_logged_as_they_were_in_force(tmp_path, tiny_model_path):
+    objective = ObjectiveConfig(
+        beta=0.1,
+        adaptive_beta=AdaptiveBeta(target=0.01),
+        entropy_coef=0.01,
+        adaptive_entropy=AdaptiveEntropy(target=100.0, delta=0.005),
+    )
+    policy = module(tiny_model_path, objective=objective)
+    record = fit(tmp_path, policy, steps=3)
+    assert record["beta"] == pytest.approx([0.1, 0.098, 0.098 * record["beta"][2] / record["beta"][1]])
+    assert record["beta"][0] > record["beta"][1] and policy.coefficients.beta != record["beta"][2]
+    assert record["entropy_coef"] == pytest.approx([0.0, 0.015, 0.02])  # no bonus in the first step
+    assert not {"beta", "entropy_coef"} & fit(tmp_path, module(tiny_model_path), steps=1).steps[0].keys()
+
+
+def test_adaptive_coefficients_rest_where_everything_is_truncated(tmp_path, tiny_model_path):
+    objective = ObjectiveConfig(
+        beta=0.1,
+        adaptive_beta=AdaptiveBeta(target=0.01),
+        entropy_coef=0.01,
+        adaptive_entropy=AdaptiveEntropy(target=100.0),
+        mask_truncated_completions=True,
+    )
+
+    class Cut(GRPOModule):
+        def rollout(self, batch):
+            rollout = super().rollout(batch)
+            rollout.truncated[:] = True
+            return rollout
+
+    policy = module(tiny_model_path, Cut, objective=objective)
+    record = fit(tmp_path, policy, steps=2)
+    assert record["beta"] == pytest.approx([0.1, 0.1]) and record["entropy_coef"] == [0.0, 0.0]
+    assert "kl" not in record.steps[1] and record["grad_norm"] == [0.0, 0.0]
+    assert largest_difference(parameters(policy), parameters_at_start(tiny_model_path)) == 0
+
+
+def test_masked_truncated_completions_move_nothing(tmp_path, tiny_model_path):
+    """The update equals that of the same run in which their advantage is 0, but for the tokens that divide."""
+    ends = []
+
+    class Zero(GRPOModule):
+        def compute_advantages(self, rewards, rollout):
+            assert 0 < rollout.truncated.sum() < 32
+            return super().compute_advantages(rewards, rollout).masked_fill(rollout.truncated, 0.0)
+
+    for kind, mask in [(GRPOModule, True), (Zero, False), (GRPOModule, False)]:
+        objective = ObjectiveConfig(mask_truncated_completions=mask)
+        optimizer = {"optimizer": lambda p: torch.optim.SGD(p, lr=1.0)}
+        policy = module(tiny_model_path, kind, rewards=[checksum], objective=objective, seed=3, **optimizer)
+        fit(tmp_path, policy, data(prompts_per_rollout=8), steps=1)
+        ends.append(parameters(policy))
+    moved = largest_difference(ends[0], parameters_at_start(tiny_model_path))
+    assert moved > 1e-4
+    assert largest_difference(ends[0], ends[1]) < 1e-4 * moved
+    assert largest_difference(ends[0], ends[2]) > 1e-2 * moved
+
+
+def test_predictions_are_no_part_of_the_next_validation(tmp_path, tiny_model_path):
+    policy = module(tiny_model_path, rewards=[checksum])
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(default_root_dir=tmp_path, callbacks=[HFRollout()], **settings)
+    validated = trainer.validate(policy, datamodule=data(validation_size=6), verbose=False)
+    trainer.predict(policy, datamodule=data(validation_size=12, seed=5))
+    assert trainer.validate(policy, datamodule=data(validation_size=6), verbose=False) == validated
+
+
+def test_validation_inside_an_optimizer_step_is_no_part_of_its_time(tmp_path, tiny_model_path, monkeypatch):
+    real, ahead = time.perf_counter, [0.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: real() + ahead[0]))
+
+    class Slow(GRPOModule):
+        def validation_step(self, batch, batch_idx):
+            ahead[0] += 10_000
+            super().validation_step(batch, batch_idx)
+
+    validation = {"limit_val_batches": 1.0, "num_sanity_val_steps": 0, "val_check_interval": 2}
+    record = fit(tmp_path, module(tiny_model_path, Slow), data(validation_size=4), steps=2, **validation)
+    assert ahead[0] >= 30_000
+    assert max(record["step_time"]) < 10_000 and max(record["time/update"]) < 10_000

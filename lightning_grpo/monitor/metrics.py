@@ -20,6 +20,12 @@ class Spread(NamedTuple):
     square: Tensor
     count: Tensor
 
+    @classmethod
+    def of(cls, x: Tensor) -> "Spread":
+        """Of the values ``x`` that are not NaN."""
+        known = x[~x.isnan()].double()
+        return cls(known.sum(), known.square().sum(), torch.tensor(known.numel()))
+
     def merge(self, other: "Spread") -> "Spread":
         """Of both together."""
         return Spread(*(mine + its for mine, its in zip(self, other, strict=True)))
@@ -30,6 +36,20 @@ class Spread(NamedTuple):
         return variance.clamp(min=0).sqrt()
 
 
+class Total(NamedTuple):
+    """A sum over micro-batches and ranks."""
+
+    value: Tensor
+
+    def merge(self, other: "Total") -> "Total":
+        """Of both together."""
+        return Total(self.value + other.value)
+
+    def compute(self) -> Tensor:
+        """The sum."""
+        return self.value
+
+
 class Window:
     """Collects metrics; `reduce` returns them over all ranks and empties it.
 
@@ -37,10 +57,21 @@ class Window:
     """
 
     def __init__(self) -> None:
-        self.metrics: dict[str, Metric | Spread] = {}
+        self.metrics: dict[str, Metric | Spread | Total] = {}
         self.started = time.perf_counter()
+        self.paused_at: float | None = None
 
-    def add(self, metrics: Mapping[str, Metric | Spread]) -> None:
+    def pause(self) -> None:
+        """Stop the clock until `go_on`: what happens meanwhile is no part of the step."""
+        self.paused_at = time.perf_counter()
+
+    def go_on(self) -> None:
+        """Let the clock run again after `pause`."""
+        if self.paused_at is not None:
+            self.started += time.perf_counter() - self.paused_at
+            self.paused_at = None
+
+    def add(self, metrics: Mapping[str, Metric | Spread | Total]) -> None:
         """Merge with what is there: sums and counts add up, minima and maxima are taken."""
         for name, metric in metrics.items():
             self.metrics[name] = self.metrics[name].merge(metric) if name in self.metrics else metric
@@ -86,7 +117,9 @@ class Window:
         return {name: float(metric.compute()) for name, metric in merged.items() if not _empty(metric)}
 
 
-def _empty(metric: Metric | Spread) -> bool:
+def _empty(metric: Metric | Spread | Total) -> bool:
+    if isinstance(metric, Total):
+        return False
     if isinstance(metric, Min | Max):
         return float(metric.value) == (float("inf") if isinstance(metric, Min) else float("-inf"))
     return float(metric.count) == 0
@@ -114,16 +147,17 @@ def observe_completions(window: Window, lengths: Tensor, truncated: Tensor) -> N
 
 
 def observe_rewards(window: Window, rewards: Tensor, names: Sequence[str], weights: Tensor) -> None:
-    """TRL's ``reward`` and ``rewards/…`` of ``rewards`` [n, R], R ``names`` and ``weights`` [R]."""
-    window.mean("reward", total_rewards(rewards, weights))
+    """TRL's ``reward``, ``reward_std`` and ``rewards/…`` of ``rewards`` [n, R], R ``names`` and ``weights`` [R]."""
+    totals = total_rewards(rewards, weights)
+    window.mean("reward", totals)
+    window.add({"reward_std": Spread.of(totals)})
     for name, column in zip(names, rewards.T, strict=True):
-        column = column[~column.isnan()].double()
         window.mean(f"rewards/{name}/mean", column)
-        window.add({f"rewards/{name}/std": Spread(column.sum(), (column**2).sum(), torch.tensor(len(column)))})
+        window.add({f"rewards/{name}/std": Spread.of(column)})
 
 
 def observe_groups(window: Window, totals: Tensor, num_generations: int) -> None:
-    """TRL's ``reward_std`` and ``frac_reward_zero_std`` of ``totals`` [B·G]: the spread within each group."""
+    """``group_reward_std``, the mean spread within a group of ``totals`` [B·G], and TRL's ``frac_reward_zero_std``."""
     spread = std(totals.double().view(-1, num_generations), 1)
-    window.mean("reward_std", spread)
+    window.mean("group_reward_std", spread)
     window.mean("frac_reward_zero_std", spread < 1e-8)

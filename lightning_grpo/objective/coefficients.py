@@ -1,6 +1,7 @@
 """β and the entropy coefficient as they stand in a run."""
 
 from dataclasses import replace
+from math import isnan
 
 from lightning_grpo.objective.config import ObjectiveConfig
 
@@ -27,11 +28,25 @@ class Coefficients:
             adaptive_entropy=None,
         )
 
+    @property
+    def adaptive(self) -> dict[str, float]:
+        """What moves in a run, by the names of its metrics: the values in force."""
+        values = {}
+        if self.base.adaptive_beta is not None:
+            values["beta"] = self.beta
+        if self.base.adaptive_entropy is not None:
+            values["entropy_coef"] = self.entropy_coef if self.bonus else 0.0
+        return values
+
     def step(self, *, kl: float | None = None, entropy: float | None = None) -> None:
-        """Move what is adaptive; ``kl`` and ``entropy`` (over tokens of the step, all ranks) are needed only then."""
-        if (control := self.base.adaptive_beta) is not None:
+        """Move what is adaptive, by the means of ``kl`` and ``entropy`` over the tokens of the step on all ranks.
+
+        None or NaN, as after a step without any token in the loss, moves nothing.
+        """
+        kl, entropy = (None if x is None or isnan(x) else x for x in (kl, entropy))
+        if (control := self.base.adaptive_beta) is not None and kl is not None:
             self.beta = control.step(self.beta, kl)
-        if (control := self.base.adaptive_entropy) is not None:
+        if (control := self.base.adaptive_entropy) is not None and entropy is not None:
             self.entropy_coef = control.step(self.entropy_coef, entropy)
             self.bonus = entropy <= control.target
 
