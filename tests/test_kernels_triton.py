@@ -1,5 +1,6 @@
 """The Triton row kernels: run by Triton's interpreter against their torch twins, and compiled ahead of time."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -176,6 +177,16 @@ def test_logits_logprob_on_the_row_kernels(monkeypatch, layout):
     monkeypatch.setattr(rows, "gradient", triton_rows.gradient)
     for x, y in zip(solve(), expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("path", "synchronizations"), [("known ahead", 8), ("any loss", 4), ("frozen head", 2)])
+def test_launches_take_less_time_than_products(monkeypatch, path, synchronizations):
+    """Of the GPU's code path, without a GPU; it waits for the device a few times for each chunk, not for each block."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    counts = importlib.import_module("kernel_launches")
+    found = counts.count(path, 1536, 151_936, 4096, counts.BUDGETS["in use"], masters=True)
+    assert found["synchronizations"] <= synchronizations
+    assert found["launches"] * counts.LAUNCH_S < counts.product_seconds(path, 1536, 151_936, 4096)
 
 
 @pytest.mark.slow
