@@ -59,6 +59,10 @@ def hub_reachable(name: str, kind: str = "model", *, option: str = "model") -> b
 
 def loading_options(model: str) -> dict[str, Any]:
     """What every ``from_pretrained`` gets beside the folder or hub name ``model``."""
+    if not model:
+        raise UserError(f"model is empty; {REMEDY}")
+    if Path(model).is_file():
+        raise UserError(f"model is {model!r}, which is a file; {REMEDY}")
     options: dict[str, Any] = {"trust_remote_code": False}
     if not Path(model).is_dir():
         options["local_files_only"] = not hub_reachable(model)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,28 +134,52 @@ def load_policy(
     generation_config = load_generation_config(model, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        attention = {"dtype": DTYPES[dtype], "attn_implementation": attention_for(config, attn_implementation)}
-        if from_scratch:
-            policy = AutoModelForCausalLM.from_config(config, **attention)
-        else:
-            policy = _load_weights(model, config, **attention)
+        options = {"dtype": DTYPES[dtype], "attn_implementation": attention_for(config, attn_implementation)}
+        with _errors_named(model, attn_implementation):
+            if from_scratch:
+                policy = AutoModelForCausalLM.from_config(config, **options)
+            else:
+                policy = _load_weights(model, config, **options)
         policy.generation_config = generation_config
         if lora is not None:
-            policy = get_peft_model(
-                policy,
-                LoraConfig(
-                    r=lora.rank,
-                    lora_alpha=lora.alpha,
-                    lora_dropout=lora.dropout,
-                    target_modules=lora.target_modules,
-                    task_type="CAUSAL_LM",
-                ),
-            )
+            policy = _with_adapters(policy, lora)
     if gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if lora is not None:
             policy.enable_input_require_grads()
     return policy.train()
+
+
+@contextmanager
+def _errors_named(model: str, attn_implementation: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError, UnpicklingError) as error:
+        if "attn_implementation" in str(error) or "FlashAttention" in str(error):
+            raise UserError(
+                f"attn_implementation is {attn_implementation!r}: {error}; set sdpa, or leave it out"
+            ) from error
+        raise unreadable("weights", model, error) from error
+
+
+def _with_adapters(policy: PreTrainedModel, lora: LoRA) -> PeftModel:
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(policy, config)
+    except (ValueError, re.error) as error:
+        linears = {name.rpartition(".")[2] for name, module in policy.named_modules() if isinstance(module, nn.Linear)}
+        raise UserError(
+            f"lora.target_modules is {lora.target_modules!r}: {error}; set all-linear, or names among "
+            f"{', '.join(sorted(linears))}"
+        ) from error
 
 
 def _load_weights(model: str, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
@@ -167,8 +192,6 @@ def _load_weights(model: str, config: PreTrainedConfig, **options: Any) -> PreTr
         policy, info = AutoModelForCausalLM.from_pretrained(
             model, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError, UnpicklingError) as error:
-        raise unreadable("weights", model, error) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     if getattr(policy, "is_quantized", False):

@@ -16,7 +16,7 @@ from transformers import BartConfig, BertConfig, T5Config
 from lightning_grpo import model_files
 from lightning_grpo.configure.shape import find_model
 from lightning_grpo.errors import UserError
-from lightning_grpo.policy import load_config, load_policy, load_tokenizer
+from lightning_grpo.policy import LoRA, load_config, load_policy, load_tokenizer
 from lightning_grpo.rollout import HFRollout
 
 WEIGHTS = "model.safetensors"
@@ -186,6 +186,26 @@ def test_configurations_that_transformers_cannot_use(broken, changes, message):
         load_policy(broken.json("config.json", **changes))
 
 
+@pytest.mark.parametrize("from_scratch", [False, True])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attn_implementation": "nothing"}, "attn_implementation is 'nothing': .*; set sdpa"),
+        ({"lora": LoRA(target_modules="nothing")}, "lora.target_modules is 'nothing': .*names among down_proj, gate_"),
+        ({"lora": LoRA(target_modules="(")}, r"lora.target_modules is '\(': missing \)"),
+    ],
+)
+def test_options_that_this_model_cannot_have(tiny_model_path, options, message, from_scratch):
+    with pytest.raises(UserError, match=message):
+        load_policy(tiny_model_path, from_scratch=from_scratch, **options)
+
+
+@pytest.mark.parametrize(("model", "message"), [("", "model is empty"), (__file__, "which is a file")])
+def test_names_that_are_no_folder(model, message):
+    with pytest.raises(UserError, match=message):
+        load_config(model)
+
+
 def test_an_adapter_is_no_model(broken):
     os.remove(broken.path / "config.json")
     broken.bytes("adapter_config.json", b"{}")
@@ -225,6 +245,18 @@ def test_an_end_token_in_the_generation_config_alone_will_do(broken, tmp_path):
         policy = module(path, from_scratch=from_scratch)
         fit(tmp_path / "run", policy, steps=1, rollout=HFRollout())
         assert policy.tokenizer.eos_token_id is None and policy.policy.generation_config.eos_token_id == [end]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ({"max_prompt_length": 500}, r"was made for 256; set max_prompt_length to 250 or less$"),
+        ({"max_completion_length": 300}, r"set max_completion_length to 248 or less, or set max_prompt_length to 128"),
+    ],
+)
+def test_lengths_beyond_the_model(tiny_model_path, tmp_path, lengths, message):
+    with pytest.raises(UserError, match=message):
+        fit(tmp_path, module(tiny_model_path, **lengths), data())
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,12 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         UserError: it is not UTF-8; names the line.
     """
     with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+        start = file.read(4096)
+    zeros = [start[half::2].count(0) > len(start) // 4 for half in (0, 1)]
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or zeros[0] != zeros[1]:
         raise UserError(f"{path}: this file is UTF-16, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
+    if b"\0" in start or start[:2] == b"\x1f\x8b":
+        raise UserError(f"{path}: this file is binary or compressed, not text; unpack it, or give it its own ending")
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         for number, line in enumerate(file, 1):
             if not line.isascii() and (escaped := re.search("[\udc80-\udcff]", line)):

@@ -158,6 +158,8 @@ class PromptDataModule(lightning.LightningDataModule):
             self._read()
         if stage not in (None, "fit"):
             return
+        if not self.train:
+            raise UserError(f"every prompt of {self.source!r} equals a held-out one: none is left for training")
         if len(self.train) < self.prompts_per_rollout:
             raise UserError(
                 f"data.prompts_per_rollout is {self.prompts_per_rollout} and {len(self.train)} training prompts are "

@@ -36,10 +36,18 @@ def arithmetic(
     ``operator`` is ``+``, ``-`` or ``*`` (written ×); ``template`` holds {a}, {b} and, if wanted, {operator}.
     """
     compute = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    _require_whole({"low": low, "high": high})
     if operator not in compute:
         raise UserError(f"data.source_args.operator is {operator!r}; set one of {', '.join(compute)}")
     if high < low:
         raise UserError(f"data.source_args.high is {high}, below low = {low}; set high to {low} or more")
+    try:
+        template.format(a=low, b=high, operator=operator)
+    except (LookupError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"data.source_args.template is {template!r}, which can't be filled in ({type(error).__name__}: {error}); "
+            "its fields are {a}, {b} and {operator}, other braces are doubled"
+        ) from error
     width = high - low + 1
     if size is None and width**2 > MOST_ENUMERATED:
         raise UserError(f"data.size is unset and there are {width**2:,} questions of {low} to {high}; set data.size")
@@ -57,10 +65,20 @@ def letters(size: int | None, seed: int, *, alphabet: str = ascii_lowercase, rep
 
     The letters of ``alphabet`` in turn, in an order drawn from the seed; one of each where size is None.
     """
+    _require_whole({"repeats": repeats}, least=1)
+    if not isinstance(alphabet, str) or not alphabet:
+        raise UserError(f"data.source_args.alphabet is {alphabet!r}; set a text with at least one letter")
     order = random.Random(f"letters {seed}").sample(alphabet, len(alphabet))
     for i in range(len(order) if size is None else size):
         letter = order[i % len(order)]
         yield {"prompt": letter, "answer": letter * repeats}
+
+
+def _require_whole(arguments: dict[str, Any], least: int | None = None) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+            wanted = "a whole number" if least is None else f"{least} or more"
+            raise UserError(f"data.source_args.{name} is {value!r}; set {wanted}")
 
 
 def reasoning_gym(task: str, size: int | None, seed: int, args: dict[str, Any]) -> Iterator[Row]:
@@ -164,6 +182,8 @@ def read(
     Args:
         option: that holds ``source``, for messages.
     """
+    if not source:
+        raise UserError(f"{option} is empty; set {KINDS}")
     if source.startswith("reasoning_gym:"):
         rows = _numbered(source, reasoning_gym(source.removeprefix("reasoning_gym:"), size, seed, args))
     elif source in PROCEDURAL:

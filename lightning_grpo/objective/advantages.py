@@ -194,7 +194,7 @@ def whiten(r: Tensor) -> Tensor:
 
 
 def reinforce_pp(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
-    """r whitened over the batch (REINFORCE++, arXiv:2501.03262). For one completion a prompt."""
+    """r whitened over the batch, whatever its group (REINFORCE++, arXiv:2501.03262)."""
     return whiten(r)
 
 
