@@ -128,6 +128,13 @@ def test_parquet_with_text_that_is_not_utf8(read, tmp_path):
         read((tmp_path / "b.parquet").read_bytes(), name="a.parquet")
 
 
+def test_parquet_with_two_columns_of_one_name(read, tmp_path):
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    pa.parquet.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"two columns have the same name: prompt, prompt"):
+        read((tmp_path / "b.parquet").read_bytes(), name="a.parquet")
+
+
 def test_shards_and_patterns(tmp_path, tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()

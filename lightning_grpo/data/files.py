@@ -86,8 +86,7 @@ def csv_file(path: Path) -> Iterator[tuple[str, Row]]:
     reader = csv.reader((line for _, line in lines(path)), strict=True)
     try:
         names = next(reader, [])
-        if len(set(names)) < len(names):
-            raise UserError(f"{path}, line 1: two columns have the same name: {', '.join(names)}")
+        _require_distinct(f"{path}, line 1", names)
         for values in reader:
             where = f"{path}, line {reader.line_num}"
             if values and len(values) != len(names):
@@ -98,6 +97,11 @@ def csv_file(path: Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
 
 
+def _require_distinct(where: str, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: two columns have the same name: {', '.join(names)}")
+
+
 def parquet(path: Path) -> Iterator[tuple[str, Row]]:
     """Rows of a parquet file, counted from 0."""
     from pyarrow import ArrowException
@@ -106,6 +110,7 @@ def parquet(path: Path) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
         with ParquetFile(path) as file:
+            _require_distinct(str(path), file.schema_arrow.names)
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     yield f"{path}, row {number}", row

@@ -10,7 +10,7 @@ from string import ascii_lowercase
 from textwrap import shorten
 from typing import Any
 
-from lightning_grpo.data.files import is_file_name, read_files
+from lightning_grpo.data.files import READERS, is_file_name, read_files
 from lightning_grpo.data.rows import Row
 from lightning_grpo.errors import UserError
 from lightning_grpo.model_files import hub_reachable
@@ -111,7 +111,7 @@ def saved(option: str, source: str, /, split: str = "train") -> Iterable[Row]:
     try:
         dataset = load_from_disk(str(path))
     except FileNotFoundError as error:
-        kinds = sorted({file.suffix for file in path.iterdir() if is_file_name(file.name)})
+        kinds = sorted({file.suffix for file in path.iterdir()} & set(READERS))
         advice = f"; for the files in it set {source.rstrip('/')}/*{kinds[0]}" if kinds else ""
         raise UserError(
             f"{option} is the folder {source}, which datasets.save_to_disk did not write{advice}"
