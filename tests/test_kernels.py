@@ -341,6 +341,17 @@ def test_logits_are_left_as_they_were():
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("options", [{}, {"coefficient": torch.ones(20)}])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_second_derivatives_are_refused(trainable, options):
+    hidden, weight, _, targets, _ = problem(20, 64, 1537)
+    hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_(trainable)
+    logprob, _ = linear_logprob(hidden, weight, targets, **options)
+    (grad,) = torch.autograd.grad(logprob.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_errors_name_the_argument():
     hidden, weight, targets = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 1, 2])
     with pytest.raises(ValueError, match=r"targets span 0 to 7; the head has ids 0 to 6"):
@@ -355,6 +366,20 @@ def test_errors_name_the_argument():
         linear_logprob(hidden, weight, targets, bias=torch.zeros(8))
     with pytest.raises(ValueError, match=r"coefficient is shaped \(3, 1\); linear_logprob takes \(3,\)"):
         linear_logprob(hidden, weight, targets, coefficient=torch.zeros(3, 1))
+    with pytest.raises(ValueError, match=r"temperature is shaped \(3, 1\); give a number, or \(3,\)"):
+        linear_logprob(hidden, weight, targets, temperature=torch.ones(3, 1))
+    for softcap in (0.0, -1.0, torch.inf):
+        with pytest.raises(ValueError, match=rf"softcap is {softcap}; set it above 0"):
+            linear_logprob(hidden, weight, targets, softcap=softcap)
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(ValueError, match=rf"targets are {dtype}; give the tokens' ids as integers"):
+            linear_logprob(hidden, weight, targets.to(dtype))
+    for name, call in (
+        ("hidden", lambda: linear_logprob(hidden.double(), weight.double(), targets)),
+        ("logits", lambda: logits_logprob(weight[:3].double(), targets)),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} is torch.float64; the log-prob kernels take float32"):
+            call()
     with pytest.raises(ValueError, match=r"logits \[N, V\]"):
         logits_logprob(hidden, targets[:2])
 

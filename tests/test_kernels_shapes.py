@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_grpo.kernels import blocks, cpp_rows, linear_logprob
+from lightning_grpo.kernels import blocks, cpp_rows, linear_logprob, logits_logprob
 from lightning_grpo.kernels.blocks import Budget
 from lightning_grpo.kernels.reference import naive_logprob
 
@@ -173,3 +173,44 @@ def test_any_shape(case):
 def test_any_budget_of_a_trainable_head(n, v, kept, dtype, backend, idle):
     """Whatever part of the probabilities the forward keeps: a narrow last block may fit where a whole one doesn't."""
     check(Case(n=n, v=v, kept=kept, dtype=dtype, backend=backend, idle=idle))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(0, 20),
+    v=st.integers(1, 600),
+    dtype=st.sampled_from(list(ROUNDING)),
+    backend=st.sampled_from(BACKENDS),
+    layout=st.sampled_from(["contiguous", "transposed", "every second"]),
+    kind=st.sampled_from([torch.int64, torch.int32]),
+    temperature=st.floats(0.3, 3),
+    entropy_grad=st.booleans(),
+    idle=st.sampled_from([0, 1, 3]),
+    seed=st.integers(0, 1000),
+)
+def test_any_logits(n, v, dtype, backend, layout, kind, temperature, entropy_grad, idle, seed):
+    """Of a model's own, wherever they lie, and twice through a retained graph."""
+    case = Case(n=n, v=max(v, 2), dtype=dtype, idle=idle, seed=seed)
+    c = inputs(case)["c"].float()
+    logits = (torch.randn(n, v, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
+    targets = laid_out(inputs(case)["targets"].clamp(max=v - 1), layout).to(kind)
+
+    def solve(leaf, function):
+        found = function(leaf, targets)
+        loss = (c[0] * found[0]).sum() + ((c[1] * found[1]).sum() if entropy_grad else 0)
+        twice = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2)]
+        assert torch.equal(*twice)
+        return [x.detach().double() for x in (*found, twice[0])]
+
+    options = {"temperature": temperature, "entropy_grad": entropy_grad}
+    takes = cpp_rows.takes if backend == "cpp" else lambda *_: False
+    with patch.object(cpp_rows, "takes", takes):
+        leaf = laid_out(logits, layout).detach().requires_grad_()
+        found = solve(leaf, lambda leaf, ids: logits_logprob(leaf, ids, **options))
+    eye = torch.eye(v, dtype=torch.float64)
+    exact = logits.double().requires_grad_()
+    expected = solve(exact, lambda leaf, ids: naive_logprob(leaf, eye, ids.long(), **options))
+    for x, y in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-5)
+    size = c.norm() / temperature * (40 / temperature if entropy_grad else 1)
+    assert (found[2] - expected[2]).norm() <= (2e-6 + ROUNDING[dtype]) * size

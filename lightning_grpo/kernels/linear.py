@@ -9,7 +9,7 @@ from lightning_grpo.kernels import rows
 from lightning_grpo.kernels.blocks import Block, block_width, budget_for, cut, room_for, scratch_like, targets_by_block
 from lightning_grpo.kernels.products import block_memory, head, logits_dtype, product, view, write
 from lightning_grpo.kernels.scaling import in_range, power_above
-from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform
+from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform, check_type
 
 
 def linear_logprob(
@@ -65,8 +65,9 @@ def linear_logprob(
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     elif hidden.dtype != weight.dtype:
         raise UserError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or run under autocast")
-    targets = targets.long()
+    check_type("hidden", hidden)
     transform = Transform.build(targets, len(weight), temperature, softcap, scale)
+    targets = targets.long()
     coefficient = None if coefficient is None else coefficient.detach().float()
     with torch.autocast(kind, enabled=False):
         return _LinearLogprob.apply(

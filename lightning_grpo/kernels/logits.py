@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.kernels import rows
-from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform
+from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform, check_type
 
 
 def logits_logprob(
@@ -29,8 +29,9 @@ def logits_logprob(
         raise UserError(
             f"logits_logprob takes logits [N, V] and targets [N]; got {tuple(logits.shape)}, {tuple(targets.shape)}"
         )
-    targets = targets.long()
+    check_type("logits", logits)
     transform = Transform.build(targets, logits.shape[1], temperature)
+    targets = targets.long()
     return _LogitsLogprob.apply(logits, targets, transform, entropy_grad)
 
 

@@ -38,13 +38,25 @@ class Transform(NamedTuple):
         softcap: float | None = None,
         scale: float = 1.0,
     ) -> "Transform":
-        """For the rows of ``targets`` [N]; says what is wrong where ids or temperatures are out of range."""
+        """For the rows of ``targets`` [N].
+
+        Raises:
+            UserError: targets that are no integers in [0, vocabulary); a temperature or softcap that is not positive.
+        """
+        if targets.is_floating_point() or targets.dtype == torch.bool:
+            raise UserError(f"targets are {targets.dtype}; give the tokens' ids as integers")
+        if softcap is not None and not 0 < softcap < float("inf"):
+            raise UserError(f"softcap is {softcap}; set it above 0, or to None for none")
         if targets.numel():
             low, high = torch.stack(targets.aminmax()).tolist()
             if low < 0 or high >= vocabulary:
                 raise UserError(f"targets span {low} to {high}; the head has ids 0 to {vocabulary - 1}")
         # A number is compared where it is: a GPU would be waited for.
         temperature = torch.as_tensor(temperature, dtype=torch.float32)
+        if temperature.dim() and temperature.shape != targets.shape:
+            raise UserError(
+                f"temperature is shaped {tuple(temperature.shape)}; give a number, or {tuple(targets.shape)}"
+            )
         if not (temperature > 0).all():
             raise UserError(f"temperature is {float(temperature.min())}; set it above 0")
         temperature = temperature.to(targets.device).expand(len(targets))
@@ -99,6 +111,12 @@ class Softmax(NamedTuple):
 
     def rows(self, index: slice | Tensor) -> "Softmax":
         return Softmax(*(x[index] for x in self))
+
+
+def check_type(name: str, x: Tensor) -> None:
+    """The kernels compute in fp32, and from less."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"{name} is {x.dtype}; the log-prob kernels take float32, bfloat16 and float16")
 
 
 def targets_within(targets: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
