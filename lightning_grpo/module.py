@@ -40,6 +40,7 @@ from lightning_grpo.objective import (
     policy_loss,
 )
 from lightning_grpo.position import Position
+from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards.check import check_rows
 from lightning_grpo.rollout import Rollout
 from lightning_grpo.rollout_module import RolloutModule
@@ -69,12 +70,7 @@ class GRPOModule(RolloutModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        for name, value, least in [
-            ("micro_batch_size", micro_batch_size, 1),
-            ("num_iterations", num_iterations, 1),
-        ]:
-            if value < least:
-                raise UserError(f"{name} is {value}; set {least} or more")
+        check_ranges(locals(), {"micro_batch_size": "[1, inf)", "num_iterations": "[1, inf)"})
         if self.rollout_ahead and objective.rollout_correction is None:
             raise UserError(
                 "rollout_ahead is 1, so that samples come from an older policy than the one they train, and "

@@ -31,6 +31,7 @@ from lightning_grpo.attention import attention_for
 from lightning_grpo.errors import UserError
 from lightning_grpo.model_checks import require_causal, require_complete, require_finite
 from lightning_grpo.model_files import loading_options, read_json, unreadable
+from lightning_grpo.ranges import check_ranges
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,8 @@ class LoRA:
     """Which linear layers carry an adapter: names, a regular expression, or all of them."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"lora.rank is {self.rank}; set 1 or more, or leave lora out to train whole weights")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout is {self.dropout}; set a share in [0, 1)")
+        # without an adapter (rank 0), leave lora out
+        check_ranges(self, {"rank": "[1, inf)", "alpha": "(0, inf)", "dropout": "[0, 1)"}, prefix="lora.")
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

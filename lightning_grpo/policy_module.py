@@ -35,6 +35,7 @@ from lightning_grpo.policy import (
     load_tokenizer,
     shard,
 )
+from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards import EarlyJudge, Reward, as_rewards, compute_rewards, decode_completions, template_opening
 from lightning_grpo.rollout import (
     Completion,
@@ -47,6 +48,7 @@ from lightning_grpo.rollout import (
 )
 from lightning_grpo.rollout.callback import eos_token_ids, pad_id
 from lightning_grpo.rollout.seeds import rollout_seeds
+from lightning_grpo.seed import seed_of_run
 from lightning_grpo.stopping import abandonable
 
 log = logging.getLogger(__name__)
@@ -78,7 +80,8 @@ class PolicyModule(LightningModule):
         optimizer: called with the trainable parameters. torch's AdamW is several times faster with ``fused: true``.
         lr_schedule: learning rate after the warm-up.
         warmup_steps: optimizer steps in which the learning rate rises from 0.
-        seed: of sampling. The samples of a run follow from (seed, rollout, prompt, sample) alone.
+        seed: of sampling. The samples of a run follow from (seed, rollout, prompt, sample) alone. None takes that of
+            --seed_everything (`lightning.seed_everything`), or 0.
     """
 
     engine: SyncedEngine | None = None
@@ -104,17 +107,18 @@ class PolicyModule(LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0),
         lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
         warmup_steps: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in [
-            ("max_prompt_length", max_prompt_length, 1),
-            ("max_completion_length", max_completion_length, 1),
-            ("validation_generations", validation_generations, 1),
-            ("warmup_steps", warmup_steps, 0),
-        ]:
-            if value < least:
-                raise UserError(f"{name} is {value}; set {least} or more")
+        ranges = {
+            "max_prompt_length": "[1, inf)",
+            "max_completion_length": "[1, inf)",
+            "validation_generations": "[1, inf)",
+            "pass_threshold": "(-inf, inf)",
+            "warmup_steps": "[0, inf)",
+            "seed": "[0, inf)",
+        }
+        check_ranges(locals(), ranges)
         if not rewards:
             raise UserError("rewards is empty: nothing would be learned; name at least one reward")
         self.model_path = model
@@ -134,7 +138,7 @@ class PolicyModule(LightningModule):
         self.optimizer_factory = optimizer
         self.lr_schedule = lr_schedule
         self.warmup_steps = warmup_steps
-        self.seed = seed
+        self.seed = seed_of_run(seed)
         self.policy: nn.Module | None = None
         # a tuple hides the reference from the module tree: it is neither trained, saved nor sharded with the policy
         self._reference: tuple[nn.Module, ...] = ()

@@ -15,6 +15,7 @@ from lightning_grpo.errors import UserError
 from lightning_grpo.monitor.metrics import Total, Window, observe_groups
 from lightning_grpo.objective import total_rewards
 from lightning_grpo.policy_module import PolicyModule
+from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rollout import Rollout, RolloutCallback
 from lightning_grpo.stopping import abandonable
 
@@ -46,12 +47,11 @@ class RolloutModule(PolicyModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        check_ranges(locals(), {"num_generations": "[1, inf)", "resampling_rounds": "[0, inf)"})
         if num_generations < 2:
             raise UserError(
                 f"num_generations is {num_generations}: an advantage is relative to its group; set 2 or more"
             )
-        if resampling_rounds < 0:
-            raise UserError(f"resampling_rounds is {resampling_rounds}; set 0 or more")
         if self.sampling.temperature == 0:
             raise UserError(
                 "sampling.temperature is 0 (greedy): the completions of a group would all be the same; set 1.0"

@@ -88,7 +88,7 @@ def test_epsilon_alone_is_symmetric_and_both_are_kept():
         ({"beta": -0.1}, ["beta", "-0.1", "0 or more"]),
         ({"epsilon": -0.1}, ["epsilon", "-0.1", "0 or more"]),
         ({"top_entropy_quantile": 0.0}, ["top_entropy_quantile", "0.0", "(0, 1]"]),
-        ({"max_completion_length": 0}, ["max_completion_length", "0", "1 token"]),
+        ({"max_completion_length": 0}, ["max_completion_length", "0", "1 or more"]),
         ({"loss_type": "sapo", "delta": 2.0}, ["delta", "2.0", "SAPO", "null"]),
         ({"loss_type": "cispo", "dual_clip": 3.0}, ["dual_clip", "3.0", "CISPO"]),
         ({"delta": 0.9}, ["delta", "0.9", "above 1"]),

@@ -68,7 +68,6 @@ def config(plan: Plan) -> dict[str, Any]:
         "optimizer": {"class_path": OPTIMIZERS[w.optimizer], "init_args": optimizer},
         "lr_schedule": c["lr_schedule"],
         "warmup_steps": c["warmup_steps"],
-        "seed": c["seed"],
     }
     source = {"source": plan.prompts} if plan.prompts else {"source": task.source, "chat": True}
     return {

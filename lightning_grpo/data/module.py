@@ -17,6 +17,8 @@ from lightning_grpo.data.sampling import PassSampler, Sampler
 from lightning_grpo.data.sources import read
 from lightning_grpo.data.stream import Stream
 from lightning_grpo.errors import UserError
+from lightning_grpo.ranges import check_ranges
+from lightning_grpo.seed import seed_of_run
 
 warn = rank_zero_only(logging.getLogger(__name__).warning)
 
@@ -87,7 +89,8 @@ class PromptDataModule(lightning.LightningDataModule):
         shuffle: A new order for every pass over the data, from (seed, pass). Not used where ``sampler`` is set.
         sampler: Which prompts come next, for example ``DifficultySampler``. Unset: each once a pass.
         validation_batch_size: Held-out prompts of a rank generated for at once.
-        seed: Seed of procedural sources, the choice of held-out prompts, and the order.
+        seed: Seed of procedural sources, the choice of held-out prompts, and the order. Unset: that of
+            --seed_everything (`lightning.seed_everything`), or 0.
         tokenizer: A Hugging Face tokenizer. Unset: the module's ``tokenizer`` attribute, read in ``setup``.
     """
 
@@ -111,14 +114,13 @@ class PromptDataModule(lightning.LightningDataModule):
         shuffle: bool = True,
         sampler: Sampler | None = None,
         validation_batch_size: int = 64,
-        seed: int = 0,
+        seed: int | None = None,
         tokenizer: Any = None,
     ) -> None:
         super().__init__()
-        least = {"size": 1, "validation_size": 0, "prompts_per_rollout": 1, "max_prompt_length": 1}
-        for name, low in (least | {"validation_batch_size": 1, "seed": 0}).items():
-            if (value := locals()[name]) is not None and value < low:
-                raise UserError(f"data.{name} is {value}; set {low} or more")
+        ranges = dict.fromkeys(("validation_size", "seed"), "[0, inf)")
+        counts = ("size", "prompts_per_rollout", "max_prompt_length", "validation_batch_size")
+        check_ranges(locals(), ranges | dict.fromkeys(counts, "[1, inf)"), prefix="data.")
         if overlong not in ("drop", "error"):
             raise UserError(f"data.overlong is {overlong!r}; set 'drop' or 'error'")
         if validation_args and validation_source is None:
@@ -139,7 +141,7 @@ class PromptDataModule(lightning.LightningDataModule):
         self.overlong = overlong
         self.sampler = sampler or PassSampler(shuffle=shuffle)
         self.validation_batch_size = validation_batch_size
-        self.seed = seed
+        self.seed = seed_of_run(seed)
         self.tokenizer = tokenizer
         self.train: list[Prompt] = []
         self.validation: list[Prompt] = []

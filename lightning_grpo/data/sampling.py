@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.ranges import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +82,8 @@ class DifficultySampler(Sampler):
     """Mean reward that counts as always solved; higher ones too."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.floor <= 1:
-            raise UserError(f"sampler.floor is {self.floor}; set a weight in (0, 1]")
-        if not 0 < self.smoothing <= 1:
-            raise UserError(f"sampler.smoothing is {self.smoothing}; set a share in (0, 1]")
+        ranges = {"floor": "(0, 1]", "smoothing": "(0, 1]", "low": "(-inf, inf)", "high": "(-inf, inf)"}
+        check_ranges(self, ranges, prefix="sampler.")
         if not self.low < self.high:
             raise UserError(f"sampler.high is {self.high}; set it above sampler.low, which is {self.low}")
 

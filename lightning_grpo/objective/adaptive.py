@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.ranges import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +18,13 @@ class AdaptiveBeta:
     """Largest relative error taken into account."""
 
     def __post_init__(self) -> None:
-        if self.target <= 0:
-            raise UserError(f"adaptive_beta.target is {self.target}; set a KL above 0, e.g. 0.05")
+        ranges = {"target": "(0, inf)", "gain": "(0, inf)", "clip": "(0, inf)"}
+        check_ranges(self, ranges, prefix="adaptive_beta.")
+        if self.gain * self.clip >= 1:
+            raise UserError(
+                f"adaptive_beta.gain is {self.gain} and clip {self.clip}: a step could make β 0 or less; set them so "
+                "that their product is below 1"
+            )
 
     def step(self, beta: float, kl: float) -> float:
         """β for the next step, after one whose mean KL was ``kl``."""
@@ -43,6 +49,8 @@ class AdaptiveEntropy:
     """Largest coefficient."""
 
     def __post_init__(self) -> None:
+        ranges = dict.fromkeys(("target", "delta", "minimum", "maximum"), "[0, inf)")
+        check_ranges(self, ranges, prefix="adaptive_entropy.")
         if not 0 <= self.minimum <= self.maximum:
             raise UserError(
                 f"adaptive_entropy.minimum is {self.minimum} and maximum {self.maximum}; set 0 ≤ minimum ≤ maximum"

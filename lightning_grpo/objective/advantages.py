@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.ranges import check_ranges
 
 Estimator = Literal[
     "group", "leave_one_out", "reinforce_pp", "reinforce_pp_baseline", "max_rl", "pass_at_k", "opo", "gpg", "lite_ppo"
@@ -88,6 +89,7 @@ def check_options(estimator: str, scale_rewards: str, aggregation: str, k: int |
             f"advantage.aggregation is 'normalize_then_sum', which centres and scales itself, but estimator is"
             f" {estimator!r}; set estimator to group, or aggregation to sum_then_normalize"
         )
+    check_ranges({"k": k}, {"k": "[1, inf)"}, prefix="advantage.")
     if (k is not None) != (estimator == "pass_at_k") or (k is not None and k < 1):
         raise UserError(f"advantage.k is {k} and estimator {estimator!r}; set k ≥ 1 with pass_at_k, and only there")
 

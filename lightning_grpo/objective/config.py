@@ -15,7 +15,19 @@ from lightning_grpo.objective.kl import KLEstimator
 from lightning_grpo.objective.masks import loss_mask
 from lightning_grpo.objective.presets import PRESETS, Preset, RatioLevel
 from lightning_grpo.objective.surrogate import Surrogate
+from lightning_grpo.ranges import check_ranges
 
+RANGES = {
+    "epsilon": "[0, inf)",
+    "epsilon_high": "[0, inf)",
+    "delta": "(1, inf)",
+    "dual_clip": "(1, inf)",
+    "beta": "[0, inf)",
+    "top_entropy_quantile": "(0, 1]",
+    "entropy_coef": "(-inf, inf)",
+    "off_policy_mask_threshold": "[0, inf)",
+    "max_completion_length": "[1, inf)",
+}
 CLIP_OPTIONS = ("epsilon", "epsilon_high", "delta", "dual_clip")
 
 
@@ -76,17 +88,7 @@ class ObjectiveConfig:
             value = getattr(self, name)
             if value is not None and value not in get_args(kind):
                 raise UserError(f"objective.{name} is {value!r}; set one of {', '.join(get_args(kind))}")
-        for name in ("epsilon", "epsilon_high", "beta"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"objective.{name} is {value}; set 0 or more")
-        if not 0 < self.top_entropy_quantile <= 1:
-            raise UserError(
-                f"objective.top_entropy_quantile is {self.top_entropy_quantile}; set the share of tokens to"
-                " keep, in (0, 1]"
-            )
-        if self.max_completion_length is not None and self.max_completion_length < 1:
-            raise UserError(f"objective.max_completion_length is {self.max_completion_length}; set 1 token or more")
+        check_ranges(self, RANGES, prefix="objective.")
         if self.use_bias_correction_kl and self.kl_placement == "reward":
             raise UserError(
                 "objective.use_bias_correction_kl is true, but objective.kl_placement is 'reward', where there is no"

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_grpo.errors import UserError
 from lightning_grpo.objective.tensors import LOG_LIMIT, sequence_mean
+from lightning_grpo.ranges import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,7 @@ class RolloutCorrection:
     """Upper bound of ρ; None: none."""
 
     def __post_init__(self) -> None:
-        if self.lower is not None and not 0 <= self.lower <= 1:
-            raise UserError(f"rollout_correction.lower is {self.lower}; set a bound of the ratio in [0, 1], or none")
-        if self.upper is not None and self.upper < 1:
-            raise UserError(
-                f"rollout_correction.upper is {self.upper}; set a bound of the ratio of at least 1, or none"
-            )
+        check_ranges(self, {"lower": "[0, 1]", "upper": "[1, inf)"}, prefix="rollout_correction.")
 
 
 def rollout_ratio(

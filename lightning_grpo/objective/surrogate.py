@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_grpo.errors import UserError
 from lightning_grpo.objective.tensors import LOG_LIMIT, exp, sequence_mean
+from lightning_grpo.ranges import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,9 @@ class Clipped(Surrogate):
     """c > 1 of the dual clip, usually 3. None: off."""
 
     def __post_init__(self) -> None:
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise UserError(f"dual_clip is {self.dual_clip}, which would clip unchanged tokens; set above 1, e.g. 3")
-        if self.delta is not None and self.delta <= 1:
-            raise UserError(f"delta is {self.delta}, which would clip unchanged tokens; set it above 1 + epsilon_high")
+        # at 1 and below, delta and dual_clip would clip unchanged tokens
+        ranges = {"epsilon": "[0, inf)", "epsilon_high": "[0, inf)", "delta": "(1, inf)", "dual_clip": "(1, inf)"}
+        check_ranges(self, ranges, prefix="Clipped.")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -121,6 +120,9 @@ class CISPO(Surrogate):
     epsilon_high: float = 5.0
     """The largest weight itself, not an offset from 1 (5 in ScaleRL, arXiv:2510.13786)."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self, {"epsilon_high": "(0, inf)"}, prefix="CISPO.")
+
     def __call__(self, terms: Terms) -> Tensor:
         return -terms.ratio.detach().clamp(max=self.epsilon_high) * terms.advantages * terms.logprobs
 
@@ -142,6 +144,10 @@ class SAPO(Surrogate):
     """τ where A > 0."""
     temperature_negative: float = 1.05
     """τ elsewhere; the larger, the faster an off-policy token's gradient decays."""
+
+    def __post_init__(self) -> None:
+        ranges = {"temperature_positive": "(0, inf)", "temperature_negative": "(0, inf)"}
+        check_ranges(self, ranges, prefix="SAPO.")
 
     def __call__(self, terms: Terms) -> Tensor:
         w, A = terms.ratio, terms.advantages
@@ -167,6 +173,10 @@ class VESPO(Surrogate):
     """k where A < 0."""
     lambda_negative: float = 2.0
     """λ where A < 0."""
+
+    def __post_init__(self) -> None:
+        names = ("k_positive", "lambda_positive", "k_negative", "lambda_negative")
+        check_ranges(self, dict.fromkeys(names, "[0, inf)"), prefix="VESPO.")
 
     def __call__(self, terms: Terms) -> Tensor:
         return -self.weight(terms) * terms.advantages * terms.logprobs
@@ -201,6 +211,9 @@ class GMPO(Surrogate):
     epsilon_high: float | None = None
     """Bound of log w for positive advantages: ratios to e^0.4. None: as epsilon."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self, {"epsilon": "[0, inf)", "epsilon_high": "[0, inf)"}, prefix="GMPO.")
+
     def __call__(self, terms: Terms) -> Tensor:
         low, high = self.clipped(terms)
         bounded = torch.where(high, self.high, torch.where(low, -self.epsilon, terms.log_ratio))
@@ -225,6 +238,9 @@ class DPPO(Surrogate):
 
     threshold: float = 0.2
     """Largest difference of a token's probability."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"threshold": "(0, 1]"}, prefix="DPPO.")
 
     def __call__(self, terms: Terms) -> Tensor:
         low, high = self.clipped(terms)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
 from lightning_grpo.rewards.strict import strict_score
 from lightning_grpo.rewards.verify import check_extraction, extract
@@ -66,6 +67,7 @@ class ReasoningGym(Reward):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_extraction("ReasoningGym.extract", self.extract)
+        check_ranges(self, {"threshold": "(-inf, inf)"}, prefix="ReasoningGym.")
 
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
         for row, values in enumerate(columns):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
 
 
@@ -46,6 +47,8 @@ class LengthPenalty(Reward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        names = ("max_completion_length", "soft_punish_cache")
+        check_ranges(self, dict.fromkeys(names, "[1, inf)"), prefix="LengthPenalty.")
         if not 0 < self.soft_punish_cache <= self.max_completion_length:
             raise UserError(
                 f"LengthPenalty.soft_punish_cache is {self.soft_punish_cache}; set it from 1 to max_completion_length "

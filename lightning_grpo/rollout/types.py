@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.ranges import check_ranges
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -22,7 +23,8 @@ class Sampling:
     """How the engine draws a completion's tokens."""
 
     temperature: float = 1.0
-    """Divides the logits before sampling; the trainer's log-probs are taken at the same temperature."""
+    """Divides the logits before sampling; the trainer's log-probs are taken at the same temperature. 0 is greedy, for
+    validation only."""
     top_p: float = 1.0
     """Keep the smallest set of tokens with this probability mass. 1 keeps all."""
     top_k: int = 0
@@ -38,18 +40,15 @@ class Sampling:
     where they are: they count as truncated, and no group loses one. 1 waits for all."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"sampling.temperature is {self.temperature}; set 0 (greedy, validation only) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"sampling.top_p is {self.top_p}; set a share of the probability mass in (0, 1]")
-        if self.top_k < 0:
-            raise UserError(f"sampling.top_k is {self.top_k}; set 0 to keep all tokens, or how many to keep")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"sampling.min_p is {self.min_p}; set a share in [0, 1]")
-        if self.repetition_penalty <= 0:
-            raise UserError(f"sampling.repetition_penalty is {self.repetition_penalty}; set 1 (off) or above 0")
-        if not 0 < self.cutoff <= 1:
-            raise UserError(f"sampling.cutoff is {self.cutoff}; set a share of the completions in (0, 1]")
+        ranges = {
+            "temperature": "[0, inf)",
+            "top_p": "(0, 1]",
+            "top_k": "[0, inf)",
+            "min_p": "[0, 1]",
+            "repetition_penalty": "(0, inf)",
+            "cutoff": "(0, 1]",
+        }
+        check_ranges(self, ranges, prefix="sampling.")
 
     def spare(self, count: int) -> int:
         """How many of ``count`` completions sampled together `cutoff` allows to be cut short."""
