@@ -27,8 +27,9 @@ from lightning_grpo.monitor.checkpoint_files import require_checkpoint_file
 from lightning_grpo.monitor.checkpoint_folder import newest
 from lightning_grpo.monitor.stop import StopOnSignal
 from lightning_grpo.monitor.terminal import RunSummary, StepProgressBar, TerminalHandler, run_folder
-from lightning_grpo.parser_errors import OneLineParser, read_config_files
+from lightning_grpo.parser_errors import read_config_files
 from lightning_grpo.rollout import RolloutCallback
+from lightning_grpo.short_help import ShortHelpParser, shorten_help
 from lightning_grpo.trainer_options import check_no_nan, check_seed, check_trainer_options
 
 DESCRIPTION = """Group Relative Policy Optimization: fit trains a policy, validate and test sample and judge held-out
@@ -50,6 +51,7 @@ class GRPOCommand(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add callbacks that stay whatever ``trainer.callbacks`` holds: ``prediction``, ``rollout``, ``checkpoint``."""
+        shorten_help(parser)
         parser.add_lightning_class_args(Prediction, "prediction")
         parser.add_lightning_class_args(RolloutCallback, "rollout", subclass_mode=True, required=False)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
@@ -207,7 +209,7 @@ def run(args: list[str]) -> None:
     # checkpoints of a resumed run stand in its folder; and args may come from `main`
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
-    OneLineParser.files = read_config_files(args)
+    ShortHelpParser.files = read_config_files(args)
     GRPOCommand.asked = args[:1]
     GRPOCommand(
         GRPOModule,
@@ -217,7 +219,7 @@ def run(args: list[str]) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         args=args,
-        parser_class=OneLineParser,
+        parser_class=ShortHelpParser,
         parser_kwargs={
             "prog": "lightning-grpo",
             "description": DESCRIPTION,
