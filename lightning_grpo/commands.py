@@ -29,7 +29,7 @@ from lightning_grpo.monitor.stop import StopOnSignal
 from lightning_grpo.monitor.terminal import RunSummary, StepProgressBar, TerminalHandler, run_folder
 from lightning_grpo.parser_errors import read_config_files
 from lightning_grpo.rollout import RolloutCallback
-from lightning_grpo.short_help import ShortHelpParser, shorten_help
+from lightning_grpo.short_help import ShortHelpParser, add_short_help
 from lightning_grpo.trainer_options import check_no_nan, check_seed, check_trainer_options
 
 DESCRIPTION = """Group Relative Policy Optimization: fit trains a policy, validate and test sample and judge held-out
@@ -51,7 +51,7 @@ class GRPOCommand(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add callbacks that stay whatever ``trainer.callbacks`` holds: ``prediction``, ``rollout``, ``checkpoint``."""
-        shorten_help(parser)
+        add_short_help(parser)
         parser.add_lightning_class_args(Prediction, "prediction")
         parser.add_lightning_class_args(RolloutCallback, "rollout", subclass_mode=True, required=False)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
@@ -90,6 +90,11 @@ class GRPOCommand(LightningCLI):
                 Namespace(class_path=f"lightning.pytorch.loggers.{kind}", init_args=Namespace(where))
                 for kind in ("CSVLogger", "TensorBoardLogger")
             ]
+
+        for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
+            settings = logger.get("init_args") if isinstance(logger, Namespace) else None
+            if settings is not None and settings.get("save_dir", "") in (None, "."):  # such as WandbLogger's default
+                settings["save_dir"] = str(root)
 
     def _check_ckpt_path(self) -> None:
         """``last`` without a checkpoint starts a run, as the first of many restarts does, but evaluates nothing."""

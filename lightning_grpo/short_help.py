@@ -16,11 +16,24 @@ COMMON = (
 
 
 class ShortHelpParser(OneLineParser):
-    """A parser whose help leaves out each option's environment variable, whose name follows from the option's."""
+    """A parser whose help leaves out rare options of the trainer, and the environment variables, whose names follow
+    from those of the options."""
 
     def format_help(self) -> str:
         """The help as it is printed."""
-        return without_variables(super().format_help())
+        rare = [
+            (action, action.help)
+            for action in self._actions
+            if action.dest.startswith("trainer.") and action.dest.removeprefix("trainer.") not in COMMON
+        ]
+        for action, _ in rare:
+            action.help = argparse.SUPPRESS
+        try:
+            return without_variables(super().format_help())
+        finally:
+            # options without help are left out of config.yaml too
+            for action, text in rare:
+                action.help = text
 
 
 def without_variables(text: str) -> str:
@@ -31,16 +44,13 @@ def without_variables(text: str) -> str:
 class TrainerHelp(argparse.Action):
     """Prints the help of all options of the trainer."""
 
-    def __init__(self, option_strings: list[str], hidden: list[tuple[argparse.Action, str]], **kwargs: Any) -> None:
+    def __init__(self, option_strings: list[str], **kwargs: Any) -> None:
         super().__init__(
             option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help="Show all trainer options."
         )
-        self.hidden = hidden
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
         """Print it and end."""
-        for action, text in self.hidden:
-            action.help = text
         formatter = parser._get_formatter()
         formatter.start_section("trainer options")
         formatter.add_arguments(action for action in parser._actions if action.dest.startswith("trainer."))
@@ -49,14 +59,7 @@ class TrainerHelp(argparse.Action):
         parser.exit(0)
 
 
-def shorten_help(parser: LightningArgumentParser) -> None:
-    """Leave the rarely used options of the trainer to ``--trainer.help``, and the list of all options out of usage."""
+def add_short_help(parser: LightningArgumentParser) -> None:
+    """Add ``--trainer.help``, and keep the list of all options out of the usage."""
     parser.usage = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
-    rare = [
-        (action, action.help)
-        for action in parser._actions
-        if action.dest.startswith("trainer.") and action.dest.removeprefix("trainer.") not in COMMON
-    ]
-    for action, _ in rare:
-        action.help = argparse.SUPPRESS
-    parser.add_argument("--trainer.help", action=TrainerHelp, hidden=rare)
+    parser.add_argument("--trainer.help", action=TrainerHelp)

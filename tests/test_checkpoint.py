@@ -1,5 +1,6 @@
 """Checkpoint files: whole or not there, saved by time, in a folder that no other run uses."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -110,7 +111,7 @@ def test_folders(tmp_path):
     for number, name in enumerate(["checkpoints", "checkpoints-2", "checkpoints-10", "checkpoints-x"]):
         (tmp_path / name).mkdir()
         (tmp_path / name / "last.ckpt").write_bytes(b"")
-        (tmp_path / name / "last.ckpt").touch()
+        os.utime(tmp_path / name / "last.ckpt", (number, number))
     assert [path.name for path in family(base)] == ["checkpoints", "checkpoints-2", "checkpoints-10"]
     assert unused(base).name == "checkpoints-11"
     assert newest(base).name == "checkpoints-10"

@@ -175,3 +175,26 @@ def test_wrong_options_end_with_a_message(capsys, options, named):
         main([*smoke(Path("unused")), *options])
     assert stop.value.code not in (0, None)
     assert named in capsys.readouterr().err
+
+
+def test_rare_trainer_options_have_a_help_of_their_own(capsys):
+    texts = {}
+    for option in ("--help", "--trainer.help"):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", option])
+        assert stop.value.code in (0, None)
+        texts[option] = capsys.readouterr().out
+    for text in texts.values():
+        assert "--trainer.max_steps" in text
+    assert "--checkpoint.every_n_minutes" in texts["--help"]
+    assert "--trainer.sync_batchnorm" not in texts["--help"]
+    assert "--trainer.sync_batchnorm" in texts["--trainer.help"]
+
+
+def test_a_logger_without_a_folder_and_a_foreign_one(tmp_path):
+    (tmp_path / "logs" / "version_x").mkdir(parents=True)
+    for number in range(2):
+        main(smoke(tmp_path, "--trainer.logger", "lightning.pytorch.loggers.logger.DummyLogger"))
+        assert (tmp_path / ("config.yaml", "config-2.yaml")[number]).exists()
+    main(smoke(tmp_path))
+    assert (tmp_path / "logs" / "version_0" / "config.yaml").exists()
