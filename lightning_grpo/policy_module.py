@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
+from lightning_grpo import adapters, optimizer_options
 from lightning_grpo.attention import NAME as ATTENTION
 from lightning_grpo.data import Prompt, PromptBatch
 from lightning_grpo.errors import UserError
@@ -139,6 +140,11 @@ class PolicyModule(LightningModule):
         self.lr_schedule = lr_schedule
         self.warmup_steps = warmup_steps
         self.seed = seed_of_run(seed)
+        if lora is not None:
+            # checkpoints hold the adapter alone; `adapters.check` insists on all of it
+            self.strict_loading = False
+        self._optimizer_options: dict[str, Any] | None = None
+        self._saved_optimizer_options: dict[str, Any] | None = None
         self.policy: nn.Module | None = None
         # a tuple hides the reference from the module tree: it is neither trained, saved nor sharded with the policy
         self._reference: tuple[nn.Module, ...] = ()
@@ -253,12 +259,41 @@ class PolicyModule(LightningModule):
                 " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
                 lr,
             )
+        self._optimizer_options = optimizer_options.options(optimizer)
         if self.lr_schedule == "constant":
             name, steps = "constant_with_warmup", None
         else:
-            name, steps = self.lr_schedule, int(self.trainer.estimated_stepping_batches)
+            name, steps = self.lr_schedule, self.trainer.estimated_stepping_batches
+            if steps == float("inf"):
+                raise UserError(
+                    f"lr_schedule is {name}, which needs the number of optimizer steps, and trainer.max_steps is "
+                    f"{self.trainer.max_steps} and trainer.max_epochs {self.trainer.max_epochs}: training has no end; "
+                    "set one of them, or lr_schedule: constant"
+                )
+            steps = int(steps)
+        self._optimizer_options["schedule"] = {
+            "lr_schedule": self.lr_schedule,
+            "warmup_steps": self.warmup_steps,
+            "steps": steps,
+        }
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """After a checkpoint, take the optimizer's options that were changed in the configuration, and the schedule."""
+        saved, self._saved_optimizer_options = self._saved_optimizer_options, None
+        if saved is None or self._optimizer_options is None:
+            return
+        changes = optimizer_options.take_changed(self.trainer.optimizers[0], saved, self._optimizer_options)
+        optimizer_options.reschedule(self.trainer.lr_scheduler_configs[0].scheduler)
+        schedule = self._optimizer_options["schedule"]
+        changes += [f"{k} {was} → {now}" for k, was in saved["schedule"].items() if was != (now := schedule[k])]
+        log.info(
+            "going on after optimizer step %d: weights, optimizer state and the position in the schedule are the "
+            "checkpoint's, %s",
+            self.trainer.global_step,
+            f"and the configuration changes {', '.join(changes)}" if changes else "and no option was changed since",
+        )
 
     # ── Generating and scoring ────────────────────────────────────────────────────────────────────────────────────
 
@@ -494,21 +529,30 @@ class PolicyModule(LightningModule):
 
     # ── Checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With LoRA, keep the adapter alone: the base model is the checkpoint it came from."""
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """With LoRA the adapter alone: the base model is the checkpoint it came from."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
         if self.lora is not None:
-            trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+            kept = {prefix + name for name in self._trainable}
+            for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+                del state[name]
+        return state
+
+    @property
+    def _trainable(self) -> set[str]:
+        return {name for name, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Describe what is trained and how, for the run that takes it up."""
+        checkpoint["policy"] = {
+            "lora": adapters.describe(self.lora, self._trainable),
+            "optimizer": self._optimizer_options,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With LoRA, take the base model as it was loaded, but insist on every adapter weight."""
+        """Refuse weights and adapters that are not this run's."""
+        saved = checkpoint["policy"]
+        adapters.check(saved["lora"], self.lora, self._trainable)
         if self.lora is None and self.device_mesh is None:
             require_same_weights(self.state_dict(), checkpoint["state_dict"])
-        if self.lora is not None:
-            missing = {n for n, p in self.named_parameters() if p.requires_grad} - checkpoint["state_dict"].keys()
-            if missing:
-                raise UserError(
-                    f"the checkpoint lacks {len(missing)} adapter weights, {min(missing)} among them: it was saved "
-                    "with other lora options; set rank and target_modules as they were"
-                )
-            self.strict_loading = False
+        self._saved_optimizer_options = saved["optimizer"]
