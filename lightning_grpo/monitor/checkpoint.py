@@ -99,7 +99,8 @@ class Checkpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A resumed run goes on in the folder of its checkpoint."""
-        if trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+        restores = trainer.state.fn == TrainerFn.FITTING and trainer.strategy.lightning_restore_optimizer
+        if restores and "optimizer_states" not in checkpoint:
             raise UserError(
                 f"ckpt_path {trainer.ckpt_path} holds weights without the optimizer's state: training can't be resumed "
                 "from it; name a checkpoint that lightning-grpo fit saved"
