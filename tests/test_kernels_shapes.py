@@ -128,7 +128,7 @@ def check(case: Case) -> None:
     c = given["c"][0].abs() + (given["c"][1].abs() * logits if case.entropy_grad else 0)
     for x, y, terms in zip(found[2:], expected[2:], (c * weight.amax(), c * hidden, c), strict=True):
         if y is not None:
-            allowed = (values + ROUNDING[case.dtype]) * slope * terms.norm()
+            allowed = (values + 4 * ROUNDING[case.dtype]) * slope * terms.norm()
             assert (x - y).norm() <= allowed + 1e-30
 
 
@@ -211,6 +211,6 @@ def test_any_logits(n, v, dtype, backend, layout, kind, temperature, entropy_gra
     exact = logits.double().requires_grad_()
     expected = solve(exact, lambda leaf, ids: naive_logprob(leaf, eye, ids.long(), **options))
     for x, y in zip(found[:2], expected[:2], strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-5 / min(temperature, 1))
     size = c.norm() / temperature * (40 / temperature if entropy_grad else 1)
-    assert (found[2] - expected[2]).norm() <= (2e-6 + ROUNDING[dtype]) * size
+    assert (found[2] - expected[2]).norm() <= (1e-5 + 3 * ROUNDING[dtype]) * size
