@@ -83,10 +83,17 @@ def load_config(model: str) -> PreTrainedConfig:
     except Exception as error:
         raise unreadable("config.json", model, error) from error
     require_causal(model, config)
-    for name, value in vars(config).items():
-        if isinstance(value, float) and (name.endswith(("dropout", "dropout_prob", "pdrop")) or name == "layerdrop"):
-            setattr(config, name, 0.0)
+    _switch_off_dropout(config)
     return config
+
+
+def _switch_off_dropout(config: PreTrainedConfig) -> None:
+    """In the configuration itself and in those it holds, as of a text and a vision tower."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            _switch_off_dropout(value)
+        elif isinstance(value, float) and (name.endswith(("dropout", "dropout_prob", "pdrop")) or name == "layerdrop"):
+            setattr(config, name, 0.0)
 
 
 def load_generation_config(model: str, config: PreTrainedConfig) -> GenerationConfig:

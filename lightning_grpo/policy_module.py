@@ -15,8 +15,10 @@ from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lightning_grpo import adapters, optimizer_options
 from lightning_grpo.attention import NAME as ATTENTION
@@ -171,10 +173,22 @@ class PolicyModule(LightningModule):
         return False
 
     def configure_model(self) -> None:
-        """Load the policy, and copy it as reference where one is needed and LoRA doesn't give it for free."""
-        if self.policy is not None:
-            return
-        self.policy = load_policy(
+        """Load the policy; for training also its reference, if one is needed and LoRA doesn't give it for free."""
+        loaded = []
+        if self.policy is None:
+            self.policy = self._load_policy()
+            loaded.append(self.policy)
+        fits = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if fits and self.needs_reference and self.lora is None and not self._reference:
+            # a policy from before may have been trained, or have taken a checkpoint's weights
+            self._reference = (frozen_copy(self.policy if loaded else self._load_policy()),)
+            loaded.extend(self._reference)
+        if self.device_mesh is not None:
+            for model in loaded:
+                shard(model, self.device_mesh["data_parallel"])
+
+    def _load_policy(self) -> PreTrainedModel | PeftModel:
+        return load_policy(
             self.model_path,
             dtype=self.dtype_name,
             lora=self.lora,
@@ -183,11 +197,6 @@ class PolicyModule(LightningModule):
             from_scratch=self.from_scratch,
             seed=self.seed,
         )
-        if self.needs_reference and self.lora is None:
-            self._reference = (frozen_copy(self.policy),)
-        if self.device_mesh is not None:
-            for model in (self.policy, *self._reference):
-                shard(model, self.device_mesh["data_parallel"])
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As torch's, but for the buffers: see `full_precision_buffers`. Lightning converts by it in bf16-true."""

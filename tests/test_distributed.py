@@ -43,10 +43,11 @@ AHEAD = [
     "--rollout", "test_ahead.CopyRollout", "--model.rollout_ahead", "1",
     "--model.objective.rollout_correction", "{level: token, mode: truncate, upper: 2.0}",
 ]  # fmt: skip
+BATCH = ["--model.advantage.estimator", "reinforce_pp_baseline", "--model.optimizer.lr", "1.0"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], AHEAD], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("options", [[], AHEAD, BATCH], ids=["in turn", "ahead", "batch statistics"])
 def test_two_ranks_end_where_one_process_ends(tmp_path, options):
     # 24 prompts a rollout, two optimizer steps of it
     one, rows_of_one = smoke(tmp_path / "one", "--trainer.accumulate_grad_batches", "2", *options)

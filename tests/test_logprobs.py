@@ -204,6 +204,13 @@ def test_lora_and_its_reference(share_prompt):
     torch.testing.assert_close(reference, before[0], rtol=0, atol=1e-5)
 
 
+def test_every_parameter_of_a_mixture_of_experts_has_a_gradient():
+    """DDP waits for all of them, also from a micro-batch whose tokens reach few of the experts."""
+    model = make("Qwen3Moe", num_experts=32, num_experts_per_tok=1)
+    ours(model, {name: value[:1] for name, value in batch().items()})[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_lora_on_the_head(caplog):
     """A head that is no plain linear layer computes its own logits, a chunk of tokens at a time."""
     model, rows = make("Gemma2", tie_word_embeddings=False), batch()

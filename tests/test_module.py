@@ -466,3 +466,65 @@ def test_validation_inside_an_optimizer_step_is_no_part_of_its_time(tmp_path, ti
     record = fit(tmp_path, module(tiny_model_path, Slow), data(validation_size=4), steps=2, **validation)
     assert ahead[0] >= 30_000
     assert max(record["step_time"]) < 10_000 and max(record["time/update"]) < 10_000
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path, tiny_model_path):
+    ends = []
+    for checkpointing in (False, True):
+        policy = module(
+            tiny_model_path,
+            rewards=[checksum],
+            gradient_checkpointing=checkpointing,
+            objective=ObjectiveConfig(beta=0.1),
+            optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        )
+        record = fit(tmp_path, policy, steps=3, accumulate=2)
+        assert (record["ratio/min"][0], record["ratio/max"][0], record["kl"][0]) == (1, 1, 0)
+        assert policy.policy.is_gradient_checkpointing == checkpointing
+        ends.append(parameters(policy))
+    moved = largest_difference(ends[0], parameters_at_start(tiny_model_path))
+    assert moved > 1e-3
+    assert largest_difference(*ends) < 1e-4 * moved
+
+
+def test_stop_strings_end_completions_that_are_trained_on(tmp_path, tiny_model_path):
+    seen = []
+
+    class Spy(GRPOModule):
+        def rollout(self, batch):
+            seen.append(super().rollout(batch))
+            return seen[-1]
+
+    policy = module(
+        tiny_model_path,
+        Spy,
+        rewards=[checksum],
+        sampling=Sampling(stop=list("0zM?Q7B")),
+        max_completion_length=30,
+    )
+    record = fit(tmp_path, policy, steps=2)
+    texts = policy.tokenizer.batch_decode(
+        [ids[mask].tolist() for r in seen for ids, mask in zip(r.completion_ids, r.completion_mask, strict=True)]
+    )
+    stopped = [text for text in texts if text[-1] in "0zM?Q7B"]
+    assert len(stopped) > 10 and not any(set(text[:-1]) & set("0zM?Q7B") for text in texts)
+    cut = torch.cat([rollout.truncated for rollout in seen]).tolist()
+    assert all(not truncated for text, truncated in zip(texts, cut, strict=True) if text[-1] in "0zM?Q7B")
+    lengths = torch.cat([rollout.completion_mask.sum(1) for rollout in seen]).tolist()
+    assert all((length == 30) >= truncated for length, truncated in zip(lengths, cut, strict=True))
+    assert (record["ratio/min"], record["ratio/max"]) == ([1, 1], [1, 1])
+    assert max(record["sampling/sampling_logp_difference/max"]) < 1e-5
+
+
+def test_only_training_holds_a_reference(tmp_path, tiny_model_path):
+    policy = module(tiny_model_path, objective=ObjectiveConfig(beta=0.1), rewards=[checksum])
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(default_root_dir=tmp_path, callbacks=[HFRollout()], **settings)
+    trainer.validate(policy, datamodule=data(validation_size=6), verbose=False)
+    assert policy._reference == ()
+    with torch.no_grad():
+        for parameter in policy.policy.parameters():
+            parameter.mul_(1.1)  # as of a checkpoint that was validated
+    fit(tmp_path, policy, steps=1)
+    start = parameters_at_start(tiny_model_path)
+    assert largest_difference(start, dict(policy._reference[0].named_parameters())) == 0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, Gemma3Config
 
 from lightning_grpo.convert import main as convert
 from lightning_grpo.policy import LoRA, frozen_copy, load_config, load_policy, load_tokenizer
@@ -43,6 +43,13 @@ def test_dropout_is_off(tiny_model_path, tmp_path):
     config.attention_dropout = 0.5
     config.save_pretrained(tmp_path)
     assert load_config(str(tmp_path)).attention_dropout == 0
+
+
+def test_dropout_is_off_in_nested_configurations_too(tmp_path):
+    inner = {"attention_dropout": 0.5, "num_hidden_layers": 1}
+    Gemma3Config(text_config=inner, vision_config={"attention_dropout": 0.25}).save_pretrained(tmp_path)
+    config = load_config(str(tmp_path))
+    assert config.text_config.attention_dropout == 0 == config.vision_config.attention_dropout
 
 
 @pytest.mark.parametrize("load", [load_tokenizer, load_config, load_policy])
