@@ -28,8 +28,10 @@ from lightning_grpo.monitor.checkpoint_folder import newest
 from lightning_grpo.monitor.stop import StopOnSignal
 from lightning_grpo.monitor.terminal import RunSummary, StepProgressBar, TerminalHandler, run_folder
 from lightning_grpo.parser_errors import read_config_files
+from lightning_grpo.processor import keep_threads_to_cores
 from lightning_grpo.rollout import RolloutCallback
 from lightning_grpo.short_help import ShortHelpParser, add_short_help
+from lightning_grpo.trainer import GRPOTrainer, resolved
 from lightning_grpo.trainer_options import check_no_nan, check_seed, check_trainer_options
 
 DESCRIPTION = """Group Relative Policy Optimization: fit trains a policy, validate and test sample and judge held-out
@@ -72,13 +74,15 @@ class GRPOCommand(LightningCLI):
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Check what can be checked before anything is built, and choose where results go.
+        """Check what can be checked before anything is built, settle the precision, and choose where results go.
 
         Logs go to CSV and TensorBoard in the next free ``logs/version_N`` if no logger was asked for.
         """
         trainer = self._get(self.config, "trainer")
         check_no_nan(self.config[self.subcommand].as_dict())
         check_trainer_options(trainer.as_dict())
+        # here already, so that the saved config.yaml has what was used
+        trainer.precision = resolved(trainer.precision, trainer.accelerator)
         self._check_ckpt_path()
         root = Path(trainer.default_root_dir)
         require_folder(root)
@@ -208,6 +212,7 @@ def run(args: list[str]) -> None:
     """Run the subcommand that ``args`` name."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     log_to_terminal()
+    keep_threads_to_cores()
     # Lightning's own use of torch; and advice for metrics that are not reduced yet, which ours are
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log")
@@ -219,6 +224,7 @@ def run(args: list[str]) -> None:
     GRPOCommand(
         GRPOModule,
         PromptDataModule,
+        trainer_class=GRPOTrainer,
         save_config_callback=SaveConfig,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -207,7 +207,7 @@ class PolicyModule(LightningModule):
         """The engine, where the user named none."""
         if any(isinstance(callback, RolloutCallback) for callback in self.trainer.callbacks):
             return []
-        return [default_rollout()]
+        return [default_rollout(self.trainer, self)]
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before a weight is loaded."""

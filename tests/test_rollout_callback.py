@@ -17,7 +17,6 @@ from lightning_grpo.rollout import (
     VLLMRollout,
     VLLMServerRollout,
     WeightSyncError,
-    default_rollout,
     eos_token_ids,
     mismatch,
     policy_weights,
@@ -204,12 +203,6 @@ def test_the_policy_alone_may_give_weights(tiny_model_path):
         synced.ahead(lambda: None)
 
 
-def test_without_vllm_the_policys_modules_sample(monkeypatch, caplog):
-    monkeypatch.setattr(vllm_rollout, "vllm_version", lambda: None)
-    assert isinstance(default_rollout(), HFRollout)
-    assert "vLLM is not installed" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("version", "error", "message"),
     [(None, ValueError, r"pip install 'lightning-grpo\[vllm\]'"), ("0.29.1", ValueError, "vLLM 0.29.1")],
@@ -293,8 +286,9 @@ def test_a_callback_without_an_engine_cannot_be_made():
 def test_sampling_arguments_that_bias_the_gradient_are_refused(make, monkeypatch):
     monkeypatch.setattr("lightning_grpo.rollout.vllm_rollout.require_vllm", lambda: None)
     callback = make(sampling_args={"min_tokens": 8, "seed": 1})
+    trainer = SimpleNamespace(precision="32-true")
     plain = SimpleNamespace(objective=SimpleNamespace(rollout_correction=None))
     with pytest.raises(ValueError, match="sampling_args has min_tokens"):
-        callback.setup(None, plain, "fit")
-    callback.setup(None, plain, "validate")
-    callback.setup(None, SimpleNamespace(objective=SimpleNamespace(rollout_correction=object())), "fit")
+        callback.setup(trainer, plain, "fit")
+    callback.setup(trainer, plain, "validate")
+    callback.setup(trainer, SimpleNamespace(objective=SimpleNamespace(rollout_correction=object())), "fit")

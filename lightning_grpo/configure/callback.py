@@ -19,6 +19,7 @@ from lightning_grpo.configure.hardware import this_machine
 from lightning_grpo.configure.measure import reset_peak, resident, sees_peaks
 from lightning_grpo.configure.memory import predict_memory
 from lightning_grpo.configure.shape import ModelShape
+from lightning_grpo.configure.speed import slow_choices, speed_line
 from lightning_grpo.configure.summary import describe_run, identity_line
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.errors import UserError
@@ -75,7 +76,11 @@ class Prediction(Callback):
             self.compares = False
             rank_zero_only(log.warning)("%s. Batch: %s", error, identity_line(self.workload))
         else:
+            if self.hardware.is_cpu:
+                text = f"{text}\n{speed_line(trainer, pl_module, self.hardware)}"
             rank_zero_only(log.info)("%s", text)
+        for warning in slow_choices(trainer, pl_module) if self.hardware.is_cpu else ():
+            rank_zero_only(log.warning)("%s", warning)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """A rollout begins where the module has no experience left."""

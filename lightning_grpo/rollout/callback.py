@@ -83,7 +83,7 @@ class RolloutCallback(L.Callback, ABC):
             score=score,
             counters=lambda: write_counters(pl_module.policy),
             vocab_size=min(config.vocab_size, len(pl_module.tokenizer)),
-            dtypes=(getattr(engine, "dtype", torch.float32), _trainer_dtype(trainer, pl_module)),
+            dtypes=(getattr(engine, "dtype", torch.float32), compute_dtype(trainer, pl_module)),
             canary_length=min(16, max_model_len(pl_module) - 1),
             tolerance=self.tolerance,
             sleep=self.sleeps,
@@ -147,11 +147,14 @@ def pad_id(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     return next(token for token in candidates if token is not None)
 
 
-def _trainer_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:
+def compute_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:
+    """What the policy's matrix products are in: as the trainer's precision says, else the parameters' own."""
     precision = str(trainer.precision)
     if "bf16" in precision:
         return torch.bfloat16
-    return torch.float16 if "16" in precision else next(pl_module.policy.parameters()).dtype
+    if "16" in precision:
+        return torch.float16
+    return getattr(torch, getattr(pl_module, "dtype_name", "float32"))
 
 
 def max_model_len(pl_module: L.LightningModule) -> int:

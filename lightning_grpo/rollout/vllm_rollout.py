@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from lightning_grpo.errors import OutOfMemoryError, UserError
-from lightning_grpo.rollout.callback import HFRollout, RolloutCallback, eos_token_ids, max_model_len
+from lightning_grpo.rollout.callback import RolloutCallback, compute_dtype, eos_token_ids, max_model_len
 from lightning_grpo.rollout.vllm_adapter import adapter_settings
-from lightning_grpo.rollout.vllm_engine import VLLMEngine, require_vllm, vllm_version
+from lightning_grpo.rollout.vllm_engine import VLLMEngine, require_vllm
 from lightning_grpo.rollout.vllm_shared import SharedVLLMEngine
 from lightning_grpo.rollout.weights import adapter_weights
 
@@ -32,8 +32,8 @@ class VLLMRollout(RolloutCallback):
     """Samples with a vLLM engine that shares the trainer's process and device.
 
     Args:
-        dtype: what the engine computes in: bfloat16, float16, float32, or auto: the checkpoint's, but bfloat16 for a
-            float32 checkpoint.
+        dtype: what the engine computes in: bfloat16, float16, float32, or auto: on a CPU what the trainer computes in,
+            on a GPU the checkpoint's, but bfloat16 for a float32 checkpoint.
         max_num_seqs: completions sampled at once.
         max_num_batched_tokens: tokens of prompts and completions computed in one step of the engine. Empty lets vLLM
             choose.
@@ -120,6 +120,8 @@ class VLLMRollout(RolloutCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_vllm()
+        if self.engine_args["dtype"] == "auto" and not torch.cuda.is_available():
+            self.engine_args["dtype"] = str(compute_dtype(trainer, pl_module)).removeprefix("torch.")
         if stage == "fit":
             refuse_bias(pl_module, self.sampling_args or {})
 
@@ -217,14 +219,6 @@ def adapter_engine_args(pl_module: L.LightningModule) -> dict[str, Any]:
             "engine would not have; set rollout lora: merged"
         )
     return adapter_settings(pl_module.lora.rank, pl_module.policy.base_model.targeted_module_names)
-
-
-def default_rollout() -> RolloutCallback:
-    """VLLMRollout where vLLM is installed, else HFRollout, said in one line of the log."""
-    if vllm_version() is not None:
-        return VLLMRollout()
-    log.warning("vLLM is not installed: sampling with the policy's own modules (HFRollout), which is slower")
-    return HFRollout()
 
 
 def _cpu_cache_bytes(config: PretrainedConfig, max_num_seqs: int, max_model_len: int) -> int:

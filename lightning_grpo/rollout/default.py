@@ -1,0 +1,34 @@
+"""Which engine samples if none is named."""
+
+import logging
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_grpo.rollout.callback import HFRollout, RolloutCallback, compute_dtype
+from lightning_grpo.rollout.vllm_engine import vllm_version
+from lightning_grpo.rollout.vllm_rollout import VLLMRollout
+
+log = logging.getLogger(__name__)
+
+
+def default_rollout(trainer: L.Trainer, pl_module: L.LightningModule) -> RolloutCallback:
+    """The faster engine on this machine, said in one line of the log.
+
+    That is vLLM if it is installed; but on a CPU in float32 the policy's own modules sample as fast (their time goes
+    into the same matrix products), need no second copy of the weights and start at once. A policy that is sharded over
+    ranks can't sample by itself.
+    """
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    in_float32_on_a_cpu = not torch.cuda.is_available() and compute_dtype(trainer, pl_module) == torch.float32
+    if in_float32_on_a_cpu and not sharded:
+        rank_zero_only(log.info)("engine  HFRollout: in float32 a CPU samples as fast with the policy's own modules")
+        return HFRollout()
+    if vllm_version() is None:
+        rank_zero_only(log.warning)(
+            "vLLM is not installed: sampling with the policy's own modules (HFRollout), which is slower"
+        )
+        return HFRollout()
+    return VLLMRollout()

@@ -1,0 +1,45 @@
+"""Lightning's `Trainer` with a precision ``auto``: the one that the device is fast in."""
+
+from typing import Any, Literal
+
+import torch
+from lightning import Trainer
+from lightning.fabric.connector import _PRECISION_INPUT
+from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator, MPSAccelerator
+
+from lightning_grpo.processor import fast_dtype
+
+
+class GRPOTrainer(Trainer):
+    def __init__(self, *args: Any, precision: Literal["auto"] | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
+        """Lightning's `Trainer`, whose precision may be auto.
+
+        Args:
+            precision: of the arithmetic. auto takes what the device is fast in: on a CPU bf16-mixed if it multiplies
+                bfloat16 faster than float32 (which is measured at start), else 32-true; on a GPU bf16-mixed, or
+                16-mixed if it has no bfloat16. Empty is 32-true.
+        """
+        super().__init__(*args, precision=resolved(precision, kwargs.get("accelerator", "auto")), **kwargs)
+
+
+def resolved(precision: str | int | None, accelerator: str | Accelerator) -> str | int | None:
+    """``precision`` itself, or for ``auto`` the one that the device of ``accelerator`` is fast in."""
+    if precision != "auto":
+        return precision
+    kind = _device(accelerator)
+    if kind == "cpu":
+        return "bf16-mixed" if fast_dtype() == torch.bfloat16 else "32-true"
+    if kind == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+    return "32-true"
+
+
+def _device(accelerator: str | Accelerator) -> str:
+    """The kind of device that Lightning takes for ``accelerator``."""
+    if accelerator == "cpu" or isinstance(accelerator, CPUAccelerator):
+        return "cpu"
+    if CUDAAccelerator.is_available():
+        return "cuda"
+    if MPSAccelerator.is_available():
+        return "mps"
+    return "cpu" if accelerator == "auto" else "other"
