@@ -1,17 +1,24 @@
 """`plan` and its command: presets, pins, what they refuse, and that the YAML is one the real command line accepts."""
 
 import json
+from types import SimpleNamespace
 
+import torch
 import yaml
 from pytest import approx, mark, raises
+from transformers import LlamaConfig
 
 from lightning_grpo.configure import find_gpu, plan, to_yaml
 from lightning_grpo.configure.command import main, parse_pins
-from lightning_grpo.configure.devices import GPUS
+from lightning_grpo.configure.devices import GPUS, known_gpu
 from lightning_grpo.configure.evidence import TASKS
 from lightning_grpo.configure.levers import HEADROOM
+from lightning_grpo.configure.pins import PINNABLE
 
 QWEN = {"task": "math_reasoning", "model": "Qwen/Qwen2.5-1.5B-Instruct", "gpu": "h100"}
+
+
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
 
 
 def values(made, *names) -> tuple:
@@ -100,14 +107,21 @@ BAD = [
     ({"task": "code", "preset": "classic"}, "--preset classic has no code"),
     ({"prompts": "nowhere.jsonl"}, "--prompts nowhere.jsonl: no such file"),
     ({"pins": {"generations": 8}}, "--set generations: unknown; set one of num_generations"),
-    ({"pins": {"num_generations": "many"}}, "--set num_generations=many: set a whole number"),
-    ({"pins": {"beta": -0.1}}, "set 0 or more"),
     ({"pins": {"num_generations": 6, "prompts_per_rollout": 4, "micro_batch_size": 5}}, "micro_batch_size is 5, but"),
     ({"pins": {"accumulate_grad_batches": 7}}, "accumulate_grad_batches is 7, but"),
     ({"pins": {"precision": "bf16-true", "dtype": "float32"}}, "contradict each other"),
     ({"pins": {"lora_rank": 0}, "lora": True}, "contradict each other"),
     ({"pins": {"max_completion_length": 10**6}}, "holds 32768; lower one"),
     ({"model": "Qwen/Qwen2.5-32B-Instruct", "gpu": "t4"}, "cannot fit T4"),
+    ({"reward": "Nope"}, "--reward Nope: unknown; set one of ExactMatch, "),
+    ({"reward": "Reward"}, "--reward Reward: unknown"),
+    ({"reward": "LengthPenalty"}, "--reward LengthPenalty: it needs "),
+    ({"reward": "nowhere.mine"}, "--reward nowhere.mine: can't be imported"),
+    ({"reward": "math.pi"}, "--reward math.pi: is no function"),
+    ({"budget_hours": float("inf")}, "--budget_hours is inf"),
+    ({"budget_hours": float("nan")}, "--budget_hours is nan"),
+    ({"pins": {"strategy": "fsdp"}}, "shards over several devices"),
+    ({"gpu": "h1000"}, "--gpu h1000: unknown"),
 ]
 
 
@@ -127,11 +141,52 @@ def test_unreadable_prompts_name_the_line(tmp_path):
         plan(**QWEN, prompts=str(file))
 
 
+# what torch.cuda.get_device_properties calls cards, and what people write
+CARDS = {
+    "a100-40": ["NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "A100 40 GB", "a100-40"],
+    "a100": ["NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", "a100"],
+    "h100": ["NVIDIA H100 80GB HBM3", "h100", "H100"],
+    "h100-pcie": ["NVIDIA H100 PCIe"],
+    "h200": ["NVIDIA H200"],
+    "b200": ["NVIDIA B200"],
+    "l40s": ["NVIDIA L40S"],
+    "l40": ["NVIDIA L40"],
+    "l20": ["NVIDIA L20"],
+    "a10": ["NVIDIA A10"],
+    "l4": ["NVIDIA L4"],
+    "rtx4090": ["NVIDIA GeForce RTX 4090"],
+    "rtx3090": ["NVIDIA GeForce RTX 3090"],
+    "t4": ["Tesla T4", "NVIDIA T4"],
+}
+OTHERS = [
+    *("NVIDIA RTX A1000", "NVIDIA GeForce GT 430", "h1000", "NVIDIA A10G", "NVIDIA T400 4GB", "NVIDIA H100 NVL"),
+    *("NVIDIA A100-SXM4-80GB MIG 3g.40gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A800-SXM4-80GB"),
+]
+
+
+@mark.parametrize("key", GPUS)
+def test_gpus_are_known_by_every_name_they_have(key):
+    assert [known_gpu(name) for name in CARDS[key]] == [GPUS[key]] * len(CARDS[key])
+
+
+def test_a_name_that_only_contains_a_known_one_is_another_card():
+    assert [known_gpu(name) for name in OTHERS] == [None] * len(OTHERS)
+
+
 def test_gpus_are_found_by_name_and_memory():
     assert find_gpu("NVIDIA H100 80GB HBM3") is GPUS["h100"]
-    assert find_gpu("NVIDIA GeForce RTX 4090") is GPUS["rtx4090"]
     assert find_gpu("24GB").memory == 24e9
     assert find_gpu("h200").flops == 989e12
+
+
+@mark.parametrize(("name", "gb", "major", "rates"), [("NVIDIA L4", 23.6, 8, "l4"), ("NVIDIA RTX 2000", 16.5, 7, "t4")])
+def test_the_card_of_this_machine_is_measured_not_guessed(monkeypatch, name, gb, major, rates):
+    card = SimpleNamespace(name=name, total_memory=int(gb * 1e9), major=major)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    found = find_gpu(None)
+    assert (found.name, found.memory, found.bf16) == (name, card.total_memory, major >= 8)
+    assert found.bandwidth == GPUS[rates].bandwidth
 
 
 def test_the_command_prints_yaml_and_explains(capsys, tmp_path):
@@ -160,24 +215,106 @@ def test_pins_are_parsed():
         parse_pins(["beta"])
 
 
+WRONG = {
+    "num_generations": ["1", "0", "many", "2.5", ".inf", "[1,2]", "", "true", "!!python/none x"],
+    "prompts_per_rollout": ["0", "-1", "x"],
+    "micro_batch_size": ["0", "1.5"],
+    "accumulate_grad_batches": ["0"],
+    "num_iterations": ["0"],
+    "max_prompt_length": ["0"],
+    "max_completion_length": ["0", ".nan"],
+    "beta": ["", "[1,2]", ".inf", "-.inf", "inf", ".nan", "-0.1", "much", "{a: 1}", "*x", "[1"],
+    "learning_rate": ["0", "-1e-6", ".inf", "true"],
+    "epsilon": ["-1", ".nan"],
+    "epsilon_high": ["-1"],
+    "loss_type": ["ppo", "1", ""],
+    "scale_rewards": ["sometimes", "true"],
+    "temperature": ["0", "-1"],
+    "precision": ["bf16", "16", "64-true", "16-true"],
+    "dtype": ["int8"],
+    "gradient_checkpointing": ["1", "maybe"],
+    "optimizer": ["lion", "adamw_8bit"],
+    "lora_rank": ["-1", "1.5"],
+    "strategy": ["deepspeed", "fsdp"],
+    "engine": ["sglang"],
+    "engine_sleep": ["2"],
+    "engine_cache": ["0", "-1", ".inf"],
+    "warmup_steps": ["-1", "0.5"],
+    "lr_schedule": ["step"],
+    "weight_decay": ["-1"],
+    "gradient_clip_val": ["-1", ".inf"],
+    "max_steps": ["0", "-5", ".inf"],
+    "seed": ["-1", "0.5"],
+}
+
+
+@mark.parametrize("option", PINNABLE)
+def test_every_wrong_value_is_one_line_with_the_option_in_it(option, capsys):
+    for value in WRONG[option]:
+        arguments = ["--task", "short_answer", "--model", "SmolLM2-135M-Instruct", "--gpu", "l4"]
+        assert main([*arguments, "--set", f"{option}={value}"]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.count("\n") == 1 and f"--set {option}=" in printed.err, printed.err
+
+
+def test_prompts_are_estimated_without_a_tokenizer(tmp_path):
+    file, folder = tmp_path / "prompts.jsonl", tmp_path / "model"
+    file.write_text((json.dumps({"prompt": 70 * "x", "answer": "1"}) + "\n") * 8)
+    LlamaConfig(**TINY).save_pretrained(folder)
+    made = plan(task="short_answer", model=str(folder), gpu="l4", prompts=str(file))
+    assert not made.prompt_statistics.counted
+    assert made.prompt_statistics.longest == 20
+    assert made.workload.prompts_per_rollout == 8
+    with raises(ValueError, match="has 8 rows, fewer than the 16 ranks"):
+        plan(task="short_answer", model=str(folder), gpu="l4", prompts=str(file), num_gpus=16)
+    with raises(ValueError, match="prompts_per_rollout is 9, and --prompts has 8 rows"):
+        plan(task="short_answer", model=str(folder), gpu="l4", prompts=str(file), pins={"prompts_per_rollout": 9})
+
+
+@mark.parametrize("ranks", [1, 2, 3, 8, 64])
+def test_ranks_take_the_place_of_the_classic_accumulation(ranks):
+    made = plan(**QWEN, preset="classic", num_gpus=ranks)
+    w = made.workload
+    assert values(made, "num_generations", "max_completion_length", "beta", "learning_rate") == (16, 500, 0.05, 1e-5)
+    assert w.accumulate_grad_batches == -(-8 // ranks)
+    assert w.prompts_per_rollout == max(8, w.accumulate_grad_batches * ranks)
+
+
+def test_classic_comes_out_as_written_also_if_it_does_not_fit():
+    made = plan(task="math_reasoning", model="Qwen/Qwen2.5-1.5B-Instruct", gpu=16, preset="classic")
+    assert values(made, *FOUNDING) == (8, 500, 0.05, 1e-5, 16)
+    assert made.memory.peak > HEADROOM * made.hardware.memory
+    text = to_yaml(made)
+    assert "cannot fit" in text and "the cheapest ways out" in text and "--model.lora.rank 16" in text
+
+
+def test_cpu_ranks_share_the_memory():
+    one, four = (plan(task="short_answer", model="SmolLM2-135M-Instruct", gpu="cpu", num_gpus=n) for n in (1, 4))
+    assert four.hardware.memory == one.hardware.memory / 4
+
+
+def test_an_engine_in_float32_is_counted_in_float32():
+    half, full = (plan(**QWEN, pins={"precision": p}) for p in ("bf16-mixed", "32-true"))
+    sizes = [made.memory.phases["generate"]["engine weights"] for made in (half, full)]
+    assert sizes[1] == 2 * sizes[0]
+
+
 @mark.parametrize(
-    ("changes", "pins"),
-    [({"task": task, "gpu": "cpu"}, {}) for task in TASKS]
-    + [
-        ({"gpu": "a100", "num_gpus": 2}, {"strategy": "fsdp"}),
-        ({"gpu": "h100", "lora": True}, {"engine": "hf"}),
-        ({"gpu": "t4", "preset": "classic", "task": "instruction_following"}, {}),
+    ("changes", "lever"),
+    [
+        ({"model": "Qwen/Qwen3-4B", "gpu": 24, "lora": True}, "smallest engine cache"),
+        ({"model": "Qwen/Qwen2.5-32B-Instruct", "gpu": "h100", "num_gpus": 8, "lora": True}, "split engine"),
+        ({"model": "Qwen/Qwen2.5-72B-Instruct", "gpu": "h100", "num_gpus": 64, "lora": True}, "split engine"),
+        ({"model": "Qwen/Qwen2.5-7B-Instruct", "gpu": 24, "num_gpus": 8}, "sharding"),
+        (
+            {"model": "Qwen/Qwen2.5-3B-Instruct", "gpu": 16, "lora": True, "pins": {"engine": "hf"}},
+            "fewer completions at once",
+        ),
     ],
 )
-def test_the_real_command_line_accepts_the_plan(changes, pins, tmp_path, tiny_model_path, capsys):
-    from lightning_grpo import cli
-
-    made = plan(**{"task": "math_reasoning", "model": "SmolLM2-135M-Instruct"} | changes, pins=pins)
-    file = tmp_path / "plan.yaml"
-    file.write_text(to_yaml(made))
-    with raises(SystemExit) as stop:
-        cli.main(["fit", "--config", str(file), "--print_config"])
-    assert stop.value.code in (0, None)
-    parsed = yaml.safe_load(capsys.readouterr().out)
-    assert parsed["model"]["init_args"]["num_generations"] == made.workload.num_generations
-    assert parsed["trainer"]["max_steps"] == made.max_steps
+def test_what_fits_is_not_refused_and_completions_keep_their_length(changes, lever):
+    made = plan(task="math_reasoning", **changes)
+    assert made.memory.peak <= HEADROOM * made.hardware.memory
+    assert lever in [text.split(" (")[0] for text in made.levers]
+    assert made.workload.completion_length == 1024

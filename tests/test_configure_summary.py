@@ -15,7 +15,7 @@ from lightning_grpo.configure import (
     find_model,
     predict_memory,
 )
-from lightning_grpo.configure.levers import HEADROOM, fits, ways_to_fit
+from lightning_grpo.configure.levers import HEADROOM, LEVERS, fits, lowest, usable, ways_to_fit
 
 NUMBERS = {"prompts_per_rollout": 6, "num_generations": 8, "micro_batch_size": 4}
 sizes = st.integers(1, 48)
@@ -122,7 +122,14 @@ def test_what_fits_needs_no_lever():
     assert ways_to_fit(w, find_gpu("h200")) == [(w, [])]
 
 
-def test_no_way_out_says_so():
-    w = big(shape=find_model("Qwen/Qwen2.5-32B-Instruct"))
-    with raises(ValueError, match="no lever makes it fit"):
-        describe_run(w, find_gpu("t4"))
+def test_a_refusal_names_the_floor_that_was_reached_and_what_was_tried():
+    w, t4 = big(shape=find_model("Qwen/Qwen2.5-32B-Instruct")), find_gpu("t4")
+    with raises(ValueError, match="even with everything changed that saves memory") as error:
+        describe_run(w, t4)
+    floor = predict_memory(lowest(w, t4), t4)
+    assert f"{floor.peak_phase} needs {floor.peak / 2**30:.1f} GiB of 14.8 GiB" in str(error.value)
+    assert all(lever.name in str(error.value) for lever in usable(w, t4))
+    # nothing that is left lowers it
+    assert all(
+        (run := lever.pull(lowest(w, t4))) is None or predict_memory(run, t4).peak >= floor.peak for lever in LEVERS
+    )

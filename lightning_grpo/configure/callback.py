@@ -23,6 +23,7 @@ from lightning_grpo.configure.speed import slow_choices, speed_line
 from lightning_grpo.configure.summary import describe_run, identity_line
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.errors import UserError
+from lightning_grpo.rollout import HFRollout, RolloutCallback, VLLMProcessRollout, VLLMRollout
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ def workload_of(trainer: Trainer, pl_module: LightningModule, hardware: Hardware
     """The run that a trainer and a GRPOModule describe; prompts are as long as the longest there is."""
     data = trainer.datamodule
     optimizer = type(trainer.optimizers[0]).__name__ if trainer.optimizers else "AdamW"
-    sharded = type(trainer.strategy).__name__ in ("ModelParallelStrategy", "FSDPStrategy")
+    sharded = type(trainer.strategy).__name__ == "ModelParallelStrategy"
     lora = pl_module.lora
     targets = lora.target_modules if lora else "all-linear"
     w = Workload(
@@ -200,32 +201,48 @@ def workload_of(trainer: Trainer, pl_module: LightningModule, hardware: Hardware
         share_prompt=pl_module.share_prompt,
         beta=float(pl_module.needs_reference),
         optimizer="adamw_8bit" if "8bit" in optimizer else "sgd" if optimizer == "SGD" else "adamw",
+        learning_rate=_learning_rate(trainer),
         ranks=pl_module.data_ranks,
         shards=trainer.world_size if sharded else 1,
+        ranks_per_node=max(1, trainer.num_devices),
     )
     return _with_engine(w, trainer, hardware)
 
 
 def _with_engine(w: Workload, trainer: Trainer, hardware: Hardware) -> Workload:
     """Add what the run's rollout callback says about its engine."""
-    kinds = ("HFRollout", "VLLMRollout", "VLLMProcessRollout")
-    rollout = next((c for c in trainer.callbacks if type(c).__name__ in kinds), None)
-    if rollout is None:
+    rollout = next((c for c in trainer.callbacks if isinstance(c, RolloutCallback)), None)
+    if not isinstance(rollout, HFRollout | VLLMRollout) or not rollout.shares_memory:
         return replace(w, engine="remote")
-    sequences = rollout.max_num_seqs
-    if type(rollout).__name__ == "HFRollout":
-        return replace(w, engine="hf", engine_sequences=sequences)
+    kind = type(rollout)
+    w = replace(w, rollout_class=f"{kind.__module__}.{kind.__name__}")
+    if isinstance(rollout, HFRollout):
+        return replace(w, engine="hf", engine_sequences=rollout.max_num_seqs)
+    shards = rollout.engine_args.get("tensor_parallel_size", 1)
+    w = replace(
+        w,
+        engine="vllm",
+        engine_sequences=max(1, rollout.max_num_seqs // shards),
+        engine_shards=shards,
+        engine_bytes=4 if rollout.engine_args.get("dtype") == "float32" else 2,
+        engine_sleep=rollout.sleeps,
+        engine_process=isinstance(rollout, VLLMProcessRollout),
+    )
     cache = rollout.kv_cache_memory_bytes
     if cache is None and hardware.is_cpu:
         # As VLLMRollout reckons it: four bytes an element, blocks rounded up.
         row = 2 * w.shape.cache_bytes * (w.prompt_length + w.completion_length + 128)
-        cache = min(sequences * row, hardware.memory / 2)
+        cache = min(rollout.max_num_seqs * row, hardware.memory / 2)
     elif cache is None:
-        share = rollout.engine_args["gpu_memory_utilization"]
-        cache = max(0.0, share * hardware.memory - 2 * w.shape.params)
-    return replace(
-        w, engine="vllm", engine_sequences=sequences, engine_cache=float(cache), engine_sleep=rollout.sleep_level > 0
-    )
+        weights = w.engine_bytes * w.shape.params / shards
+        cache = max(0.0, rollout.engine_args["gpu_memory_utilization"] * hardware.memory - weights)
+    return replace(w, engine_cache=float(cache))
+
+
+def _learning_rate(trainer: Trainer) -> float:
+    """After the warm-up."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return max((float(group.get("initial_lr", group["lr"])) for group in groups), default=0.0)
 
 
 def _cpu(trainer: Trainer) -> Hardware:

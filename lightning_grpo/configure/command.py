@@ -83,9 +83,14 @@ def parse_pins(texts: Sequence[str]) -> dict[str, Any]:
     pins: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals:
+        if not equals or not value.strip():
             raise UserError(f"--set {text}: write OPTION=VALUE, for example --set num_generations=16")
-        parsed = yaml.safe_load(value)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"--set {text}: {value!r} is no plain value; write a number, true, false or a name"
+            ) from error
         if isinstance(parsed, str):
             # YAML 1.1 takes 1e-5 for text.
             with contextlib.suppress(ValueError):

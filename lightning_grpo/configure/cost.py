@@ -109,7 +109,6 @@ def predict_cost(
     efficiency: Efficiency | None = None,
     *,
     reward_seconds: float = 0.002,
-    reward_workers: int = 1,
     pass_rates: Sequence[float] = (),
 ) -> Cost:
     """Seconds of one rollout and its updates.
@@ -118,18 +117,17 @@ def predict_cost(
         w: the run.
         hardware: of each rank.
         efficiency: measured shares of the peak rates; None assumes them.
-        reward_seconds: of one completion.
-        reward_workers: completions judged at once, on each rank.
+        reward_seconds: of one completion; those of a rank are judged one after another.
         pass_rates: measured shares of solved completions by prompt, for the zero-variance share; none: 0.
     """
     efficiency = efficiency or Efficiency.assumed(hardware, w.engine)
     local = w.samples / w.ranks
     seconds = {
         "generate": _generate(w, hardware, efficiency),
-        "reward": local * reward_seconds / reward_workers,
+        "reward": local * reward_seconds,
         "score": (w.needs_old_logprobs + w.needs_reference) * score_seconds(w, hardware, efficiency),
         "update": w.num_iterations * update_seconds(w, hardware, efficiency),
-        "sync": 0.0 if w.engine == "hf" else 2 * w.shape.params / hardware.link,
+        "sync": 0.0 if w.engine == "hf" else w.engine_bytes * w.shape.params / hardware.link,
     }
     if w.rollout_ahead:
         seconds["generate"] = max(0.0, seconds["generate"] - seconds["score"] - seconds["update"])
@@ -200,8 +198,11 @@ def decode_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency, rows
     """Seconds of one decoding step of ``rows`` sequences of ``length`` tokens, without its fixed overhead."""
     weights = w.shape.trunk_linear + w.shape.head
     # The policy itself is read in its own precision, and autocast writes a copy of it besides.
-    size = 2 if w.engine != "hf" or w.weight_bytes == 2 else 4 + 4 * w.precision.endswith("mixed")
-    read = size * (w.shape.read_linear(rows) + w.shape.head) + rows * length * w.shape.cache_bytes
+    mixed = 4 * w.precision.endswith("mixed") if w.weight_bytes == 4 else 0
+    size = w.engine_bytes if w.engine != "hf" else w.weight_bytes + mixed
+    cached = rows * length * w.shape.cache_bytes * w.engine_bytes / 2
+    # an engine that several ranks share has the rows of all of them, and a part of the weights on each
+    read = size * (w.shape.read_linear(rows * w.engine_shards) + w.shape.head) / w.engine_shards + cached
     bandwidth = hardware.bandwidth * efficiency.bandwidth
     return max(read / bandwidth, 2 * weights * rows / rate(w, hardware, efficiency))
 

@@ -4,7 +4,8 @@ Rates are dense, without sparsity: bfloat16 tensor-core FLOP/s (float16 where a 
 bytes/s, bytes. Source: the vendors' data sheets.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 GB = 1e9
 GiB = 2**30
@@ -28,6 +29,8 @@ class Hardware:
     """Bytes/s between the ranks of one node, and from the trainer to the engine."""
     device: str = "cuda"
     """Torch device type."""
+    bf16: bool = True
+    """Whether matrix products can be in bfloat16."""
     context: float = 0.9 * GiB
     """Bytes that the driver's context, the libraries' workspaces and fragmentation take."""
     source: str = ""
@@ -38,7 +41,9 @@ class Hardware:
         return self.device == "cpu"
 
 
-def _gpu(name: str, tflops: float, fp32: float, gb: float, tb_s: float, link: float = 25, source: str = "") -> Hardware:
+def _gpu(
+    name: str, tflops: float, fp32: float, gb: float, tb_s: float, link: float = 25, *, bf16: bool = True
+) -> Hardware:
     return Hardware(
         name=name,
         # Some cards count in 2^30 bytes, others in 10^9; a percent is the driver's.
@@ -47,7 +52,8 @@ def _gpu(name: str, tflops: float, fp32: float, gb: float, tb_s: float, link: fl
         flops_fp32=fp32 * 1e12,
         bandwidth=tb_s * 1e12,
         link=link * GB,
-        source=source or "vendor data sheet, dense",
+        bf16=bf16,
+        source="vendor data sheet, dense" if bf16 else "vendor data sheet; float16: this card has no bfloat16",
     )
 
 
@@ -60,10 +66,41 @@ GPUS: dict[str, Hardware] = {
     "h200": _gpu("H200 141 GB", 989, 67, 141, 4.8, 450),
     "b200": _gpu("B200 192 GB", 2250, 80, 192, 8.0, 900),
     "l40s": _gpu("L40S 48 GB", 362, 91.6, 48, 0.864),
+    "l40": _gpu("L40 48 GB", 181, 90.5, 48, 0.864),
     "l20": _gpu("L20 48 GB", 119.5, 59.8, 48, 0.864),
     "a10": _gpu("A10 24 GB", 125, 31.2, 24, 0.600),
     "l4": _gpu("L4 24 GB", 121, 30.3, 24, 0.300),
     "rtx4090": _gpu("RTX 4090 24 GB", 165, 82.6, 24, 1.008),
     "rtx3090": _gpu("RTX 3090 24 GB", 71, 35.6, 24, 0.936),
-    "t4": _gpu("T4 16 GB", 65, 8.1, 16, 0.320, 12, "vendor data sheet; float16: this card has no bfloat16"),
+    "t4": _gpu("T4 16 GB", 65, 8.1, 16, 0.320, 12, bf16=False),
 }
+
+
+def known_gpu(name: str) -> Hardware | None:
+    """The known card of this name, as PyTorch or a person writes it (``NVIDIA A100-SXM4-40GB``, ``h100``).
+
+    None for any other card, also if its name merely contains a known one (RTX A1000, H100 NVL), and for a part of a
+    card (MIG).
+    """
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    plain = re.sub(r"(\d+) gb\b", r"\1gb", " ".join(words))
+    size = re.findall(r"\b(\d+)gb\b", plain)
+    words = [word for word in re.sub(r"\b\d+gb\b", "", plain).split() if word not in ("nvidia", "geforce", "tesla")]
+    model = "".join(word for word in words if not re.fullmatch(r"sxm\d?|hbm\d?e?", word))
+    if model == "a100pcie":
+        model = "a100"
+    keys = {re.sub("[^a-z0-9]", "", key): key for key in GPUS}
+    if model not in keys or len(size) > 1:
+        return None
+    cards = [GPUS[key] for key in GPUS if key == keys[model] or key.startswith(f"{keys[model]}-4")]
+    if not size:
+        return GPUS[keys[model]]
+    near = [card for card in cards if abs(card.memory / GB - float(size[0])) <= 0.1 * float(size[0])]
+    return near[0] if near else None
+
+
+def by_memory(gb: float) -> Hardware:
+    """The slowest known card with about this much memory (within 25 %), given exactly ``gb`` gigabytes."""
+    near = [gpu for gpu in GPUS.values() if abs(gpu.memory / GB - gb) <= 0.25 * gb] or list(GPUS.values())
+    card = min(near, key=lambda gpu: gpu.bandwidth)
+    return replace(card, name=f"{gb:g} GB GPU (rates of {card.name})", memory=gb * GB)

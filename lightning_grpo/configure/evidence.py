@@ -45,8 +45,10 @@ class Task:
     source: str
     """Procedural prompts that stand in where none are given."""
     source_reward: dict[str, Any]
+    source_args: dict[str, Any] | None = None
+    """Of the procedural prompts."""
     reward_seconds: float
-    """Of one completion, on one worker."""
+    """Of one completion."""
 
 
 _NO_REFERENCE = Choice(
@@ -138,6 +140,7 @@ TASKS: dict[str, Task] = {
         reward=_NUMBER,
         source="arithmetic",
         source_reward=_NUMBER,
+        source_args={"high": 200},
         reward_seconds=0.0005,
     ),
     "tool_use": Task(

@@ -1,16 +1,16 @@
 """The machine at hand, and devices by name."""
 
-import os
 import platform
 import re
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import psutil
 import torch
 
-from lightning_grpo.configure.devices import GB, GPUS, GiB, Hardware
+from lightning_grpo.configure.devices import GB, GPUS, GiB, Hardware, by_memory, known_gpu
 from lightning_grpo.errors import UserError
 from lightning_grpo.processor import parallel_speedup, product_rate
 
@@ -52,26 +52,21 @@ def this_cpu() -> Hardware:
 
 
 def this_machine() -> Hardware:
-    """The first CUDA device, known by name or by its properties; else the CPU."""
+    """The first CUDA device, its rates known by name or taken from a card of its memory; else the CPU."""
     if not torch.cuda.is_available():
         return this_cpu()
     properties = torch.cuda.get_device_properties(0)
-    known = _match(properties.name)
-    base = GPUS[known] if known else by_memory(properties.total_memory / GB)
-    return Hardware(**{**base.__dict__, "name": properties.name, "memory": float(properties.total_memory)})
+    base = known_gpu(properties.name) or by_memory(properties.total_memory / GB)
+    # what the driver says of the card goes before any table: its memory, and bfloat16 from compute capability 8 on
+    return replace(base, name=properties.name, memory=float(properties.total_memory), bf16=properties.major >= 8)
 
 
-def _match(name: str) -> str | None:
-    plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("nvidia", "").replace("geforce", ""))
-    names = sorted(GPUS, key=len, reverse=True)
-    return next((key for key in names if re.sub("[^a-z0-9]", "", key) in plain), None)
-
-
-def by_memory(gb: float) -> Hardware:
-    """The slowest known card with about this much memory (within 25 %), given exactly ``gb`` gigabytes."""
-    near = [gpu for gpu in GPUS.values() if abs(gpu.memory / GB - gb) <= 0.25 * gb] or list(GPUS.values())
-    card = min(near, key=lambda gpu: gpu.bandwidth)
-    return Hardware(**{**card.__dict__, "name": f"{gb:g} GB GPU (rates of {card.name})", "memory": gb * GB})
+def shared(hardware: Hardware, ranks: int) -> Hardware:
+    """What each of ``ranks`` processes has of a CPU; a GPU is a rank's own."""
+    if not hardware.is_cpu or ranks == 1:
+        return hardware
+    rates = {name: getattr(hardware, name) / ranks for name in ("memory", "flops", "flops_fp32", "bandwidth")}
+    return replace(hardware, **rates)
 
 
 def find_gpu(gpu: str | float | None) -> Hardware:
@@ -93,14 +88,9 @@ def find_gpu(gpu: str | float | None) -> Hardware:
         return by_memory(gb)
     if text in GPUS:
         return GPUS[text]
-    if known := _match(text):
-        return GPUS[known]
+    if known := known_gpu(text):
+        return known
     raise UserError(
         f"--gpu {gpu}: unknown. Set one of {', '.join(GPUS)}, cpu, auto (what is in this machine), "
         "or the memory in gigabytes (for example 24)"
     )
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

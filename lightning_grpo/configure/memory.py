@@ -11,7 +11,7 @@ from lightning_grpo.attention import NAME as ATTENTION
 from lightning_grpo.configure.activations import Activations, activations
 from lightning_grpo.configure.devices import GiB, Hardware
 from lightning_grpo.configure.workload import STATE_BYTES, Workload
-from lightning_grpo.kernels.blocks import budget
+from lightning_grpo.kernels.blocks import budget, width_within
 
 Parts = dict[str, float]
 
@@ -91,7 +91,7 @@ def _head(w: Workload, hardware: Hardware, trained: bool) -> float:
     n, H, V, size = w.micro_batch_size * w.completion_length, w.shape.hidden, w.shape.vocab, w.compute_bytes
     logit = size if hardware.is_cpu else 4
     sizes = budget(gpu=not hardware.is_cpu, itemsize=size)
-    W = min(max(sizes.block // (n * logit), 512), V)
+    W = width_within(sizes.block, n * logit, V)
     block = n * W * logit
     kept = min(n * V, sizes.kept // (n * W * size) * n * W) * size if trained and not w.lora_rank else 0
     scratch = 0 if logit == size else n * W * size
@@ -159,7 +159,7 @@ def _engine(w: Workload, hardware: Hardware) -> tuple[Parts, Parts]:
     """What the engine holds (awake, asleep)."""
     if w.engine != "vllm":
         return {}, {}
-    awake = {"engine weights": 2 * w.shape.params / w.engine_shards, "KV cache": w.engine_cache}
+    awake = {"engine weights": w.engine_bytes * w.shape.params / w.engine_shards, "KV cache": w.engine_cache}
     if hardware.is_cpu:
         return awake, awake
     awake |= {"engine workspace": VLLM_WORKSPACE + VLLM_GRAPHS * w.engine_graphs}

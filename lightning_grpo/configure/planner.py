@@ -1,6 +1,7 @@
 """`plan`: from a task, a model and a device to a complete run with predicted memory, time and cost."""
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +13,20 @@ from lightning_grpo.configure.calibration import load as load_calibration
 from lightning_grpo.configure.cost import Efficiency, pass_rate_grid, predict_cost
 from lightning_grpo.configure.devices import GB, Hardware
 from lightning_grpo.configure.evidence import CLASSIC, FIXED, TASKS, Choice
-from lightning_grpo.configure.hardware import cores, find_gpu
-from lightning_grpo.configure.levers import fits, ways_to_fit
+from lightning_grpo.configure.hardware import find_gpu, shared
+from lightning_grpo.configure.levers import Lever, fits, flags, ways_to_fit
 from lightning_grpo.configure.memory import predict_memory
 from lightning_grpo.configure.pins import check_pins
 from lightning_grpo.configure.planned import Plan
 from lightning_grpo.configure.prompts import PromptStatistics, prompt_statistics
+from lightning_grpo.configure.reward import reward_options
 from lightning_grpo.configure.shape import ModelShape, find_model
-from lightning_grpo.configure.summary import refusal
+from lightning_grpo.configure.summary import REFUSE_ABOVE, refusal
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.errors import UserError
+
+NODE = 8
+"""Devices of one machine, at most."""
 
 # Largest micro-batch tried: tokens of one forward pass.
 LARGEST_MICRO_BATCH = {"cpu": 4096, "cuda": 65536}
@@ -66,10 +71,14 @@ def plan(
         raise UserError(f"--task {task}: unknown; set one of {', '.join(TASKS)}")
     if num_gpus < 1:
         raise UserError(f"--num_gpus is {num_gpus}; set 1 or more")
-    if budget_hours is not None and budget_hours <= 0:
+    if budget_hours is not None and not 0 < budget_hours < math.inf:
         raise UserError(f"--budget_hours is {budget_hours}; set a number of hours above 0")
     pins = check_pins(pins, lora)
-    hardware = find_gpu(gpu)
+    if pins.get("strategy") == "fsdp" and num_gpus == 1:
+        raise UserError("--set strategy=fsdp shards over several devices; set --num_gpus to 2 or more, or leave it out")
+    if reward is not None:
+        reward_options(reward)
+    hardware = shared(find_gpu(gpu), num_gpus)
     shape = find_model(model)
     statistics = prompt_statistics(prompts, model) if prompts else None
     lora = lora or pins.get("lora_rank", 0) > 0
@@ -78,9 +87,9 @@ def plan(
         # The name's published form has its own clip range.
         choices = {name: choice for name, choice in choices.items() if name not in ("epsilon", "epsilon_high")}
     choices |= {name: Choice(value, "pinned") for name, value in pins.items()}
-    run = _workload(choices, pins, task, shape, hardware, num_gpus, lora)
+    run = _workload(choices, pins, task, shape, hardware, num_gpus, lora, statistics)
     run, levers = _make_it_fit(run, hardware, pins, preset)
-    choices = _with_batch(choices, run, pins, levers)
+    choices = _with_batch(choices, run, pins)
 
     rates = (
         statistics.pass_rates if statistics and statistics.pass_rates else pass_rate_grid(TASKS[task].mean_pass_rate)
@@ -90,7 +99,6 @@ def plan(
         hardware,
         efficiency or load_calibration(run, hardware, calibration),
         reward_seconds=TASKS[task].reward_seconds,
-        reward_workers=cores(),
         pass_rates=rates,
     )
     steps = pins.get("max_steps") or _steps(budget_hours, cost.total / run.updates_per_rollout)
@@ -104,12 +112,12 @@ def plan(
         memory=predict_memory(run, hardware),
         cost=cost,
         max_steps=steps,
-        levers=levers,
+        levers=tuple(f"{lever.name} ({' '.join(flags(run, [lever]))})" for lever in levers),
         prompts=prompts,
         reward=reward,
         prompt_statistics=statistics,
         budget_hours=budget_hours,
-        notes=_notes(run, task, statistics, reward),
+        notes=_notes(run, hardware, task, statistics, reward),
     )
 
 
@@ -131,7 +139,7 @@ def _choose(
         length = Choice(longest, f"the longest of {statistics.count} prompts ({how}), rounded up to 16s")
     choices = {
         "num_generations": kind.num_generations,
-        "prompts_per_rollout": evidence.prompts_per_rollout(hardware.is_cpu, ranks),
+        "prompts_per_rollout": _prompts_per_rollout(hardware, ranks, statistics),
         "max_prompt_length": length,
         "max_completion_length": kind.max_completion_length,
         "beta": kind.beta,
@@ -147,13 +155,23 @@ def _choose(
     if lora:
         choices["lora_rank"] = evidence.lora_rank()
     if preset == "classic":
-        choices |= _classic(task, hardware)
+        choices |= _classic(task, hardware, ranks)
     elif preset != "evidence":
         raise UserError(f"--preset {preset}: unknown; set evidence or classic")
     return choices
 
 
-def _classic(task: str, hardware: Hardware) -> dict[str, Choice]:
+def _prompts_per_rollout(hardware: Hardware, ranks: int, statistics: PromptStatistics | None) -> Choice:
+    usual = evidence.prompts_per_rollout(hardware.is_cpu, ranks)
+    if statistics is None or statistics.count >= usual.value:
+        return usual
+    most = statistics.count // ranks * ranks
+    if not most:
+        raise UserError(f"--prompts has {statistics.count} rows, fewer than the {ranks} ranks; each needs one at least")
+    return Choice(most, f"as many as there are prompts ({statistics.count}) and {ranks} ranks can share evenly")
+
+
+def _classic(task: str, hardware: Hardware, ranks: int) -> dict[str, Choice]:
     if task not in CLASSIC:
         raise UserError(f"--preset classic has no {task}; it knows {', '.join(CLASSIC)}. Leave --preset out")
     classic = CLASSIC[task]
@@ -168,14 +186,18 @@ def _classic(task: str, hardware: Hardware) -> dict[str, Choice]:
         why = "founding preset under 24 GB: num_generations halved, accumulation doubled"
     choices["num_generations"] = Choice(group, why)
     choices["micro_batch_size"] = Choice(group, why)
-    choices["prompts_per_rollout"] = Choice(prompts, why)
-    choices["accumulate_grad_batches"] = Choice(prompts, why)
+    # a group per rank and micro-batch: more ranks take the place of accumulation
+    accumulate = -(-prompts // ranks)
+    if ranks > 1:
+        why = f"{why}; shared by {ranks} ranks"
+    choices["prompts_per_rollout"] = Choice(accumulate * ranks, why)
+    choices["accumulate_grad_batches"] = Choice(accumulate, why)
     return choices
 
 
 def _precision(hardware: Hardware, lora: bool) -> dict[str, Choice]:
     rounding = "in bfloat16 a step of 1e-6 to 1e-5 is mostly lost to rounding (one step of a weight of 0.05 is 2e-4)"
-    if hardware.name.startswith("T4"):
+    if not hardware.bf16:
         precision = Choice("16-mixed", "this card has no bfloat16", "", "a loss scale to watch")
     elif hardware.is_cpu and hardware.flops < 1.5 * hardware.flops_fp32:
         precision = Choice("32-true", "this processor gains nothing from bfloat16")
@@ -203,10 +225,15 @@ def _workload(
     hardware: Hardware,
     ranks: int,
     lora: bool,
+    statistics: PromptStatistics | None,
 ) -> Workload:
     """The run that the choices describe, its micro-batch the largest that is tried."""
     value = {name: choice.value for name, choice in choices.items()}
     B, G, mu = (value[name] for name in ("prompts_per_rollout", "num_generations", "num_iterations"))
+    if statistics and statistics.count < B:
+        raise UserError(
+            f"prompts_per_rollout is {B}, and --prompts has {statistics.count} rows; set that many or fewer"
+        )
     check_batch_arithmetic(prompts_per_rollout=B, num_generations=G, micro_batch_size=1, num_iterations=mu, ranks=ranks)
     local = B * G // ranks
     length = value["max_prompt_length"] + value["max_completion_length"]
@@ -244,11 +271,15 @@ def _workload(
         gradient_checkpointing=value["gradient_checkpointing"],
         beta=value["beta"],
         optimizer=value["optimizer"],
+        learning_rate=value["learning_rate"],
         ranks=ranks,
         shards=ranks if value.get("strategy") == "fsdp" else 1,
         engine=value["engine"],
         engine_sleep=value.get("engine_sleep", True),
         engine_sequences=min(local, 256),
+        engine_bytes=4 if value["precision"] == "32-true" else 2,
+        rollout_class={"vllm": "VLLMRollout", "hf": "HFRollout"}[value["engine"]],
+        ranks_per_node=max(n for n in divisors(ranks) if n <= NODE),
     )
     positions = getattr(shape.config, "max_position_embeddings", None)
     if positions and length > positions:
@@ -263,32 +294,29 @@ def _engine_cache(w: Workload, hardware: Hardware) -> float:
     """Room for all of a rank's completions at full length, at most a third of the device."""
     if w.engine != "vllm":
         return 0.0
-    rows = w.engine_sequences * (w.completion_length + w.prompt_length / w.num_generations)
-    row = (w.prompt_length + w.completion_length) * w.shape.cache_bytes
-    return float(max(row, min(rows * w.shape.cache_bytes * 1.1, hardware.memory / 3)))
+    share = (w.completion_length + w.prompt_length / w.num_generations) / (w.completion_length + w.prompt_length)
+    return float(max(w.engine_row, min(w.engine_sequences * share * w.engine_row * 1.1, hardware.memory / 3)))
 
 
 def _make_it_fit(
     w: Workload, hardware: Hardware, pins: Mapping[str, Any], preset: str
-) -> tuple[Workload, tuple[str, ...]]:
+) -> tuple[Workload, tuple[Lever, ...]]:
+    """A run that fits, and what was changed for it. The classic preset stays as it is written, also if it doesn't."""
     fixed = set(pins)
-    if preset == "classic":
-        fixed |= {"num_generations", "beta", "max_completion_length", "lora"}
     if "dtype" in pins or "lora_rank" in pins:
         fixed.add("lora")
-    memory = predict_memory(w, hardware)
-    if fits(memory, hardware):
-        return w, ()
+    if preset == "classic":
+        fixed |= {"num_generations", "beta", "max_completion_length", "micro_batch_size", "lora"}
     ways = ways_to_fit(w, hardware, fixed, count=1)
-    if not ways:
-        raise UserError(refusal(w, memory, hardware, fixed))
-    run, levers = ways[0]
-    return run, tuple(f"{lever.name} ({lever.setting(run)})" for lever in levers)
+    if ways:
+        run, levers = ways[0]
+        return run, tuple(levers)
+    if preset == "classic":
+        return w, ()
+    raise UserError(refusal(w, predict_memory(w, hardware), hardware, fixed))
 
 
-def _with_batch(
-    choices: dict[str, Choice], w: Workload, pins: Mapping[str, Any], levers: tuple[str, ...]
-) -> dict[str, Choice]:
+def _with_batch(choices: dict[str, Choice], w: Workload, pins: Mapping[str, Any]) -> dict[str, Choice]:
     """Add what memory decided."""
     tokens = w.micro_batch_size * (w.prompt_length + w.completion_length)
     decided = {
@@ -335,16 +363,21 @@ def _steps(budget_hours: float | None, step_seconds: float) -> int:
     return steps
 
 
-def _notes(w: Workload, task: str, statistics: PromptStatistics | None, reward: str | None) -> tuple[str, ...]:
+def _notes(
+    w: Workload, hardware: Hardware, task: str, statistics: PromptStatistics | None, reward: str | None
+) -> tuple[str, ...]:
     notes = []
+    memory = predict_memory(w, hardware)
+    if not fits(memory, hardware):
+        notes += refusal(w, memory, hardware).splitlines()
+        if memory.peak > REFUSE_ABOVE * hardware.memory:
+            notes.append("fit refuses such a run; --prediction.refuse false lets it try")
+    if w.ranks > w.ranks_per_node:
+        notes.append(f"{w.ranks_per_node} devices per node assumed; set trainer.devices and num_nodes to yours")
     if statistics is None:
         notes.append(f"no --prompts given: {TASKS[task].source} stands in; set data.source to your own")
     elif not reward and task in ("code", "instruction_following", "tool_use"):
         notes.append("the reward compares with the column answer; name one that judges your task with --reward")
-    if statistics and statistics.count < w.prompts_per_rollout:
-        notes.append(f"{statistics.count} prompts are fewer than one rollout's {w.prompts_per_rollout}")
-    if w.optimizer == "adamw_8bit":
-        notes.append("8-bit Adam needs the package bitsandbytes")
     if w.precision.endswith("16-true") and not w.lora_rank:
         notes.append("parameters in 16 bits: learning rates of 1e-5 and below are mostly lost to rounding")
     if w.trained_bytes == 4 and not w.lora_rank:

@@ -81,6 +81,9 @@ def prompt_statistics(path: str, model: str) -> PromptStatistics:
             tokenizer = AutoTokenizer.from_pretrained(model, **loading_options(model))
         except (OSError, ValueError):
             tokenizer = None
+        if tokenizer is not None and not tokenizer("a prompt")["input_ids"]:
+            # a folder without tokenizer files gives one without a vocabulary
+            tokenizer = None
     lengths = [_tokens(row["prompt"], tokenizer) for row in rows]
     column = next((name for name in PASS_RATE_COLUMNS if name in rows[0]), None)
     rates = tuple(float(row[column]) for row in rows if row.get(column) is not None) if column else ()

@@ -9,7 +9,9 @@ import yaml
 
 from lightning_grpo.configure.devices import GB, GiB
 from lightning_grpo.configure.evidence import TASKS, Choice
+from lightning_grpo.configure.levers import SHARDED
 from lightning_grpo.configure.planned import Plan
+from lightning_grpo.configure.reward import reward_options
 from lightning_grpo.configure.summary import hours, identity_line, memory_line, time_line
 
 WIDTH = 108
@@ -25,7 +27,6 @@ OPTIMIZERS = {
 def config(plan: Plan) -> dict[str, Any]:
     """The run as nested ``lightning-grpo fit`` options; leaves that were chosen are `Choice` objects."""
     w, c = plan.workload, plan.choices
-    task = TASKS[plan.task]
     trainer: dict[str, Any] = {
         "max_steps": Choice(plan.max_steps, _steps_reason(plan)),
         "accumulate_grad_batches": c["accumulate_grad_batches"],
@@ -33,12 +34,14 @@ def config(plan: Plan) -> dict[str, Any]:
         "gradient_clip_val": c["gradient_clip_val"],
         "max_epochs": -1,
         "accelerator": "cpu" if plan.hardware.is_cpu else "gpu",
-        "devices": w.ranks,
+        "devices": w.ranks_per_node,
         "default_root_dir": f"runs/{plan.task}",
     }
+    if w.ranks > w.ranks_per_node:
+        trainer["num_nodes"] = w.ranks // w.ranks_per_node
     if w.shards > 1:
         trainer["strategy"] = {
-            "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+            "class_path": SHARDED,
             "init_args": {"data_parallel_size": w.shards, "tensor_parallel_size": 1},
         }
     elif w.ranks > 1:
@@ -69,7 +72,7 @@ def config(plan: Plan) -> dict[str, Any]:
         "lr_schedule": c["lr_schedule"],
         "warmup_steps": c["warmup_steps"],
     }
-    source = {"source": plan.prompts} if plan.prompts else {"source": task.source, "chat": True}
+    source = {"source": plan.prompts} if plan.prompts else _procedural(plan)
     return {
         "seed_everything": c["seed"].value,
         "trainer": trainer,
@@ -86,9 +89,13 @@ def _reward(plan: Plan) -> dict[str, Any]:
     task = TASKS[plan.task]
     if plan.reward is None:
         return task.reward if plan.prompts else task.source_reward
-    if "." in plan.reward:
-        return {"class_path": "lightning_grpo.rewards.FunctionReward", "init_args": {"function": plan.reward}}
-    return {"class_path": f"lightning_grpo.rewards.{plan.reward}"}
+    return reward_options(plan.reward)
+
+
+def _procedural(plan: Plan) -> dict[str, Any]:
+    task, prompts = TASKS[plan.task], plan.workload.prompts_per_rollout
+    source = {"source": task.source, "size": max(1000, 4 * prompts), "chat": True}
+    return source | ({"source_args": task.source_args} if task.source_args else {})
 
 
 def _steps_reason(plan: Plan) -> str:
@@ -99,7 +106,8 @@ def _steps_reason(plan: Plan) -> str:
 
 def _engine(plan: Plan) -> dict[str, Any]:
     w = plan.workload
-    sequences = Choice(w.engine_sequences, f"of {w.samples // w.ranks} completions a rank and rollout")
+    together = w.samples // w.ranks * w.engine_shards
+    sequences = Choice(w.engine_sequences * w.engine_shards, f"of an engine's {together} completions per rollout")
     if w.engine == "hf":
         return {"max_num_seqs": sequences}
     low = "float16" if w.precision.startswith("16") else "bfloat16"
@@ -108,6 +116,9 @@ def _engine(plan: Plan) -> dict[str, Any]:
         "max_num_seqs": sequences,
         "kv_cache_memory_bytes": Choice(int(w.engine_cache), f"{w.engine_cache / GiB:.1f} GiB of key-value cache"),
     }
+    if w.engine_shards > 1:
+        why = "neighbouring ranks hold one engine's weights together"
+        settings["tensor_parallel_size"] = Choice(w.engine_shards, why)
     if not plan.hardware.is_cpu:
         settings["sleep_level"] = Choice(2 if w.engine_sleep else 0, "gives its memory to the update")
     return settings
@@ -155,7 +166,7 @@ def to_yaml(plan: Plan) -> str:
         identity_line(plan.workload),
         memory_line(plan.memory, plan.hardware),
         time_line(plan.workload, plan.cost, plan.max_steps),
-        *(f"pulled to fit: {lever}" for lever in plan.levers),
+        *(f"changed to fit: {lever}" for lever in plan.levers),
         *plan.notes,
     ]
     comments = [line for text in head for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
@@ -172,7 +183,7 @@ def table(plan: Plan) -> str:
         out += [f"{'':<{width}}  {'':<12}  {line}" for line in lines[1:]]
     out += ["", identity_line(plan.workload), "", "memory of one rank, GiB", *_memory_table(plan), ""]
     out += ["time of a rollout and its updates, s", *_cost_table(plan), ""]
-    out += [f"pulled to fit: {lever}" for lever in plan.levers]
+    out += [f"changed to fit: {lever}" for lever in plan.levers]
     out += [f"note: {note}" for note in plan.notes]
     return "\n".join(out) + "\n"
 

@@ -102,6 +102,10 @@ class ModelShape:
     """Query heads × head width."""
     kv_width: int
     """Key-value heads × head width."""
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    """Key-value heads."""
     vocab: int
     tied: bool
     linears: tuple[tuple[str, int, int], ...] = field(repr=False)
@@ -176,6 +180,8 @@ class ModelShape:
             hidden=text.hidden_size,
             query_width=query_width,
             kv_width=kv_width,
+            heads=heads,
+            kv_heads=kv_heads,
             vocab=text.vocab_size,
             tied=bool(getattr(text, "tie_word_embeddings", False)),
             linears=linears,

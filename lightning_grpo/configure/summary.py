@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Collection
+from importlib.util import find_spec
 
 from lightning_grpo.batching import check_batch_arithmetic
 from lightning_grpo.configure.cost import Cost, Efficiency, predict_cost
 from lightning_grpo.configure.devices import GiB, Hardware
 from lightning_grpo.configure.hardware import this_machine
-from lightning_grpo.configure.levers import HEADROOM, describe_way, fits, ways_to_fit
+from lightning_grpo.configure.levers import HEADROOM, LEVERS, describe_way, fits, lowest, usable, ways_to_fit
 from lightning_grpo.configure.memory import Memory, predict_memory
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.errors import UserError
@@ -120,8 +121,18 @@ def refusal(w: Workload, memory: Memory, hardware: Hardware, pins: Collection[st
 
 
 def ways_out(w: Workload, hardware: Hardware, pins: Collection[str] = ()) -> str:
-    """The three cheapest sets of changes that make ``w`` fit, one a line."""
+    """The three cheapest sets of changes that make ``w`` fit, one per line, or how far all of them together come."""
     ways = [describe_way(run, levers, hardware) for run, levers in ways_to_fit(w, hardware, pins)]
-    if not ways:
-        return "no lever makes it fit: take a smaller model or more memory"
-    return "the cheapest ways out:\n" + "\n".join(f"  {i}. {way}" for i, way in enumerate(ways, 1))
+    if ways:
+        return "the cheapest ways out:\n" + "\n".join(f"  {i}. {way}" for i, way in enumerate(ways, 1))
+    least = predict_memory(lowest(w, hardware, pins), hardware)
+    tried = ", ".join(lever.name for lever in usable(w, hardware, pins)) or "nothing, since every option is fixed"
+    text = (
+        f"even with everything changed that saves memory ({tried}), {least.peak_phase} needs {least.peak / GiB:.1f} "
+        f"GiB of {hardware.memory / GiB:.1f} GiB: take a smaller model, more memory per device or more devices"
+    )
+    missing = [lever for lever in LEVERS if lever.package and not find_spec(lever.package) and not hardware.is_cpu]
+    if missing and not w.lora_rank:
+        names = ", ".join(f"{lever.name} (pip install {lever.package})" for lever in missing)
+        text += f". Not tried, as it is not installed: {names}"
+    return text

@@ -45,6 +45,8 @@ class Workload:
     beta: float = 0.0
     """Above 0, a reference scores every completion."""
     optimizer: Optimizer = "adamw"
+    learning_rate: float = 1e-6
+    """Kept when a change of the optimizer is advised."""
     ranks: int = 1
     """Processes, one device each."""
     shards: int = 1
@@ -59,6 +61,14 @@ class Workload:
     """Completions that the engine samples at once."""
     engine_shards: int = 1
     """Ranks that share one engine (tensor parallelism)."""
+    engine_bytes: int = 2
+    """Bytes of one of the engine's parameters, and of one element of its cache."""
+    engine_process: bool = False
+    """The engine is a server in a process of its own, which never sleeps."""
+    rollout_class: str = "VLLMRollout"
+    """Name of the run's rollout callback."""
+    ranks_per_node: int = 1
+    """Ranks on one machine."""
     engine_sleep: bool = True
     """vLLM gives weights and cache back while the policy trains (GPU only)."""
     engine_graphs: bool = True
@@ -70,6 +80,13 @@ class Workload:
     def __post_init__(self) -> None:
         if self.precision in ("bf16-true", "16-true"):
             object.__setattr__(self, "dtype", "bfloat16" if self.precision == "bf16-true" else "float16")
+
+    @property
+    def engine_row(self) -> float:
+        """Bytes that one sequence at full length takes of a rank's cache; blocks of 32 tokens round it up."""
+        tokens = self.prompt_length + self.completion_length + 32
+        shards = 1 if self.shape.latent_width else min(self.engine_shards, self.shape.kv_heads)
+        return tokens * self.shape.cache_bytes * self.engine_bytes / 2 / shards
 
     @property
     def samples(self) -> int:

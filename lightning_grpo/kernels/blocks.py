@@ -44,8 +44,12 @@ class Block(NamedTuple):
 
 def block_width(hidden: Tensor, weight: Tensor) -> int:
     """Vocabulary ids in a block of logits."""
-    width = budget_for(hidden).block // (max(len(hidden), 1) * logits_dtype(hidden).itemsize) // 64 * 64
-    return min(max(width, 512), len(weight))
+    return width_within(budget_for(hidden).block, len(hidden) * logits_dtype(hidden).itemsize, len(weight))
+
+
+def width_within(size: int, column: int, vocab: int) -> int:
+    """Columns of ``column`` bytes each that a block of ``size`` bytes holds: a multiple of 64, at least 512."""
+    return min(max(size // max(column, 1) // 64 * 64, 512), vocab)
 
 
 def cut(weight: Tensor, width: int) -> list[slice]:

@@ -42,6 +42,8 @@ class RolloutCallback(L.Callback, ABC):
 
     sleeps = False
     """Whether the engine gives its memory back between rollouts."""
+    shares_memory = True
+    """Whether the engine's memory is that of the trainer's device."""
     samples_in_background = False
     """Whether the engine can sample while the policy trains."""
     updates_in_flight = False

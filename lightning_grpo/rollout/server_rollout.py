@@ -63,6 +63,7 @@ class VLLMProcessRollout(VLLMRollout):
             "CUDA_VISIBLE_DEVICES" not in (environment or {}) and tensor_parallel_size * data_parallel_size == 1
         )
         self._shares_gpu = torch.cuda.is_available() and shares_gpu
+        self.shares_memory = shares_gpu or not torch.cuda.is_available()
         if transfer == "auto" and torch.cuda.is_available() and self.lora == "merged":
             transfer = "ipc" if shares_gpu else "nccl"
         self.transfer = transfer
@@ -163,6 +164,7 @@ class VLLMServerRollout(RolloutCallback):
             refuse_bias(pl_module, self.sampling_args or {})
 
     samples_in_background = updates_in_flight = True
+    shares_memory = False
 
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
         engine = ServerEngine(

@@ -1,0 +1,216 @@
+"""What `configure` prints and what refusals advise is accepted by the real command line and by the checks of setup."""
+
+import sys
+from dataclasses import replace
+from itertools import islice
+
+import yaml
+from lightning.pytorch.strategies import ModelParallelStrategy
+from pytest import fixture, mark, raises
+
+from lightning_grpo import cli, commands
+from lightning_grpo.batching import check_batch_arithmetic
+from lightning_grpo.configure import Workload, find_gpu, find_model, plan, to_yaml
+from lightning_grpo.configure.command import parser as configure_parser
+from lightning_grpo.configure.evidence import TASKS
+from lightning_grpo.configure.levers import LEVERS, flags
+from lightning_grpo.data.sources import read
+from lightning_grpo.parser_errors import OneLineParser
+
+
+class Parser(commands.GRPOCommand):
+    """The command line up to its parser, which is made once for all cases here."""
+
+    def parse_arguments(self, parser, args):
+        self.config = {}
+
+    def _nothing(self):
+        pass
+
+    _set_seed = _add_instantiators = before_instantiate_classes = instantiate_classes = _nothing
+
+
+@fixture(scope="module")
+def parse():
+    commands.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(
+        commands.GRPOModule,
+        commands.PromptDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        run=False,
+        parser_class=OneLineParser,
+        parser_kwargs={"exit_on_error": False},
+    ).parser
+    return lambda text, *arguments: parser.parse_args(["--config", text, *arguments])
+
+
+def check(config, ranks: int) -> None:
+    """What setup refuses: batches that don't divide, strategies under which weights don't reach the engine."""
+    model, data, trainer = config.model.init_args, config.data.init_args, config.trainer
+    check_batch_arithmetic(
+        prompts_per_rollout=data.prompts_per_rollout,
+        num_generations=model.num_generations,
+        micro_batch_size=model.micro_batch_size,
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        num_iterations=model.num_iterations,
+        ranks=ranks,
+    )
+    assert trainer.devices * trainer.num_nodes == ranks
+    if ranks == 1:
+        assert trainer.strategy == "auto"
+    elif trainer.strategy != "ddp":
+        assert trainer.strategy.class_path.endswith(f".{ModelParallelStrategy.__name__}")
+        sizes = trainer.strategy.init_args
+        assert (sizes.data_parallel_size, sizes.tensor_parallel_size) == (ranks, 1)
+    assert ranks % config.rollout.init_args.get("tensor_parallel_size", 1) == 0
+    low = {str(config.rollout.init_args.get("dtype")), model.dtype}
+    assert trainer.precision != "16-mixed" or "bfloat16" not in low
+    assert trainer.precision != "16-mixed" or not model.optimizer.init_args.get("fused")
+
+
+SMALL, MIXTURE = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen3-30B-A3B"
+GRID = {
+    "math_reasoning": [
+        *[(MIXTURE, "h100", 1, {}), (MIXTURE, "h100", 8, {}), ("Qwen/Qwen2.5-7B-Instruct", "l4", 4, {})],
+        *[(SMALL, gpu, ranks, {}) for gpu in ("t4", "l4", "h100") for ranks in (1, 2)],
+        *[(SMALL, "cpu", ranks, {}) for ranks in (1, 3)],
+        *[(SMALL, "t4", 1, {"lora": True}), (SMALL, "h100", 64, {}), (SMALL, "h100", 12, {"lora": True})],
+        *[(SMALL, "h100", ranks, {"preset": "classic"}) for ranks in (1, 2, 3, 8, 64)],
+        *[(SMALL, "l4", 2, {"pins": pins}) for pins in ({"strategy": "fsdp"}, {"engine": "hf"}, {"optimizer": "sgd"})],
+        *[(SMALL, "l4", 1, {"pins": {"precision": p}}) for p in ("32-true", "bf16-true", "16-mixed")],
+    ],
+    "instruction_following": [
+        *[(SMALL, "h100", ranks, {"preset": "classic"}) for ranks in (1, 2, 8)],
+        ("Qwen/Qwen2.5-1.5B-Instruct", "t4", 1, {"preset": "classic"}),
+    ],
+} | {task: [(SMALL, "h100", 1, {}), (SMALL, "h100", 2, {})] for task in ("code", "short_answer", "tool_use")}
+REFUSED = {(MIXTURE, "h100", 1)}
+
+
+@mark.parametrize("task", TASKS)
+def test_every_plan_is_accepted(task, parse):
+    for model, gpu, ranks, options in GRID[task]:
+        try:
+            made = plan(task=task, model=model, gpu=gpu, num_gpus=ranks, **options)
+        except ValueError as error:
+            assert (model, gpu, ranks) in REFUSED
+            assert "even with everything changed that saves memory" in str(error)
+            continue
+        config = parse(to_yaml(made))
+        check(config, ranks)
+        assert config.trainer.max_steps == made.max_steps
+        assert config.model.init_args.num_generations == made.workload.num_generations
+
+
+@mark.parametrize("task", TASKS)
+def test_procedural_prompts_suffice_for_the_plan(task):
+    """Also for two GPUs, and for many."""
+    for ranks in (1, 2, 96):
+        made = plan(task=task, model=SMALL, gpu="h100", num_gpus=ranks)
+        data = yaml.safe_load(to_yaml(made))["data"]["init_args"]
+        rows = read(data["source"], args=data.get("source_args", {}), size=data["size"], seed=0)
+        assert sum(1 for _ in islice(rows, data["prompts_per_rollout"])) == data["prompts_per_rollout"]
+
+
+def run(**changes) -> Workload:
+    numbers = {
+        "shape": find_model("Qwen/Qwen2.5-7B-Instruct"),
+        "prompts_per_rollout": 32,
+        "num_generations": 8,
+        "micro_batch_size": 8,
+        "accumulate_grad_batches": 4,
+        "prompt_length": 256,
+        "completion_length": 1536,
+        "learning_rate": 2e-6,
+        "engine": "vllm",
+        "engine_cache": 8e9,
+        "engine_sleep": False,
+        "beta": 0.04,
+        "ranks": 8,
+        "ranks_per_node": 8,
+    }
+    return Workload(**numbers | changes)
+
+
+@fixture
+def bitsandbytes(monkeypatch, tmp_path):
+    """A package of this name, its optimizer with the options of the real one that matter here."""
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text("")
+    (tmp_path / "bitsandbytes" / "optim.py").write_text(
+        "import torch\n\nclass AdamW8bit(torch.optim.Optimizer):\n"
+        "    def __init__(self, params, lr: float = 1e-3, weight_decay: float = 1e-2):\n"
+        "        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in [name for name in sys.modules if name.startswith("bitsandbytes")]:
+        del sys.modules[name]
+
+
+@mark.parametrize("lever", LEVERS, ids=lambda lever: lever.name)
+@mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_every_advice_is_accepted(lever, precision, parse, bitsandbytes):
+    engine = "hf" if lever.name == "fewer completions at once" else "vllm"
+    before = run(precision=precision, engine=engine, rollout_class={"hf": "HFRollout", "vllm": "VLLMRollout"}[engine])
+    after = lever.pull(before)
+    assert after != before
+    made = plan(
+        task="instruction_following",
+        model=SMALL,
+        gpu="h100",
+        num_gpus=8,
+        pins={
+            "engine": engine,
+            "precision": precision,
+            "prompts_per_rollout": 32,
+            "micro_batch_size": 8,
+            "num_generations": 8,
+            "learning_rate": 2e-6,
+        },
+    )
+    text, advice = to_yaml(made), flags(after, [lever])
+    config, base = parse(text, *advice), parse(text)
+    if lever.name == "8-bit Adam":
+        assert config.model.init_args.optimizer.class_path == "bitsandbytes.optim.AdamW8bit"
+    check(config, 8)
+    assert config != base
+    # what the advice doesn't name stays as it is
+    assert config.rollout.init_args.dtype == base.rollout.init_args.dtype if engine == "vllm" else True
+    assert config.model.init_args.optimizer.init_args.lr == base.model.init_args.optimizer.init_args.lr == 2e-6
+    assert config.trainer.max_steps == base.trainer.max_steps
+    # and the advice stands alone in a configuration that names no rollout
+    without = yaml.safe_load(text)
+    del without["rollout"]
+    assert parse(yaml.safe_dump(without), *advice).trainer.max_steps == base.trainer.max_steps
+
+
+def test_a_float16_run_is_offered_float16_adapters():
+    lora = next(lever for lever in LEVERS if lever.name == "LoRA")
+    assert lora.pull(run(precision="16-mixed")).dtype == "float16"
+    assert lora.pull(run()).dtype == "bfloat16"
+    assert lora.pull(run(precision="32-true")).dtype == "float32"
+
+
+def test_eight_bit_adam_is_only_offered_if_it_is_installed(monkeypatch):
+    lever, gpu = next(lever for lever in LEVERS if lever.name == "8-bit Adam"), find_gpu("h100")
+    assert not lever.available(gpu)
+    assert replace(lever, package="torch").available(gpu)
+    assert not replace(lever, package="torch").available(replace(gpu, device="cpu"))
+
+
+@mark.parametrize("task", TASKS)
+def test_the_command_line_itself_accepts_a_plan(task, tmp_path, tiny_model_path, capsys):
+    """As in the example of ``configure --help``, but for a model and a device that are here."""
+    from lightning_grpo.configure.command import main
+
+    assert "--task math_reasoning --model" in configure_parser().format_help()
+    assert main(["--task", task, "--model", "SmolLM2-135M-Instruct", "--gpu", "cpu"]) == 0
+    file = tmp_path / "my_run.yaml"
+    file.write_text(capsys.readouterr().out)
+    with raises(SystemExit) as stop:
+        cli.main(["fit", "--config", str(file), "--print_config"])
+    assert stop.value.code in (0, None)
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["size"] >= 1000
