@@ -458,6 +458,15 @@ class GRPOModule(RolloutModule):
             return
         if self.trainer.datamodule is None:
             raise UserError("fit was given no data module; pass datamodule=PromptDataModule(...), or a subclass of it")
+        if self.trainer.overfit_batches:
+            raise UserError(
+                f"trainer.overfit_batches is {self.trainer.overfit_batches}, which repeats a loader's first batches; "
+                "prompts come from an endless order instead: leave it at 0, and to train on the same few prompts over "
+                "and over set data.size to data.prompts_per_rollout"
+            )
+        if self.trainer.fast_dev_run:
+            # that many optimizer steps: Lightning's micro-batches would end inside the first one
+            self.trainer.limit_train_batches = self.trainer.fast_dev_run * self.trainer.accumulate_grad_batches
         check_batch_arithmetic(
             prompts_per_rollout=self.trainer.datamodule.prompts_per_rollout,
             num_generations=self.num_generations,
@@ -584,6 +593,7 @@ class GRPOModule(RolloutModule):
 
     def _go_on_without_checkpoint(self) -> None:
         """Begin a further `fit` of the same trainer, which may have stopped anywhere, at the last optimizer step."""
+        self.in_optimizer = False
         number = self.experience.number if self.experience else None
         if self.trainer.datamodule.serve_again(number, self.stepped):
             self.micro_step = self.stepped
@@ -593,6 +603,12 @@ class GRPOModule(RolloutModule):
     def on_train_start(self) -> None:
         """Move the schedule for a step that was taken and not yet counted when the checkpoint was saved."""
         super().on_train_start()
+        if self.engine is None:
+            raise UserError(
+                "no engine was attached: samples come from a callback such as HFRollout, and trainer.callbacks holds "
+                "none. Lightning's Tuner takes the callbacks away while it searches, so that lr_find and "
+                "scale_batch_size can't be used; lightning-grpo configure chooses a learning rate and a batch size"
+            )
         if self._schedule_due:
             self._schedule_due = False
             for config in self.trainer.lr_scheduler_configs:
