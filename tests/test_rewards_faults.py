@@ -175,6 +175,6 @@ def test_special_tokens_reach_rewards_but_for_those_that_end(tmp_path):
         pad_token="<pad>",
     )
     texts = decode_completions(tokenizer, [[1, 0, 2, 3, 3], [0, 2, 0], [2], []], [2])
-    assert [text.split() for text in texts] == [["<think>", "a"], ["a", "<end>", "a"], [], []]
+    assert [text.split() for text in texts] == [["<think>", "a"], ["a", "a"], [], []]
     assert template_opening(tokenizer, [0, 2, 1]) == "<think>"
     assert template_opening(tokenizer, [1, 0]) == ""

@@ -20,12 +20,7 @@ def decode_completions(
         end_ids: tokens that end a completion.
     """
     ends = {*end_ids, tokenizer.pad_token_id}
-    kept = []
-    for ids in completion_ids:
-        length = len(ids)
-        while length and ids[length - 1] in ends:
-            length -= 1
-        kept.append(list(ids[:length]))
+    kept = [[token for token in ids if token not in ends] for ids in completion_ids]
     return tokenizer.batch_decode(kept, skip_special_tokens=False)
 
 
