@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import lightning as L
 import torch
@@ -18,11 +19,14 @@ from lightning_grpo.configure import (
     find_model,
     plan,
     predict_cost,
+    predict_memory,
 )
+from lightning_grpo.configure.callback import _with_engine
 from lightning_grpo.configure.command import main
+from lightning_grpo.configure.levers import LEVERS
 from lightning_grpo.configure.measure import Measured
 from lightning_grpo.rewards import PrefixMatch
-from lightning_grpo.rollout import HFRollout
+from lightning_grpo.rollout import HFRollout, VLLMProcessRollout, VLLMRollout, VLLMServerRollout
 
 
 @fixture
@@ -171,3 +175,35 @@ def test_fit_refuses_what_cannot_fit(tmp_path, tiny_model_path, monkeypatch):
 def test_bad_options_are_named(option, value):
     with raises(ValueError, match=f"{option} is {value}; set"):
         Prediction(**{option: value})
+
+
+BYTES, ELSEWHERE = 10**9, {"CUDA_VISIBLE_DEVICES": "1"}
+
+
+@mark.parametrize(
+    ("rollout", "expected"),
+    [
+        (
+            lambda: VLLMRollout(tensor_parallel_size=8, max_num_seqs=64, kv_cache_memory_bytes=BYTES),
+            ("vllm", 8, 8, True),
+        ),
+        (lambda: VLLMProcessRollout(max_num_seqs=64, kv_cache_memory_bytes=BYTES), ("vllm", 1, 64, False)),
+        (
+            lambda: VLLMProcessRollout(environment=ELSEWHERE, transfer="tcp"),
+            ("remote", 1, 128, True),
+        ),
+        (lambda: VLLMProcessRollout(tensor_parallel_size=2, transfer="tcp"), ("remote", 1, 128, True)),
+        (lambda: VLLMServerRollout(["http://localhost:1"]), ("remote", 1, 128, True)),
+        (lambda: HFRollout(max_num_seqs=16), ("hf", 1, 16, True)),
+    ],
+)
+def test_the_engine_is_counted_where_and_as_it_is(rollout, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    w = _with_engine(run(), SimpleNamespace(callbacks=[rollout()]), find_gpu("h100"))
+    assert (w.engine, w.engine_shards, w.engine_sequences, w.engine_sleep) == expected
+    if w.engine == "vllm":
+        assert w.engine_cache == BYTES
+        weights = predict_memory(w, find_gpu("h100")).phases["generate"]["engine weights"]
+        assert weights == 2 * w.shape.params / w.engine_shards
+    if w.engine_process:
+        assert all(lever.pull(w) is None for lever in LEVERS if lever.name in ("engine sleep", "split engine"))

@@ -16,6 +16,7 @@ from lightning_grpo.configure.evidence import TASKS
 from lightning_grpo.configure.levers import LEVERS, flags
 from lightning_grpo.data.sources import read
 from lightning_grpo.parser_errors import OneLineParser
+from lightning_grpo.rewards.reasoning_gym import REFUSED as REFUSED_TASKS
 
 
 class Parser(commands.GRPOCommand):
@@ -110,6 +111,7 @@ def test_procedural_prompts_suffice_for_the_plan(task):
     for ranks in (1, 2, 96):
         made = plan(task=task, model=SMALL, gpu="h100", num_gpus=ranks)
         data = yaml.safe_load(to_yaml(made))["data"]["init_args"]
+        assert data["source"].removeprefix("reasoning_gym:") not in REFUSED_TASKS
         rows = read(data["source"], args=data.get("source_args", {}), size=data["size"], seed=0)
         assert sum(1 for _ in islice(rows, data["prompts_per_rollout"])) == data["prompts_per_rollout"]
 

@@ -14,6 +14,7 @@ from lightning_grpo.rollout import (
     RolloutCallback,
     Sampling,
     SyncedEngine,
+    VLLMProcessRollout,
     VLLMRollout,
     VLLMServerRollout,
     WeightSyncError,
@@ -292,3 +293,13 @@ def test_sampling_arguments_that_bias_the_gradient_are_refused(make, monkeypatch
         callback.setup(trainer, plain, "fit")
     callback.setup(trainer, plain, "validate")
     callback.setup(trainer, SimpleNamespace(objective=SimpleNamespace(rollout_correction=object())), "fit")
+
+
+@pytest.mark.parametrize("kind", [VLLMRollout, VLLMProcessRollout])
+def test_an_engine_too_short_for_prompt_and_completion_is_refused_at_start(kind, monkeypatch):
+    monkeypatch.setattr("lightning_grpo.rollout.vllm_rollout.require_vllm", lambda: None)
+    module = SimpleNamespace(max_prompt_length=33, max_completion_length=8)
+    with pytest.raises(ValueError, match=r"engine_args.max_model_len is 37, but .* = 41 tokens"):
+        kind(engine_args={"max_model_len": 37}).setup(SimpleNamespace(precision="32-true"), module, "fit")
+    for enough in (41, -1):
+        kind(engine_args={"max_model_len": enough}).setup(SimpleNamespace(precision="32-true"), module, "fit")

@@ -105,7 +105,7 @@ TASKS: dict[str, Task] = {
         mean_fill=0.4,
         mean_pass_rate=0.3,
         reward=_WHOLE,
-        source="reasoning_gym:codeio",
+        source="reasoning_gym:bf",
         source_reward={"class_path": _GYM},
         reward_seconds=0.5,
     ),

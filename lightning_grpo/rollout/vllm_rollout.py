@@ -122,8 +122,22 @@ class VLLMRollout(RolloutCallback):
         require_vllm()
         if self.engine_args["dtype"] == "auto" and not torch.cuda.is_available():
             self.engine_args["dtype"] = str(compute_dtype(trainer, pl_module)).removeprefix("torch.")
+        self._check_length(pl_module)
         if stage == "fit":
             refuse_bias(pl_module, self.sampling_args or {})
+
+    def _check_length(self, pl_module: L.LightningModule) -> None:
+        """Refuse an engine that can't hold a prompt and its completion: vLLM would cut completions without a word."""
+        given = self.engine_args.get("max_model_len")
+        if not isinstance(given, int) or given < 0:
+            return
+        needed = pl_module.max_prompt_length + pl_module.max_completion_length
+        if given < needed:
+            raise UserError(
+                f"rollout engine_args.max_model_len is {given}, but max_prompt_length {pl_module.max_prompt_length} + "
+                f"max_completion_length {pl_module.max_completion_length} = {needed} tokens: completions would be cut "
+                f"off early; leave it out, or set {needed} or more"
+            )
 
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> VLLMEngine:
         settings = self.settings(pl_module)
