@@ -173,6 +173,7 @@ class GRPOModule(RolloutModule):
 
     def make_experience(self, batch: PromptBatch) -> None:
         """Sample and reward one rollout."""
+        self.rollout_number = batch.rollout
         rollout, rewards = self.sample(batch)
         if self.rollout_ahead and not self.ends_with(batch):
             self.sample_ahead()
@@ -302,12 +303,11 @@ class GRPOModule(RolloutModule):
             "num_tokens": self.loss_tokens / (self.trainer.accumulate_grad_batches * self.data_ranks),
             "num_sequences": self.micro_batch_size,
         }
-        logprobs, entropy = self.logprobs(
-            self.policy,
-            experience,
-            entropy_grad=self.objective.needs_entropy_grad,
-            coefficient=self.coefficient_ahead(counted, sizes),
-        )
+        coefficient = self.coefficient_ahead(counted, sizes)
+        with self.seeded(self.micro_step % (len(self.micro_batches) // self.num_iterations)):
+            logprobs, entropy = self.logprobs(
+                self.policy, experience, entropy_grad=self.objective.needs_entropy_grad, coefficient=coefficient
+            )
         loss, metrics = self.compute_loss(logprobs, entropy, counted, **sizes)
         self.window.add(metrics)
         self.window.add({"loss": Sum(loss.detach(), torch.tensor(1))})
@@ -572,6 +572,7 @@ class GRPOModule(RolloutModule):
             )
         rank = self.trainer.global_rank
         held = [Experience(**mine["experience"]) for mine in state["ranks"]]
+        self.rollout_number = held[0].number
         if was == now:
             self.experience, self.micro_batches = held[rank], state["ranks"][rank]["micro_batches"]
             self.micro_step = self.stepped = state["micro_step"]

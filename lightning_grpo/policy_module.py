@@ -6,6 +6,7 @@ Shapes: B prompts, N = B·G completions, R rewards, P prompt length, T completio
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal, Self
@@ -89,6 +90,9 @@ class PolicyModule(LightningModule):
 
     engine: SyncedEngine | None = None
     """Samples from the policy's current weights; attached by a `RolloutCallback` (else by `default_rollout`)."""
+
+    rollout_number = 0
+    """Of the rollout that is scored and trained on."""
 
     def __init__(
         self,
@@ -406,6 +410,16 @@ class PolicyModule(LightningModule):
             coefficient=coefficient,
         )
 
+    @contextmanager
+    def seeded(self, micro_batch: int) -> Iterator[None]:
+        """Draw random numbers, those of dropout, that follow from the rollout and the number of the micro-batch in it.
+
+        No generator has to be saved, and old log-probs are taken with the very units dropped that the update drops.
+        """
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(rollout_seeds(self.seed, self.rollout_number, self.global_rank, micro_batch))
+            yield
+
     @torch.no_grad()
     def score(self, model: nn.Module, rollout: Rollout, micro_batches: Sequence[list[int]]) -> Tensor:
         """Log-probs [N, T] of ``model`` for the rows named in ``micro_batches``; zero in the others.
@@ -415,9 +429,10 @@ class PolicyModule(LightningModule):
         """
         logprobs = torch.zeros_like(rollout.rollout_logprobs)
         with self.trainer.precision_plugin.forward_context():
-            for index in micro_batches:
+            for k, index in enumerate(micro_batches):
                 rows = rollout.rows(index, self.device)
-                values = self.logprobs(model, rows)[0]
+                with self.seeded(k):
+                    values = self.logprobs(model, rows)[0]
                 logprobs[index, : values.shape[1]] = values.to(logprobs.device, logprobs.dtype)
         return logprobs
 

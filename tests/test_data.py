@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_grpo.data import DifficultySampler, PassSampler, PromptBatch, PromptDataModule, sources
+from lightning_grpo.data.prompts import Prompt, fingerprint
 from lightning_grpo.data.stream import Stream
 
 pytestmark = [
@@ -627,6 +628,19 @@ def test_resuming_with_other_prompts_is_refused(whole, tokenizer, tmp_path):
     _, folder, sampler = whole
     with pytest.raises(ValueError, match=r"saved with 10 training prompts, and the 10 .* are not the same"):
         fit(tokenizer, tmp_path, ckpt_path=folder / "step=3.ckpt", sampler=sampler, seed=2)
+
+
+def test_the_fingerprint_sees_every_column_and_is_the_same_in_every_process(write, tokenizer):
+    class Opaque:
+        pass
+
+    def of(**columns):
+        return fingerprint([Prompt(index=0, place="here", ids=[1, 2], messages="p", columns=columns)])
+
+    assert of(answer="4", level=np.int64(2)) == of(level=2, answer="4")
+    assert len({of(answer="4"), of(answer="5"), of(answer=4), of(answer=[4, {"a": 1}]), of(target="4"), of()}) == 6
+    assert of(scores=np.array([1.0, 2.0])) != of(scores=np.array([1.0, 3.0]))
+    assert of(task=Opaque()) == of(task=Opaque())
 
 
 def test_validating_a_checkpoint_on_other_data(whole, tokenizer, tmp_path):

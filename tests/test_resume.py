@@ -27,7 +27,9 @@ def run(root, model, *, resume=None, steps=STEPS, changes=None, **trainer):
     return record, policy
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": LoRA(rank=4)}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora": LoRA(rank=4)}, {"lora": LoRA(rank=4, dropout=0.5)}], ids=["full", "lora", "dropout"]
+)
 def test_resume_at_every_step_is_exact(tmp_path, tiny_model_path, changes):
     whole, policy = run(tmp_path / "whole", tiny_model_path, changes=changes)
     assert len(set(whole["loss"])) == STEPS
@@ -136,3 +138,14 @@ def test_a_checkpoint_saved_at_any_moment_goes_on_exactly(tmp_path, tiny_model_p
         for name in ("loss", "reward", "grad_norm", "num_tokens", "learning_rate"):
             assert resumed[name] == whole[name][step:], (path.name, name)
         assert largest_difference(other, ended) == 0, path.name
+
+
+def test_old_log_probs_drop_what_the_update_drops(tmp_path, tiny_model_path):
+    """With dropout too, the first ratio is 1; the second rollout drops other units."""
+    record, policy = run(tmp_path, tiny_model_path, changes={"lora": LoRA(rank=4, dropout=0.5)}, max_steps=1)
+    assert record["ratio/min"] == record["ratio/max"] == [1.0]
+    draws = {}
+    for policy.rollout_number in (0, 1):
+        with policy.seeded(0):
+            draws[policy.rollout_number] = torch.rand(4).tolist()
+    assert draws[0] != draws[1]

@@ -346,8 +346,8 @@ class PromptDataModule(lightning.LightningDataModule):
         if state_dict["fingerprint"] != self._fingerprint:
             raise UserError(
                 f"the checkpoint was saved with {state_dict['prompts']} training prompts, and the {len(self.train)} "
-                f"that data.source = {self.source!r} now gives are not the same; restore the data options and the "
-                "tokenizer, or start a new run without ckpt_path"
+                f"that data.source = {self.source!r} now gives are not the same, or have other columns; restore the "
+                "file, the data options and the tokenizer, or begin a new run"
             )
         self._stream.load_state_dict(state_dict)
 

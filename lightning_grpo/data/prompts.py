@@ -1,6 +1,7 @@
 """Encoded prompts, one by one and as the batches that a rollout is made of."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +69,20 @@ class PromptBatch:
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Equal for equal rows and token ids in the same order."""
+    """Equal for equal rows in the same order: token ids, and all columns that rewards see."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(np.array([prompt.index, len(prompt.ids), *prompt.ids], dtype=np.int64).tobytes())
+        columns = [[name, prompt.columns[name]] for name in sorted(prompt.columns)]
+        digest.update(json.dumps(columns, default=_plain, skipkeys=True).encode())
     return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What stands for a value that JSON has no form for: the same in every process."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    has_own_repr = type(value).__repr__ is not object.__repr__
+    return [type(value).__qualname__, repr(value) if has_own_repr else ""]
