@@ -1,11 +1,12 @@
 """The cost model: its formulas in cases that can be worked out by hand, and the zero-variance share."""
 
 import random
+from dataclasses import replace
 
 from pytest import approx, mark
 
 from lightning_grpo.configure import Efficiency, Workload, find_gpu, find_model, predict_cost, zero_variance_share
-from lightning_grpo.configure.cost import alive_shares, decode_seconds, forward_flops, pass_rate_grid
+from lightning_grpo.configure.cost import alive_shares, decode_seconds, forward_flops, padded_length, pass_rate_grid
 
 
 def run(**changes) -> Workload:
@@ -65,10 +66,26 @@ def test_decoding_alone_is_bound_by_reading_weights_and_many_rows_by_arithmetic(
 
 
 def test_forward_is_two_operations_a_weight_and_token_plus_attention():
-    w = run(share_prompt=False)
-    tokens = 256 + 256
+    w = run(share_prompt=False, mean_fill=1.0)
+    tokens = 256 + 512
     attention = 2 * 32 * 4096 * tokens**2
     assert forward_flops(w) == approx(2 * w.shape.trunk_linear * tokens + attention)
+
+
+def test_a_row_costs_the_trunk_as_many_tokens_as_the_longest_of_its_micro_batch():
+    assert padded_length(run(micro_batch_size=1)) == approx(256, rel=0.01)
+    assert padded_length(run(micro_batch_size=64)) == approx(512, rel=0.01)
+    rng, w = random.Random(0), run(micro_batch_size=4, mean_fill=0.3)
+    lengths = alive_shares(0.3, points=512)
+    longest = [max(sum(u < share for share in lengths) for u in (rng.random() for _ in range(4))) for _ in range(2000)]
+    assert padded_length(w) == approx(sum(longest) / len(longest), rel=0.03)
+
+
+def test_few_rows_reach_a_share_of_the_rate():
+    w, a100 = run(), find_gpu("a100-40")
+    half = replace(PEAK, decoding=0.5)
+    assert decode_seconds(w, a100, half, 4096, 0) == approx(2 * decode_seconds(w, a100, PEAK, 4096, 0))
+    assert predict_cost(w, a100, half).seconds["update"] == predict_cost(w, a100, PEAK).seconds["update"]
 
 
 def test_each_option_costs_where_it_should():

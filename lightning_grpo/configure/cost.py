@@ -28,6 +28,8 @@ class Efficiency:
     """Of the memory bandwidth, in decoding, element-wise work and the optimizer."""
     token_overhead: float
     """Seconds of one decoding step besides reading weights and cache."""
+    decoding: float = 1.0
+    """Share of ``flops`` that is reached with the few rows of a decoding step."""
     generate_factor: float = 1.0
     """Seconds that generation took here, over those predicted without this factor."""
     update_factor: float = 1.0
@@ -40,8 +42,17 @@ class Efficiency:
     def assumed(cls, hardware: Hardware, engine: str) -> "Efficiency":
         """Before anything was measured here."""
         if hardware.is_cpu:
-            overhead = 0.02 if engine != "hf" else 0.1
-            return cls(flops=0.5, bandwidth=0.4, token_overhead=overhead, spread=2.0, source="assumed")
+            overhead = 0.03 if engine != "hf" else 0.1
+            return cls(
+                flops=0.95,
+                decoding=0.5,
+                bandwidth=0.4,
+                token_overhead=overhead,
+                # some of the groups have no signal, and are skipped
+                update_factor=0.75,
+                spread=1.5,
+                source="assumed",
+            )
         overhead = 0.003 if engine != "hf" else 0.03
         return cls(flops=0.4, bandwidth=0.7, token_overhead=overhead, spread=2.0, source="assumed")
 
@@ -139,31 +150,42 @@ def predict_cost(
     )
 
 
-def _rows(w: Workload) -> tuple[float, float, float]:
-    """(prompt, completion, trunk) tokens of a row in the trainer: a shared prompt is computed once a micro-batch."""
-    completion = max(1.0, w.mean_length)
+def padded_length(w: Workload) -> float:
+    """Tokens that a completion takes in a micro-batch: as many as the longest of its rows, on average."""
+    shares = alive_shares(w.mean_fill)
+    longest = sum(1 - (1 - share) ** w.micro_batch_size for share in shares) / len(shares)
+    return max(1.0, w.completion_length * longest)
+
+
+def _trunk_tokens(w: Workload) -> float:
+    """Tokens of a row in the trainer's trunk: a shared prompt is computed once per micro-batch."""
     sharing = min(w.micro_batch_size, w.num_generations) if w.shares_prompt else 1
-    return w.prompt_length, completion, w.prompt_length / sharing + completion
+    return w.prompt_length / sharing + padded_length(w)
+
+
+def _head_tokens(w: Workload) -> float:
+    """Tokens of a row in the head, which leaves out padding."""
+    return max(1.0, w.mean_length)
 
 
 def forward_flops(w: Workload) -> float:
     """Floating-point operations of the trunk's forward, one row."""
-    prompt, completion, tokens = _rows(w)
-    attention = 2 * w.shape.layers * w.shape.query_width * (prompt + completion) * tokens
+    tokens = _trunk_tokens(w)
+    attention = 2 * w.shape.layers * w.shape.query_width * (w.prompt_length + padded_length(w)) * tokens
     return 2 * w.shape.trunk_linear * tokens + attention
 
 
 def micro_batch_work(w: Workload) -> tuple[float, float]:
     """(floating-point operations, bytes moved besides the matrix products') of one forward and backward."""
     rows = w.micro_batch_size
-    _, completion, _ = _rows(w)
+    completion = _head_tokens(w)
     backward = 1 if w.lora_rank else 2
     trunk = forward_flops(w) * (1 + backward + w.gradient_checkpointing)
     head = completion * w.shape.head * (4 if w.lora_rank else 8)
 
     kept = activations(w)
     full = kept.layer * w.shape.layers + kept.ends
-    written = full * w.mean_length / w.completion_length
+    written = full * padded_length(w) / w.completion_length
     logits = rows * completion * w.shape.vocab * 4
     copies = 6 * w.shape.linear if w.precision.endswith("mixed") else 0
     accumulate = 3 * w.trained * w.trained_bytes
@@ -186,7 +208,7 @@ def update_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> f
 
 def score_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
     """Seconds of one forward pass with log-probs over one rank's completions."""
-    _, completion, _ = _rows(w)
+    completion = _head_tokens(w)
     local = w.samples / w.ranks
     flops = local * (forward_flops(w) + 2 * completion * w.shape.head)
     traffic = local * completion * w.shape.vocab * 12
@@ -204,7 +226,8 @@ def decode_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency, rows
     # an engine that several ranks share has the rows of all of them, and a part of the weights on each
     read = size * (w.shape.read_linear(rows * w.engine_shards) + w.shape.head) / w.engine_shards + cached
     bandwidth = hardware.bandwidth * efficiency.bandwidth
-    return max(read / bandwidth, 2 * weights * rows / rate(w, hardware, efficiency))
+    products = 2 * weights * rows / (efficiency.decoding * rate(w, hardware, efficiency))
+    return max(read / bandwidth, products)
 
 
 def _generate(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
