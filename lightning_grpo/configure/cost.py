@@ -219,9 +219,8 @@ def score_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> fl
 def decode_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency, rows: float, length: float) -> float:
     """Seconds of one decoding step of ``rows`` sequences of ``length`` tokens, without its fixed overhead."""
     weights = w.shape.trunk_linear + w.shape.head
-    # The policy itself is read in its own precision, and autocast writes a copy of it besides.
-    mixed = 4 * w.precision.endswith("mixed") if w.weight_bytes == 4 else 0
-    size = w.engine_bytes if w.engine != "hf" else w.weight_bytes + mixed
+    # The policy itself is cast once per rollout and then read in what it computes in.
+    size = w.engine_bytes if w.engine != "hf" else min(w.weight_bytes, w.compute_bytes)
     cached = rows * length * w.shape.cache_bytes * w.engine_bytes / 2
     # an engine that several ranks share has the rows of all of them, and a part of the weights on each
     read = size * (w.shape.read_linear(rows * w.engine_shards) + w.shape.head) / w.engine_shards + cached

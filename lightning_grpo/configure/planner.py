@@ -24,6 +24,7 @@ from lightning_grpo.configure.shape import ModelShape, find_model
 from lightning_grpo.configure.summary import REFUSE_ABOVE, refusal
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.errors import UserError
+from lightning_grpo.processor import GAIN
 
 NODE = 8
 """Devices of one machine, at most."""
@@ -137,6 +138,7 @@ def _choose(
         how = "counted" if statistics.counted else "estimated from characters"
         longest = -(-statistics.longest // 16) * 16
         length = Choice(longest, f"the longest of {statistics.count} prompts ({how}), rounded up to 16s")
+    precision = _precision(hardware, lora)
     choices = {
         "num_generations": kind.num_generations,
         "prompts_per_rollout": _prompts_per_rollout(hardware, ranks, statistics),
@@ -146,9 +148,9 @@ def _choose(
         "learning_rate": evidence.learning_rate(shape, lora),
         "gradient_clip_val": evidence.gradient_clip_val(lora),
         **FIXED,
-        **_precision(hardware, lora),
+        **precision,
         "optimizer": Choice("adamw", "Adam with decoupled weight decay"),
-        "engine": _engine(hardware),
+        "engine": _engine(hardware, precision["precision"].value),
         "gradient_checkpointing": Choice(False, "not needed: activations fit"),
         "seed": Choice(0, "any; samples follow from it"),
     }
@@ -199,7 +201,7 @@ def _precision(hardware: Hardware, lora: bool) -> dict[str, Choice]:
     rounding = "in bfloat16 a step of 1e-6 to 1e-5 is mostly lost to rounding (one step of a weight of 0.05 is 2e-4)"
     if not hardware.bf16:
         precision = Choice("16-mixed", "this card has no bfloat16", "", "a loss scale to watch")
-    elif hardware.is_cpu and hardware.flops < 1.5 * hardware.flops_fp32:
+    elif hardware.is_cpu and hardware.flops < GAIN * hardware.flops_fp32:
         precision = Choice("32-true", "this processor gains nothing from bfloat16")
     else:
         precision = Choice("bf16-mixed", "matrix products in bfloat16, everything else in float32")
@@ -211,7 +213,9 @@ def _precision(hardware: Hardware, lora: bool) -> dict[str, Choice]:
     return {"precision": precision, "dtype": dtype}
 
 
-def _engine(hardware: Hardware) -> Choice:
+def _engine(hardware: Hardware, precision: str) -> Choice:
+    if hardware.is_cpu and precision == "32-true":
+        return Choice("hf", "in float32 a CPU samples as fast with the policy's own modules, without a copy of them")
     if not hardware.is_cpu or importlib.util.find_spec("vllm"):
         return Choice("vllm", "generation dominates the time, and vLLM generates fastest")
     return Choice("hf", "vLLM is not installed here: samples from the policy itself", "", "slower than vLLM")
