@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.monitor.checkpoint_files import PARTIAL, CheckpointFiles
-from lightning_grpo.monitor.checkpoint_folder import FolderLock, family, newest, unused
+from lightning_grpo.monitor.checkpoint_folder import LAST, FolderLock, family, newest, newest_file, unused
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Checkpoint(ModelCheckpoint):
         # Lightning looks for ``last`` before it calls setup
         folder = newest(self._folder(trainer))
         self.dirpath = str(folder)
-        found = super()._find_last_checkpoints(trainer)
+        found = {str(file)} if (file := newest_file(folder)) else set()
         self._resumes = bool(found)
         return found
 
@@ -209,11 +209,22 @@ class Checkpoint(ModelCheckpoint):
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         """Point ``last`` to a checkpoint in one step, so that there is one at any moment."""
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
-            if os.path.isdir(linkpath) and not os.path.islink(linkpath):
-                shutil.rmtree(linkpath)
-            partial = f"{linkpath}{PARTIAL}"
-            if os.path.lexists(partial):
-                os.remove(partial)
-            os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), partial)
-            os.replace(partial, linkpath)
+            _link(filepath, linkpath)
         trainer.strategy.barrier()
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Remove a checkpoint, which ``last`` does not name by then."""
+        last = os.path.join(os.path.dirname(filepath), LAST)
+        if trainer.is_global_zero and os.path.realpath(last) == os.path.realpath(filepath):
+            _link(self._last_checkpoint_saved, last)
+        super()._remove_checkpoint(trainer, filepath)
+
+
+def _link(filepath: str, linkpath: str) -> None:
+    if os.path.isdir(linkpath) and not os.path.islink(linkpath):
+        shutil.rmtree(linkpath)
+    partial = f"{linkpath}{PARTIAL}"
+    if os.path.lexists(partial):
+        os.remove(partial)
+    os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), partial)
+    os.replace(partial, linkpath)

@@ -22,9 +22,19 @@ def family(base: Path) -> list[Path]:
 
 
 def newest(base: Path) -> Path:
-    """The folder of the family whose last checkpoint was written last; ``base`` if there is none."""
-    written = {folder: (folder / LAST).stat().st_mtime for folder in family(base) if (folder / LAST).exists()}
-    return max(written, key=written.get, default=base)
+    """The folder of the family whose newest checkpoint was written last; ``base`` if there is none."""
+    written = {folder: newest_file(folder) for folder in family(base)}
+    return max(
+        (folder for folder in written if written[folder]), key=lambda f: written[f].stat().st_mtime_ns, default=base
+    )
+
+
+def newest_file(folder: Path) -> Path | None:
+    """The checkpoint that ``last`` names; if a run was killed before it named one, that which was written last."""
+    if (folder / LAST).exists():
+        return folder / LAST
+    written = {file: file.stat().st_mtime_ns for file in folder.glob("*.ckpt") if file.exists()}
+    return max(written, key=written.get, default=None)
 
 
 def unused(base: Path) -> Path:
