@@ -78,7 +78,7 @@ def measure_interrupt(model: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "lightning_grpo", "fit", "--config", "configs/quickstart.yaml",
-            "--model.model", model, "--trainer.default_root_dir", folder,
+            "--model.model", model, "--trainer.default_root_dir", folder, "--rollout", "VLLMRollout",
             "--trainer.num_sanity_val_steps", "0", "--model.max_completion_length", "400",
         ]  # fmt: skip
         log = Path(folder) / "output"

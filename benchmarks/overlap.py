@@ -20,7 +20,7 @@ APART = ["--rollout", "VLLMProcessRollout", "--rollout.cores", "[1]"]
 CORRECTED = ["--model.objective.rollout_correction", "{level: token, mode: truncate, upper: 2.0}"]
 AHEAD = [*APART, "--model.rollout_ahead", "1"]
 CONTENDERS = {
-    "in turn, one process, two cores": ([], {0, 1}),
+    "in turn, one process, two cores": (["--rollout", "VLLMRollout"], {0, 1}),
     "in turn, a core each": (APART, {0}),
     "ahead, a core each": (AHEAD, {0}),
     "ahead, in flight, a core each": ([*AHEAD, "--model.in_flight_updates", "true"], {0}),

@@ -194,7 +194,7 @@ def measure_step(path: str, folder: str, *, fingerprints: float) -> dict[str, fl
     SyncedEngine.sync = recording
     cli.main([
         "fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--model.model", path, "--trainer.max_steps", "6",
-        "--trainer.num_sanity_val_steps", "0", "--trainer.default_root_dir", folder,
+        "--trainer.num_sanity_val_steps", "0", "--trainer.default_root_dir", folder, "--rollout", "VLLMRollout",
     ])  # fmt: skip
     SyncedEngine.sync = sync
     with (Path(folder) / "logs" / "version_0" / "metrics.csv").open() as file:
