@@ -538,6 +538,11 @@ class GRPOModule(RolloutModule):
         super().on_load_checkpoint(checkpoint)
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
+        if "grpo" not in checkpoint:
+            raise UserError(
+                "the checkpoint was saved outside of fit and holds weights alone: no run can go on from it; name one "
+                "that fit saved"
+            )
         self._begin_anew()
         state, now = checkpoint["grpo"], self._layout()
         self.num_tokens = state["num_tokens"]

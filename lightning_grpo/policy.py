@@ -47,7 +47,8 @@ class LoRA:
     alpha: float = 32.0
     """The adapter's output is scaled by alpha / rank."""
     dropout: float = 0.0
-    """Share of adapter inputs dropped while training. Above 0 the ratio is noisy even on-policy."""
+    """Share of adapter inputs dropped while training. Above 0, log-probs are
+    those of a thinned policy, and not of the one that samples."""
     target_modules: str | list[str] = "all-linear"
     """Which linear layers carry an adapter: names, a regular expression, or all of them."""
 

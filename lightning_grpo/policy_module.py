@@ -575,6 +575,8 @@ class PolicyModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights and adapters that are not this run's."""
+        if "policy" not in checkpoint:
+            raise UserError("the checkpoint was saved by another program, or by an earlier version of this one")
         saved = checkpoint["policy"]
         adapters.check(saved["lora"], self.lora, self._trainable)
         if self.lora is None and self.device_mesh is None:

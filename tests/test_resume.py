@@ -3,13 +3,14 @@
 import pytest
 import torch
 from fitting import checksum, data, fit, largest_difference, module, parameters
-from lightning import Callback
+from lightning import Callback, Trainer
 
 from lightning_grpo import GRPOModule
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.objective import ObjectiveConfig
 from lightning_grpo.policy import LoRA
 from lightning_grpo.rewards import PrefixMatch
+from lightning_grpo.rollout import HFRollout
 
 STEPS = 7
 
@@ -149,3 +150,31 @@ def test_old_log_probs_drop_what_the_update_drops(tmp_path, tiny_model_path):
         with policy.seeded(0):
             draws[policy.rollout_number] = torch.rand(4).tolist()
     assert draws[0] != draws[1]
+
+
+def test_no_checkpoint_is_saved_while_the_optimizer_steps(tmp_path, tiny_model_path):
+    """Its weights could be changed in part, and the step would be taken again."""
+
+    class Saving(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            policy.trainer.save_checkpoint(tmp_path / "within.ckpt")
+            return loss
+
+    policy = module(tiny_model_path, optimizer=lambda p: Saving(p, lr=1.0))
+    with pytest.raises(RuntimeError, match="while the optimizer changes the weights"):
+        fit(tmp_path, policy)
+    assert not (tmp_path / "within.ckpt").exists()
+
+
+def test_weights_alone_are_validated_and_not_gone_on_from(tmp_path, tiny_model_path):
+    policy, prompts = module(tiny_model_path), data(validation_size=4)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[HFRollout()], default_root_dir=tmp_path
+    )
+    trainer.validate(policy, prompts)
+    path = str(tmp_path / "weights.ckpt")
+    trainer.save_checkpoint(path)
+    trainer.validate(module(tiny_model_path), data(validation_size=4), ckpt_path=path)
+    with pytest.raises(ValueError, match="holds weights alone"):
+        fit(tmp_path, module(tiny_model_path), ckpt_path=path)

@@ -24,12 +24,13 @@ class Log(DummyLogger):
 
 
 class Interrupt(Callback):
-    """Ends the run in the middle of the optimizer step after ``steps`` others, and saves where it was."""
+    """Ends the run in the optimizer step, or the validation, after ``steps`` steps, and saves where it was."""
 
-    def __init__(self, steps, path):
+    def __init__(self, steps, path, hook="on_after_backward"):
         self.steps, self.path = steps, path
+        setattr(self, hook, self.end)
 
-    def on_after_backward(self, trainer, pl_module):
+    def end(self, trainer, *args):
         if trainer.global_step == self.steps:
             raise InterruptedError
 
@@ -66,9 +67,10 @@ class Runs:
         if kind == "finished":
             self.fit(f"finished-{steps}", steps)
             return self.root / f"finished-{steps}" / "last.ckpt"
-        path = self.root / f"interrupted-{steps}.ckpt"
+        path = self.root / f"{kind}-{steps}.ckpt"
+        hook = "on_validation_batch_end" if kind == "validating" else "on_after_backward"
         with pytest.raises(InterruptedError):
-            self.fit(f"interrupted-{steps}", 100, callbacks=[Interrupt(steps, path)])
+            self.fit(f"{kind}-{steps}", 100, callbacks=[Interrupt(steps, path, hook)])
         return path
 
 
@@ -86,6 +88,7 @@ def test_every_checkpoint_goes_on_exactly(tmp_path, tiny_model_path, accumulate,
     )  # fmt: skip
     lines, ended, epoch = runs.fit("whole", steps, callbacks=[periodic, stock])
     kinds = [*product(["periodic", "finished", "interrupted"], [end, middle]), ("epoch end", end)]
+    kinds += [("validating", end)] if validates else []
     for kind, step in kinds:
         resumed, other, its_epoch = runs.fit(f"{kind}-{step}-on", steps, resume=runs.saved(kind, step))
         assert resumed == [line for line in lines if line[0] >= step], (kind, step)
