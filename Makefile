@@ -26,11 +26,8 @@ quickstart: .venv/ready $(MODEL)/config.json
 smoke: .venv/ready
 	$(BIN)/lightning-grpo fit --config configs/smoke.yaml
 
-# The tests that start a vLLM engine take half of the time: they run beside the others, and are shown after them.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm > .venv/test-vllm.log 2>&1 & vllm=$$!; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not vllm"; others=$$?; \
-	wait $$vllm; vllm=$$?; cat .venv/test-vllm.log; exit $$((others | vllm))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
