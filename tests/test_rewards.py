@@ -401,7 +401,8 @@ def test_length_penalty_is_dapos():
 
 @pytest.mark.parametrize("cache", [0, -1, 11])
 def test_length_penalty_refuses(cache):
-    with pytest.raises(ValueError, match=f"soft_punish_cache is {cache}; set it from 1 to max_completion_length = 10"):
+    remedy = "set 1 or more" if cache < 1 else "set it from 1 to max_completion_length = 10"
+    with pytest.raises(ValueError, match=f"soft_punish_cache is {cache}; {remedy}"):
         LengthPenalty(max_completion_length=10, soft_punish_cache=cache)
 
 

@@ -135,7 +135,7 @@ def test_a_cutoff_cuts_the_last_ones_and_keeps_every_group_whole(policy, max_num
 
 @pytest.mark.parametrize("cutoff", [0.0, 1.5])
 def test_a_cutoff_that_is_no_share_is_refused(cutoff):
-    with pytest.raises(ValueError, match=r"sampling.cutoff is .*set a share of the completions in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"sampling.cutoff is .*; set a number in \(0, 1\]"):
         Sampling(cutoff=cutoff)
 
 

@@ -40,7 +40,7 @@ def test_the_command_line_takes_one_seed_and_keeps_it(tmp_path, tiny_model_path,
 
     monkeypatch.setattr("lightning_grpo.rollout.HFRollout.on_fit_start", look)
     # the run ends before its first step: there is no engine
-    with pytest.raises(AttributeError):
+    with pytest.raises(SystemExit):
         main([
             "fit", "--seed_everything", "3", "--model.model", tiny_model_path, "--model.rewards", "[PrefixMatch]",
             "--model.max_prompt_length", "8", "--model.max_completion_length", "6", "--data.source", "letters",

@@ -157,8 +157,8 @@ from lightning_grpo.rewards import Reward
 
 class Slow(Reward):
     def __call__(self, completions, **columns):
-        print("scoring", flush=True)
         try:
+            print("scoring", flush=True)
             time.sleep(120)
         except BaseException:  # as careless code does
             print("caught", flush=True)
