@@ -11,6 +11,8 @@ from lightning_grpo.processor import fast_dtype
 
 
 class GRPOTrainer(Trainer):
+    """Lightning's `Trainer`, whose precision may be auto."""
+
     def __init__(self, *args: Any, precision: Literal["auto"] | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
         """Lightning's `Trainer`, whose precision may be auto.
 
