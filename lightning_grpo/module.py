@@ -23,27 +23,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from lightning_grpo.ahead import Ahead
-from lightning_grpo.batching import check_batch_arithmetic
 from lightning_grpo.data import Prompt, PromptBatch
 from lightning_grpo.errors import NonFiniteError, RunError, UserError
-from lightning_grpo.experience import Experience, cut_windows, redistribute
-from lightning_grpo.monitor.metrics import Window, memory_in_use, observe_completions, observe_rewards
-from lightning_grpo.objective import (
-    AdvantageConfig,
-    Coefficients,
-    Max,
-    Metric,
-    ObjectiveConfig,
-    Sum,
-    kl_penalty,
-    policy_loss,
-)
-from lightning_grpo.position import Position
+from lightning_grpo.metrics import Max, Mean, Metric, Window
+from lightning_grpo.monitor.observe import memory_in_use, observe_completions, observe_rewards
+from lightning_grpo.objective import AdvantageConfig, Coefficients, ObjectiveConfig, kl_penalty, policy_loss
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards.check import check_rows
 from lightning_grpo.rollout import Rollout
 from lightning_grpo.rollout_module import RolloutModule
+from lightning_grpo.training.ahead import Ahead
+from lightning_grpo.training.batching import check_batch_arithmetic
+from lightning_grpo.training.experience import Experience, cut_windows, redistribute
+from lightning_grpo.training.position import Position
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +302,7 @@ class GRPOModule(RolloutModule):
             )
         loss, metrics = self.compute_loss(logprobs, entropy, counted, **sizes)
         self.window.add(metrics)
-        self.window.add({"loss": Sum(loss.detach(), torch.tensor(1))})
+        self.window.add({"loss": Mean(loss.detach(), torch.tensor(1))})
         self.micro_step += 1
         return loss
 

@@ -21,15 +21,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from lightning_grpo import adapters, optimizer_options
-from lightning_grpo.attention import NAME as ATTENTION
 from lightning_grpo.data import Prompt, PromptBatch
 from lightning_grpo.errors import UserError
-from lightning_grpo.logprobs import completion_logprobs
-from lightning_grpo.model_checks import require_end_token
+from lightning_grpo.metrics import Window
 from lightning_grpo.monitor.checkpoint_files import require_same_weights
-from lightning_grpo.monitor.metrics import Window, observe_completions, observe_rewards
-from lightning_grpo.policy import (
+from lightning_grpo.monitor.observe import observe_completions, observe_rewards
+from lightning_grpo.policy import adapters
+from lightning_grpo.policy.attention import NAME as ATTENTION
+from lightning_grpo.policy.checks import require_end_token
+from lightning_grpo.policy.load import (
     LoRA,
     frozen_copy,
     full_precision_buffers,
@@ -39,6 +39,7 @@ from lightning_grpo.policy import (
     load_tokenizer,
     shard,
 )
+from lightning_grpo.policy.logprobs import completion_logprobs
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards import EarlyJudge, Reward, as_rewards, compute_rewards, decode_completions, template_opening
 from lightning_grpo.rollout import (
@@ -54,6 +55,7 @@ from lightning_grpo.rollout.callback import eos_token_ids, pad_id
 from lightning_grpo.rollout.seeds import rollout_seeds
 from lightning_grpo.seed import seed_of_run
 from lightning_grpo.stopping import abandonable
+from lightning_grpo.training import optimizer_options
 
 log = logging.getLogger(__name__)
 

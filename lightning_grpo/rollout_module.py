@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grpo.ahead import Ahead
 from lightning_grpo.data import PromptBatch
-from lightning_grpo.dynamic_sampling import flat_groups, replace_groups
 from lightning_grpo.errors import UserError
-from lightning_grpo.monitor.metrics import Total, Window, observe_groups
+from lightning_grpo.metrics import Total, Window
+from lightning_grpo.monitor.observe import observe_groups
 from lightning_grpo.objective import total_rewards
 from lightning_grpo.policy_module import PolicyModule
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rollout import Rollout, RolloutCallback
 from lightning_grpo.stopping import abandonable
+from lightning_grpo.training.ahead import Ahead
+from lightning_grpo.training.dynamic_sampling import flat_groups, replace_groups
 
 
 class RolloutModule(PolicyModule):

@@ -11,7 +11,7 @@ from test_ahead import CopyEngine
 from lightning_grpo import GRPOModule
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.objective import ObjectiveConfig
-from lightning_grpo.policy import LoRA, load_policy
+from lightning_grpo.policy.load import LoRA, load_policy
 from lightning_grpo.rollout import RolloutCallback
 from lightning_grpo.rollout.callback import eos_token_ids
 

@@ -13,7 +13,7 @@ from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.objective import ObjectiveConfig, RolloutCorrection
 from lightning_grpo.rollout import HFRollout, RolloutCallback
 from lightning_grpo.rollout.callback import eos_token_ids
-from lightning_grpo.rollout.hf import HFEngine
+from lightning_grpo.rollout.hf.engine import HFEngine
 
 AHEAD = {
     "rollout_ahead": 1,

@@ -6,10 +6,10 @@ import transformers
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lightning_grpo.attention import LONGEST, NAME, _multiplies_bfloat16, attend
-from lightning_grpo.logprobs import completion_logprobs
-from lightning_grpo.policy import LoRA, frozen_copy, load_policy
-from lightning_grpo.rollout.decoding import quick_decoding
+from lightning_grpo.policy.attention import LONGEST, NAME, _multiplies_bfloat16, attend
+from lightning_grpo.policy.load import LoRA, frozen_copy, load_policy
+from lightning_grpo.policy.logprobs import completion_logprobs
+from lightning_grpo.rollout.hf.decoding import quick_decoding
 
 pytestmark = pytest.mark.skipif(not _multiplies_bfloat16(), reason="needs bfloat16 products")
 

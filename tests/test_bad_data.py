@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from lightning_grpo import model_files
 from lightning_grpo.data import PromptDataModule, encoding
 from lightning_grpo.data.encoding import CHUNK
 from lightning_grpo.errors import UserError
+from lightning_grpo.policy import files as model_files
 from lightning_grpo.rewards import ExactMatch
 
 GOOD = '{"prompt": "What is 1 + 1?", "answer": "2"}\n'

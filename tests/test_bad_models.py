@@ -13,10 +13,10 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import BartConfig, BertConfig, T5Config
 
-from lightning_grpo import model_files
 from lightning_grpo.configure.shape import find_model
 from lightning_grpo.errors import UserError
-from lightning_grpo.policy import LoRA, load_config, load_policy, load_tokenizer
+from lightning_grpo.policy import files as model_files
+from lightning_grpo.policy.load import LoRA, load_config, load_policy, load_tokenizer
 from lightning_grpo.rollout import HFRollout
 
 WEIGHTS = "model.safetensors"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_grpo.batching import check_batch_arithmetic
 from lightning_grpo.cli import main
+from lightning_grpo.training.batching import check_batch_arithmetic
 
 ROOT = Path(__file__).parent.parent
 CONSOLE_SCRIPT = str(Path(sys.executable).parent / "lightning-grpo")

@@ -23,8 +23,8 @@ from lightning_grpo.configure import (
 )
 from lightning_grpo.configure.callback import _with_engine
 from lightning_grpo.configure.command import main
-from lightning_grpo.configure.levers import LEVERS
 from lightning_grpo.configure.measure import Measured
+from lightning_grpo.configure.memory_savers import LEVERS
 from lightning_grpo.rewards import PrefixMatch
 from lightning_grpo.rollout import HFRollout, VLLMProcessRollout, VLLMRollout, VLLMServerRollout
 

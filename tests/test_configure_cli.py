@@ -8,15 +8,16 @@ import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
 from pytest import fixture, mark, raises
 
-from lightning_grpo import cli, commands
-from lightning_grpo.batching import check_batch_arithmetic
+from lightning_grpo import cli
+from lightning_grpo.cli import commands
+from lightning_grpo.cli.parser_errors import OneLineParser
 from lightning_grpo.configure import Workload, find_gpu, find_model, plan, to_yaml
 from lightning_grpo.configure.command import parser as configure_parser
-from lightning_grpo.configure.evidence import TASKS
-from lightning_grpo.configure.levers import LEVERS, flags
+from lightning_grpo.configure.memory_savers import LEVERS, flags
+from lightning_grpo.configure.recommendations import TASKS
 from lightning_grpo.data.sources import read
-from lightning_grpo.parser_errors import OneLineParser
 from lightning_grpo.rewards.reasoning_gym import REFUSED as REFUSED_TASKS
+from lightning_grpo.training.batching import check_batch_arithmetic
 
 
 class Parser(commands.GRPOCommand):

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from lightning_grpo.configure import ModelShape, Workload, find_gpu, find_model, predict_memory
 from lightning_grpo.configure.activations import activations
 from lightning_grpo.configure.measure import random_batch, random_policy
-from lightning_grpo.logprobs import completion_logprobs
+from lightning_grpo.policy.logprobs import completion_logprobs
 
 
 def small(kind=LlamaConfig, **changes) -> ModelShape:

@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 from lightning_grpo.configure import find_gpu, plan, to_yaml
 from lightning_grpo.configure.command import main, parse_pins
 from lightning_grpo.configure.devices import GPUS, known_gpu
-from lightning_grpo.configure.evidence import TASKS
-from lightning_grpo.configure.levers import HEADROOM
-from lightning_grpo.configure.pins import PINNABLE
+from lightning_grpo.configure.memory_savers import HEADROOM
+from lightning_grpo.configure.overrides import PINNABLE
+from lightning_grpo.configure.recommendations import TASKS
 
 QWEN = {"task": "math_reasoning", "model": "Qwen/Qwen2.5-1.5B-Instruct", "gpu": "h100"}
 

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytest import mark, raises
 
-from lightning_grpo.batching import check_batch_arithmetic
 from lightning_grpo.configure import (
     Workload,
     describe_run,
@@ -15,7 +14,8 @@ from lightning_grpo.configure import (
     find_model,
     predict_memory,
 )
-from lightning_grpo.configure.levers import HEADROOM, LEVERS, fits, lowest, usable, ways_to_fit
+from lightning_grpo.configure.memory_savers import HEADROOM, LEVERS, fits, lowest, usable, ways_to_fit
+from lightning_grpo.training.batching import check_batch_arithmetic
 
 NUMBERS = {"prompts_per_rollout": 6, "num_generations": 8, "micro_batch_size": 4}
 sizes = st.integers(1, 48)

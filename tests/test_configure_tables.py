@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from lightning_grpo.configure.tables import TABLES, renewed
+from tuning_tables import TABLES, renewed
 
 PAGE = Path(__file__).parents[1] / "docs" / "tuning.md"
 
 
 def test_the_page_is_current_and_has_every_table():
     page = PAGE.read_text()
-    assert page == renewed(page), "run: python -m lightning_grpo.configure.tables docs/tuning.md"
+    assert page == renewed(page), "run: python docs/tuning_tables.py docs/tuning.md"
     assert all(f"<!-- table: {name} -->\n|" in page for name in TABLES)
 
 

@@ -7,7 +7,7 @@ from fitting import checksum, fit, largest_difference, module, parameters
 
 from lightning_grpo.rewards import FunctionReward, PrefixMatch
 from lightning_grpo.rollout import HFRollout
-from lightning_grpo.rollout.hf import HFEngine
+from lightning_grpo.rollout.hf.engine import HFEngine
 
 
 def test_they_are_the_same_rewards(tmp_path, tiny_model_path):

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_grpo.dynamic_sampling import flat_groups, replace_groups
-from lightning_grpo.experience import Experience, cut_windows
 from lightning_grpo.rollout import Completion, Rollout
 from lightning_grpo.rollout.types import extents
+from lightning_grpo.training.dynamic_sampling import flat_groups, replace_groups
+from lightning_grpo.training.experience import Experience, cut_windows
 
 
 def experience(lengths, advantages, G):

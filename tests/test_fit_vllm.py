@@ -10,7 +10,7 @@ from fitting import data, fit, module
 from lightning import Callback
 
 from lightning_grpo.cli import main
-from lightning_grpo.policy import LoRA
+from lightning_grpo.policy.load import LoRA
 from lightning_grpo.rollout import VLLMRollout, WeightSyncError
 
 ROOT = Path(__file__).parent.parent

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from reference import naive_logprob
 
 from lightning_grpo.kernels import blocks as blocks_module
 from lightning_grpo.kernels import linear, linear_logprob, logits_logprob, products
 from lightning_grpo.kernels.blocks import Budget
-from lightning_grpo.kernels.reference import naive_logprob
 
 
 def problem(n, h, v, *, seed=0, spread=1.5):

@@ -7,11 +7,11 @@ from unittest.mock import patch
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from reference import naive_logprob
 from torch import Tensor
 
 from lightning_grpo.kernels import blocks, cpp_rows, linear_logprob, logits_logprob
 from lightning_grpo.kernels.blocks import Budget
-from lightning_grpo.kernels.reference import naive_logprob
 
 # Relative rounding of one number in each type.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}

@@ -7,7 +7,7 @@ from test_ahead import CopyRollout
 
 from lightning_grpo import GRPOModule
 from lightning_grpo.objective import ObjectiveConfig, RolloutCorrection
-from lightning_grpo.policy import LoRA, load_policy
+from lightning_grpo.policy.load import LoRA, load_policy
 
 IN_REWARD = {"beta": 0.5, "kl_placement": "reward"}
 

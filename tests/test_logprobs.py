@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_grpo.logprobs import completion_logprobs
+from lightning_grpo.policy.logprobs import completion_logprobs
 
 V = 211
 SMALL = {

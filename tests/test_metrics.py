@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from lightning_grpo.monitor.metrics import Spread, Total, Window, observe_completions, observe_groups, observe_rewards
+from lightning_grpo.metrics import Max, Mean, Min, Percentile99, Spread, Total, Window
+from lightning_grpo.monitor.observe import observe_completions, observe_groups, observe_rewards
 from lightning_grpo.monitor.terminal import figures, held_out_figures
-from lightning_grpo.objective import Max, Min, Percentile99, Sum
 
 
 def test_uneven_parts_merge_to_the_mean_of_all():
@@ -24,7 +24,7 @@ def test_uneven_parts_merge_to_the_mean_of_all():
 def test_nothing_is_left_out_and_nan_is_not_hidden():
     window = Window()
     window.mean("nothing", torch.tensor([float("nan")]))
-    window.add({"broken": Sum(torch.tensor(float("nan")), torch.tensor(1)), "none": Min(torch.tensor(math.inf))})
+    window.add({"broken": Mean(torch.tensor(float("nan")), torch.tensor(1)), "none": Min(torch.tensor(math.inf))})
     values = window.reduce()
     assert values.keys() == {"broken"} and math.isnan(values["broken"])
 

@@ -13,11 +13,10 @@ from torch.utils.data import DataLoader
 
 from lightning_grpo import GRPOModule, PromptDataModule
 from lightning_grpo.kernels import linear
-from lightning_grpo.monitor import metrics
 from lightning_grpo.objective import AdaptiveBeta, AdaptiveEntropy, ObjectiveConfig
 from lightning_grpo.objective.presets import PRESETS
 from lightning_grpo.objective.surrogate import Surrogate
-from lightning_grpo.policy import LoRA
+from lightning_grpo.policy.load import LoRA
 from lightning_grpo.rewards import FunctionReward, PrefixMatch, Reward
 from lightning_grpo.rollout import HFRollout, Sampling
 
@@ -455,7 +454,7 @@ def test_predictions_are_no_part_of_the_next_validation(tmp_path, tiny_model_pat
 
 def test_validation_inside_an_optimizer_step_is_no_part_of_its_time(tmp_path, tiny_model_path, monkeypatch):
     real, ahead = time.perf_counter, [0.0]
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: real() + ahead[0]))
+    monkeypatch.setattr("lightning_grpo.metrics.time", SimpleNamespace(perf_counter=lambda: real() + ahead[0]))
 
     class Slow(GRPOModule):
         def validation_step(self, batch, batch_idx):

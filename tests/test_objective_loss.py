@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_grpo.metrics import Metric
 from lightning_grpo.objective import (
     DPPO,
     GMPO,
     PRESETS,
     Clipped,
-    Metric,
     ObjectiveConfig,
     RolloutCorrection,
     kl_divergence,

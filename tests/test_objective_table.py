@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser
+from objectives_table import OPTIONS, page
 
 from lightning_grpo.objective import PRESETS, AdvantageConfig, ObjectiveConfig, Surrogate, policy_loss
 from lightning_grpo.objective.advantages import ESTIMATORS
-from lightning_grpo.objective.table import OPTIONS, page
 
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
 
@@ -19,7 +19,7 @@ def snippets(language: str) -> list[str]:
 
 
 def test_the_page_is_current():
-    assert PAGE.read_text() == page(), "run: python -m lightning_grpo.objective.table > docs/objectives.md"
+    assert PAGE.read_text() == page(), "run: python docs/objectives_table.py > docs/objectives.md"
 
 
 def test_the_page_lists_every_name():

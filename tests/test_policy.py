@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from gguf_to_hf import main as convert
 from transformers import AutoConfig, Gemma3Config
 
-from lightning_grpo.convert import main as convert
-from lightning_grpo.policy import LoRA, frozen_copy, load_config, load_policy, load_tokenizer
+from lightning_grpo.policy.load import LoRA, frozen_copy, load_config, load_policy, load_tokenizer
 
 
 def test_master_weights_are_float32_and_the_policy_trains(tiny_model_path):

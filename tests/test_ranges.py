@@ -23,7 +23,7 @@ from lightning_grpo.objective import (
     ObjectiveConfig,
     RolloutCorrection,
 )
-from lightning_grpo.policy import LoRA
+from lightning_grpo.policy.load import LoRA
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards import LengthPenalty, PrefixMatch, ReasoningGym
 from lightning_grpo.rollout import Sampling

@@ -8,7 +8,7 @@ from lightning.pytorch.tuner import Tuner
 
 from lightning_grpo import GRPOModule
 from lightning_grpo.monitor.checkpoint import Checkpoint
-from lightning_grpo.policy import LoRA
+from lightning_grpo.policy.load import LoRA
 from lightning_grpo.rollout import HFRollout
 
 LOGGED = ("loss", "reward", "num_tokens", "grad_norm")

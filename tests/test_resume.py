@@ -8,7 +8,7 @@ from lightning import Callback, Trainer
 from lightning_grpo import GRPOModule
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.objective import ObjectiveConfig
-from lightning_grpo.policy import LoRA
+from lightning_grpo.policy.load import LoRA
 from lightning_grpo.rewards import PrefixMatch
 from lightning_grpo.rollout import HFRollout
 

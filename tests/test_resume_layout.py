@@ -6,10 +6,10 @@ from fitting import data, fit, largest_difference, module, parameters
 from lightning import Trainer
 from test_experience import experience
 
-from lightning_grpo.experience import redistribute
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.objective import ObjectiveConfig
 from lightning_grpo.rollout import HFRollout
+from lightning_grpo.training.experience import redistribute
 
 STEPS = 7
 

@@ -21,9 +21,9 @@ from lightning_grpo.rewards import (
     completion_text,
     compute_rewards,
 )
+from lightning_grpo.rewards.answers import same_answer
 from lightning_grpo.rewards.numbers import last_number, number_value
 from lightning_grpo.rewards.reasoning_gym import REFUSED
-from lightning_grpo.rewards.verify import same_answer
 
 CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
 

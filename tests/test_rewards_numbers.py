@@ -6,8 +6,8 @@ from fractions import Fraction
 import pytest
 
 from lightning_grpo.rewards import ExactMatch
+from lightning_grpo.rewards.answers import extract
 from lightning_grpo.rewards.numbers import last_number, number_value
-from lightning_grpo.rewards.verify import extract
 
 
 def score(completion, answer, how="last_number"):

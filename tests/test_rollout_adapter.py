@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from lightning_grpo.policy import LoRA
+from lightning_grpo.policy.load import LoRA
 from lightning_grpo.rollout import (
     HFEngine,
     Sampling,
@@ -14,10 +14,10 @@ from lightning_grpo.rollout import (
     WeightSyncError,
     adapter_weights,
     policy_weights,
-    vllm_engine,
 )
-from lightning_grpo.rollout.vllm_adapter import adapter_settings
-from lightning_grpo.rollout.vllm_rollout import adapter_engine_args
+from lightning_grpo.rollout.vllm import engine as vllm_engine
+from lightning_grpo.rollout.vllm.adapter import adapter_settings
+from lightning_grpo.rollout.vllm.callback import adapter_engine_args
 
 PROMPTS = [[4, 60, 16, 5], [4, 60, 16, 5, 8, 9, 10], [7]]
 SEEDS = [[11, 12], [13, 14], [15, 16]]

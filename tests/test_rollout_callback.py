@@ -22,9 +22,9 @@ from lightning_grpo.rollout import (
     mismatch,
     policy_weights,
     rollout_seeds,
-    vllm_engine,
-    vllm_rollout,
 )
+from lightning_grpo.rollout.vllm import callback as vllm_rollout
+from lightning_grpo.rollout.vllm import engine as vllm_engine
 
 PROMPTS = [[4, 60, 16, 5], [7, 8]]
 
@@ -285,7 +285,7 @@ def test_a_callback_without_an_engine_cannot_be_made():
 
 @pytest.mark.parametrize("make", [VLLMRollout, lambda **kw: VLLMServerRollout(urls=["http://localhost:1"], **kw)])
 def test_sampling_arguments_that_bias_the_gradient_are_refused(make, monkeypatch):
-    monkeypatch.setattr("lightning_grpo.rollout.vllm_rollout.require_vllm", lambda: None)
+    monkeypatch.setattr("lightning_grpo.rollout.vllm.callback.require_vllm", lambda: None)
     callback = make(sampling_args={"min_tokens": 8, "seed": 1})
     trainer = SimpleNamespace(precision="32-true")
     plain = SimpleNamespace(objective=SimpleNamespace(rollout_correction=None))
@@ -297,7 +297,7 @@ def test_sampling_arguments_that_bias_the_gradient_are_refused(make, monkeypatch
 
 @pytest.mark.parametrize("kind", [VLLMRollout, VLLMProcessRollout])
 def test_an_engine_too_short_for_prompt_and_completion_is_refused_at_start(kind, monkeypatch):
-    monkeypatch.setattr("lightning_grpo.rollout.vllm_rollout.require_vllm", lambda: None)
+    monkeypatch.setattr("lightning_grpo.rollout.vllm.callback.require_vllm", lambda: None)
     module = SimpleNamespace(max_prompt_length=33, max_completion_length=8)
     with pytest.raises(ValueError, match=r"engine_args.max_model_len is 37, but .* = 41 tokens"):
         kind(engine_args={"max_model_len": 37}).setup(SimpleNamespace(precision="32-true"), module, "fit")

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Mistra
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lightning_grpo.policy import load_policy
-from lightning_grpo.rollout.decoding import NAME, BufferedLayer, attend, buffered_cache, quick_decoding
+from lightning_grpo.policy.load import load_policy
+from lightning_grpo.rollout.hf.decoding import NAME, BufferedLayer, attend, buffered_cache, quick_decoding
 
 
 def test_a_buffered_layer_holds_what_a_dynamic_one_does():

@@ -46,7 +46,8 @@ import sys
 import torch
 sys.path.insert(0, {tests!r})
 from test_rollout_callback import Sampler, loader, trainer_with
-from lightning_grpo.rollout import HFEngine, Sampling, VLLMRollout, WeightSyncError, rollout_seeds, vllm_weights
+from lightning_grpo.rollout import HFEngine, Sampling, VLLMRollout, WeightSyncError, rollout_seeds
+from lightning_grpo.rollout.vllm import weights as vllm_weights
 
 
 class Shared(Sampler):

@@ -9,9 +9,9 @@ from threading import Thread
 
 import pytest
 
-from lightning_grpo.rollout.access import RequireKey
-from lightning_grpo.rollout.endpoint import AccessRefused, Endpoint
-from lightning_grpo.rollout.server_check import RECEIVER, check_server, command
+from lightning_grpo.rollout.server.access import RequireKey
+from lightning_grpo.rollout.server.checks import RECEIVER, check_server, command
+from lightning_grpo.rollout.server.endpoint import AccessRefused, Endpoint
 
 KEY = "the key"
 PARALLEL = {"data_parallel_size": 1, "data_parallel_external_lb": False, "data_parallel_hybrid_lb": False}

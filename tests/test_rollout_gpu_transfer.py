@@ -7,11 +7,11 @@ import torch
 from test_rollout_callback import Sampler, trainer_with
 
 from lightning_grpo.rollout import HFEngine, Sampling, SyncedEngine, VLLMProcessRollout, VLLMServerRollout
-from lightning_grpo.rollout import buckets as gpu_buckets
-from lightning_grpo.rollout.buckets import buckets, describe, fetch_buckets, offer_buckets
-from lightning_grpo.rollout.server_check import ServerInfo, check_alike, check_stop, choose_transfer
-from lightning_grpo.rollout.vllm_adapter import adapter_settings
-from lightning_grpo.rollout.wire import Delivery, WeightOffer
+from lightning_grpo.rollout.server import buckets as gpu_buckets
+from lightning_grpo.rollout.server.buckets import buckets, describe, fetch_buckets, offer_buckets
+from lightning_grpo.rollout.server.checks import ServerInfo, check_alike, check_stop, choose_transfer
+from lightning_grpo.rollout.server.tcp import Delivery, WeightOffer
+from lightning_grpo.rollout.vllm.adapter import adapter_settings
 
 
 def info(url="http://a", **changes):

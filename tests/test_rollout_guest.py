@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from lightning_grpo.rollout import guest as guest_module
-from lightning_grpo.rollout.guest import guest
-from lightning_grpo.rollout.vllm_engine import _explained
-from lightning_grpo.rollout.vllm_rollout import _holds_more_than_weights
+from lightning_grpo.rollout.vllm import isolation as guest_module
+from lightning_grpo.rollout.vllm.callback import _holds_more_than_weights
+from lightning_grpo.rollout.vllm.engine import _explained
+from lightning_grpo.rollout.vllm.isolation import guest
 
 
 @pytest.fixture(autouse=True)

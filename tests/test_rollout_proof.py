@@ -17,8 +17,8 @@ from lightning_grpo.rollout import (
     mismatch,
     policy_weights,
 )
-from lightning_grpo.rollout.proof import Fingerprint, Held, WeightStream, canary_sequences, check_canary
-from lightning_grpo.rollout.wire import Delivery, WeightOffer
+from lightning_grpo.rollout.server.tcp import Delivery, WeightOffer
+from lightning_grpo.rollout.verify import Fingerprint, Held, WeightStream, canary_sequences, check_canary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

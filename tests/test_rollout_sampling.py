@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_grpo.rollout import Sampling, rollout_seeds
-from lightning_grpo.rollout.sampling import draw, sampled_logprobs
+from lightning_grpo.rollout.hf.sampling import draw, sampled_logprobs
 from lightning_grpo.rollout.seeds import _mix, uniform
 
 index = st.integers(0, 2**31)

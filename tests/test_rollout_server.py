@@ -20,7 +20,7 @@ from test_rollout_adapter import adapted
 from test_rollout_callback import Sampler, loader, trainer_with
 from transformers import AutoModelForCausalLM
 
-from lightning_grpo.policy import LoRA
+from lightning_grpo.policy.load import LoRA
 from lightning_grpo.rollout import (
     HFEngine,
     Sampling,
@@ -31,13 +31,13 @@ from lightning_grpo.rollout import (
     policy_weights,
     rollout_seeds,
 )
-from lightning_grpo.rollout.endpoint import Endpoint
-from lightning_grpo.rollout.server_check import as_flags
-from lightning_grpo.rollout.server_engine import ServerEngine
-from lightning_grpo.rollout.server_process import ServerProcess
-from lightning_grpo.rollout.server_weights import TCPTransfer
-from lightning_grpo.rollout.tail import Tail
-from lightning_grpo.rollout.wire import WeightOffer
+from lightning_grpo.rollout.server.checks import as_flags
+from lightning_grpo.rollout.server.cutoff import Tail
+from lightning_grpo.rollout.server.endpoint import Endpoint
+from lightning_grpo.rollout.server.engine import ServerEngine
+from lightning_grpo.rollout.server.process import ServerProcess
+from lightning_grpo.rollout.server.tcp import WeightOffer
+from lightning_grpo.rollout.server.transfer import TCPTransfer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 EOS = 1

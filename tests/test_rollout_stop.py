@@ -5,7 +5,7 @@ from conftest import char_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_grpo.rollout.stop import StopStrings
+from lightning_grpo.rollout.hf.stop import StopStrings
 
 TEXT = "Say 🧿 and Ω, then stop.\n\nUser: né 🧿🧿 end"
 

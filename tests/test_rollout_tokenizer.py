@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lightning_grpo.rollout import Sampling, VLLMRollout
-from lightning_grpo.rollout.tokenizer_check import require_same_tokenizer, tokenizer_facts
+from lightning_grpo.rollout.vllm.tokenizer import require_same_tokenizer, tokenizer_facts
 
 
 def other_template(tokenizer):

@@ -19,9 +19,9 @@ from lightning_grpo.rollout import (
     WeightSyncError,
     policy_weights,
     rollout_seeds,
-    vllm_weights,
 )
-from lightning_grpo.rollout.vllm_engine import VLLMEngine
+from lightning_grpo.rollout.vllm import weights as vllm_weights
+from lightning_grpo.rollout.vllm.engine import VLLMEngine
 
 pytestmark = pytest.mark.vllm
 EOS = 1

@@ -8,9 +8,9 @@ import torch
 from test_rollout_vllm import EOS, PROMPTS, SEEDS, SETTINGS, load, perturb
 
 from lightning_grpo.rollout import HFEngine, Sampling, SyncedEngine, policy_weights
-from lightning_grpo.rollout import guest as guest_module
-from lightning_grpo.rollout.guest import guest
-from lightning_grpo.rollout.vllm_engine import VLLMEngine
+from lightning_grpo.rollout.vllm import isolation as guest_module
+from lightning_grpo.rollout.vllm.engine import VLLMEngine
+from lightning_grpo.rollout.vllm.isolation import guest
 
 pytestmark = pytest.mark.vllm
 

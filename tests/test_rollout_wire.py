@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from lightning_grpo.rollout import handshake, wire
-from lightning_grpo.rollout.wire import Delivery, WeightOffer, own_address
+from lightning_grpo.rollout.server import handshake
+from lightning_grpo.rollout.server import tcp as wire
+from lightning_grpo.rollout.server.tcp import Delivery, WeightOffer, own_address
 
 WEIGHTS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(5, dtype=torch.bfloat16))]
 

@@ -7,7 +7,7 @@ from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from test_ahead import CopyRollout
 
-from lightning_grpo.rollout.weights import write_counters
+from lightning_grpo.policy.weights import write_counters
 
 
 class Write(Callback):

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from lightning_grpo.configure.devices import GPUS, Hardware
     from lightning_grpo.configure.hardware import find_gpu, this_machine
     from lightning_grpo.configure.memory import Memory, predict_memory
-    from lightning_grpo.configure.planned import Plan
     from lightning_grpo.configure.planner import plan
     from lightning_grpo.configure.render import to_yaml
+    from lightning_grpo.configure.result import Plan
     from lightning_grpo.configure.shape import ModelShape, find_model
     from lightning_grpo.configure.summary import describe_run, identity_line
     from lightning_grpo.configure.workload import Workload
@@ -53,7 +53,7 @@ __getattr__, __dir__ = lazy_names(
         "this_machine": "lightning_grpo.configure.hardware",
         "Memory": "lightning_grpo.configure.memory",
         "predict_memory": "lightning_grpo.configure.memory",
-        "Plan": "lightning_grpo.configure.planned",
+        "Plan": "lightning_grpo.configure.result",
         "plan": "lightning_grpo.configure.planner",
         "to_yaml": "lightning_grpo.configure.render",
         "ModelShape": "lightning_grpo.configure.shape",

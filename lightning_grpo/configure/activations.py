@@ -17,10 +17,10 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.integrations import moe
 
-from lightning_grpo.attention import NAME as ATTENTION
-from lightning_grpo.attention import attention_for
 from lightning_grpo.configure.shape import ModelShape, with_layers
 from lightning_grpo.configure.workload import Workload
+from lightning_grpo.policy.attention import NAME as ATTENTION
+from lightning_grpo.policy.attention import attention_for
 
 
 @dataclass(frozen=True)

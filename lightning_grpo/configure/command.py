@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from lightning_grpo.configure.devices import GPUS, GiB
-from lightning_grpo.configure.evidence import TASKS
-from lightning_grpo.configure.pins import PINNABLE
+from lightning_grpo.configure.overrides import PINNABLE
+from lightning_grpo.configure.recommendations import TASKS
 from lightning_grpo.errors import UserError
 
 

@@ -12,12 +12,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lightning_grpo.attention import NAME as ATTENTION
-from lightning_grpo.attention import attention_for
 from lightning_grpo.configure.cost import Efficiency, decode_seconds
 from lightning_grpo.configure.devices import Hardware
 from lightning_grpo.configure.workload import Workload
-from lightning_grpo.logprobs import completion_logprobs
+from lightning_grpo.policy.attention import NAME as ATTENTION
+from lightning_grpo.policy.attention import attention_for
+from lightning_grpo.policy.logprobs import completion_logprobs
 from lightning_grpo.rollout import HFEngine, Sampling
 
 

@@ -7,11 +7,11 @@ numbers of the run. States as in "ZeRO" (Rajbhandari et al. 2020, arXiv:1910.020
 
 from dataclasses import dataclass
 
-from lightning_grpo.attention import NAME as ATTENTION
 from lightning_grpo.configure.activations import Activations, activations
 from lightning_grpo.configure.devices import GiB, Hardware
 from lightning_grpo.configure.workload import STATE_BYTES, Workload
 from lightning_grpo.kernels.blocks import budget, width_within
+from lightning_grpo.policy.attention import NAME as ATTENTION
 
 Parts = dict[str, float]
 

@@ -7,24 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_grpo.batching import check_batch_arithmetic, divisors
-from lightning_grpo.configure import evidence
+from lightning_grpo.configure import recommendations as evidence
 from lightning_grpo.configure.calibration import load as load_calibration
 from lightning_grpo.configure.cost import Efficiency, pass_rate_grid, predict_cost
 from lightning_grpo.configure.devices import GB, Hardware
-from lightning_grpo.configure.evidence import CLASSIC, FIXED, TASKS, Choice
 from lightning_grpo.configure.hardware import find_gpu, shared
-from lightning_grpo.configure.levers import Lever, fits, flags, ways_to_fit
 from lightning_grpo.configure.memory import predict_memory
-from lightning_grpo.configure.pins import check_pins
-from lightning_grpo.configure.planned import Plan
+from lightning_grpo.configure.memory_savers import Lever, fits, flags, ways_to_fit
+from lightning_grpo.configure.overrides import check_pins
 from lightning_grpo.configure.prompts import PromptStatistics, prompt_statistics
+from lightning_grpo.configure.recommendations import CLASSIC, FIXED, TASKS, Choice
+from lightning_grpo.configure.result import Plan
 from lightning_grpo.configure.reward import reward_options
 from lightning_grpo.configure.shape import ModelShape, find_model
 from lightning_grpo.configure.summary import REFUSE_ABOVE, refusal
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.errors import UserError
 from lightning_grpo.processor import GAIN
+from lightning_grpo.training.batching import check_batch_arithmetic, divisors
 
 NODE = 8
 """Devices of one machine, at most."""

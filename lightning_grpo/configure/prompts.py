@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.model_files import loading_options
+from lightning_grpo.policy.files import loading_options
 
 CHARACTERS_PER_TOKEN = 3.5
 PASS_RATE_COLUMNS = ("pass_rate", "solve_rate", "mean_reward")

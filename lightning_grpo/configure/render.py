@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from lightning_grpo.configure.devices import GB, GiB
-from lightning_grpo.configure.evidence import TASKS, Choice
-from lightning_grpo.configure.levers import SHARDED
-from lightning_grpo.configure.planned import Plan
+from lightning_grpo.configure.memory_savers import SHARDED
+from lightning_grpo.configure.recommendations import TASKS, Choice
+from lightning_grpo.configure.result import Plan
 from lightning_grpo.configure.reward import reward_options
 from lightning_grpo.configure.summary import hours, identity_line, memory_line, time_line
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.model_files import loading_options, unreadable
+from lightning_grpo.policy.files import loading_options, unreadable
 
 # hidden, layers, MLP, query heads, key-value heads, head width, vocabulary, tied head
 _KNOWN = {

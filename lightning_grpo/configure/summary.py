@@ -4,14 +4,14 @@ import time
 from collections.abc import Collection
 from importlib.util import find_spec
 
-from lightning_grpo.batching import check_batch_arithmetic
 from lightning_grpo.configure.cost import Cost, Efficiency, predict_cost
 from lightning_grpo.configure.devices import GiB, Hardware
 from lightning_grpo.configure.hardware import this_machine
-from lightning_grpo.configure.levers import HEADROOM, LEVERS, describe_way, fits, lowest, usable, ways_to_fit
 from lightning_grpo.configure.memory import Memory, predict_memory
+from lightning_grpo.configure.memory_savers import HEADROOM, LEVERS, describe_way, fits, lowest, usable, ways_to_fit
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.errors import UserError
+from lightning_grpo.training.batching import check_batch_arithmetic
 
 REFUSE_ABOVE = 1.15
 """A run predicted to need more than this multiple of the machine's memory is refused; up to there, it is warned of."""

@@ -13,7 +13,7 @@ from typing import Any
 from lightning_grpo.data.files import READERS, is_file_name, read_files
 from lightning_grpo.data.rows import Row
 from lightning_grpo.errors import UserError
-from lightning_grpo.model_files import hub_reachable
+from lightning_grpo.policy.files import hub_reachable
 
 KINDS = (
     "a .jsonl, .json, .csv or .parquet file or a pattern of such files, a folder written by datasets.save_to_disk, a "

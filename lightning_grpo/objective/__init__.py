@@ -9,7 +9,6 @@ from lightning_grpo.objective.kl import kl_divergence, kl_penalty
 from lightning_grpo.objective.loss import policy_loss
 from lightning_grpo.objective.presets import PRESETS, Preset
 from lightning_grpo.objective.surrogate import CISPO, DPPO, GMPO, SAPO, VESPO, Clipped, Reinforce, Surrogate, Terms
-from lightning_grpo.objective.tensors import Max, Metric, Min, Percentile99, Sum
 
 __all__ = [
     "CISPO",
@@ -23,15 +22,10 @@ __all__ = [
     "AdvantageConfig",
     "Clipped",
     "Coefficients",
-    "Max",
-    "Metric",
-    "Min",
     "ObjectiveConfig",
-    "Percentile99",
     "Preset",
     "Reinforce",
     "RolloutCorrection",
-    "Sum",
     "Surrogate",
     "Terms",
     "group_advantages",

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.metrics import Metric, Percentile99
 from lightning_grpo.objective.aggregation import aggregate
 from lightning_grpo.objective.config import ObjectiveConfig
 from lightning_grpo.objective.correction import bound, rollout_ratio
 from lightning_grpo.objective.kl import kl_divergence
 from lightning_grpo.objective.masks import off_policy_mask, top_entropy_mask
 from lightning_grpo.objective.surrogate import Surrogate, Terms
-from lightning_grpo.objective.tensors import Metric, Percentile99, exp, extremes, fill, mean_metric, rows, sequence_mean
+from lightning_grpo.objective.tensors import exp, extremes, fill, mean_metric, rows, sequence_mean
 
 
 def policy_loss(

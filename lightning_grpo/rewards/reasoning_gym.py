@@ -10,9 +10,9 @@ from typing import Any
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.ranges import check_ranges
+from lightning_grpo.rewards.answers import check_extraction, extract
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
 from lightning_grpo.rewards.strict import strict_score
-from lightning_grpo.rewards.verify import check_extraction, extract
 
 log = logging.getLogger(__name__)
 

@@ -1,17 +1,17 @@
 """Engines: what samples from the policy, and how its weights get there."""
 
+from lightning_grpo.policy.weights import adapter_weights, policy_weights
 from lightning_grpo.rollout.callback import HFRollout, RolloutCallback, eos_token_ids
 from lightning_grpo.rollout.default import default_rollout
-from lightning_grpo.rollout.hf import HFEngine
-from lightning_grpo.rollout.proof import Mismatch, Tolerance, WeightSyncError, mismatch
+from lightning_grpo.rollout.hf.engine import HFEngine
 from lightning_grpo.rollout.seeds import rollout_seeds
-from lightning_grpo.rollout.server_engine import ServerEngine
-from lightning_grpo.rollout.server_rollout import VLLMProcessRollout, VLLMServerRollout
+from lightning_grpo.rollout.server.callback import VLLMProcessRollout, VLLMServerRollout
+from lightning_grpo.rollout.server.engine import ServerEngine
 from lightning_grpo.rollout.sync import SyncedEngine, SyncReport
 from lightning_grpo.rollout.types import Completion, Engine, FinishReason, OnGroup, Rollout, Sampling
-from lightning_grpo.rollout.vllm_engine import VLLMEngine
-from lightning_grpo.rollout.vllm_rollout import VLLMRollout
-from lightning_grpo.rollout.weights import adapter_weights, policy_weights
+from lightning_grpo.rollout.verify import Mismatch, Tolerance, WeightSyncError, mismatch
+from lightning_grpo.rollout.vllm.callback import VLLMRollout
+from lightning_grpo.rollout.vllm.engine import VLLMEngine
 
 __all__ = [
     "Completion",

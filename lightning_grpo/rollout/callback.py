@@ -10,11 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.rollout.hf import HFEngine, eval_mode
-from lightning_grpo.rollout.proof import Tolerance
+from lightning_grpo.policy.weights import write_counters
+from lightning_grpo.rollout.hf.engine import HFEngine, eval_mode
 from lightning_grpo.rollout.sync import SyncedEngine
 from lightning_grpo.rollout.types import Engine, Sampling
-from lightning_grpo.rollout.weights import write_counters
+from lightning_grpo.rollout.verify import Tolerance
 
 
 class RolloutCallback(L.Callback, ABC):

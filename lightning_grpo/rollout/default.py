@@ -8,8 +8,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_grpo.rollout.callback import HFRollout, RolloutCallback, compute_dtype
-from lightning_grpo.rollout.vllm_engine import vllm_version
-from lightning_grpo.rollout.vllm_rollout import VLLMRollout
+from lightning_grpo.rollout.vllm.callback import VLLMRollout
+from lightning_grpo.rollout.vllm.engine import vllm_version
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_grpo.rollout.proof import (
+from lightning_grpo.rollout.types import Completion, Engine, OnGroup, Sampling
+from lightning_grpo.rollout.verify import (
     Fingerprint,
     Mismatch,
     Tolerance,
@@ -20,7 +21,6 @@ from lightning_grpo.rollout.proof import (
     canary_sequences,
     check_canary,
 )
-from lightning_grpo.rollout.types import Completion, Engine, OnGroup, Sampling
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -1,0 +1,23 @@
+"""The policy: everything that knows transformers and PEFT."""
+
+from lightning_grpo.policy.load import (
+    LoRA,
+    frozen_copy,
+    full_precision_buffers,
+    load_config,
+    load_generation_config,
+    load_policy,
+    load_tokenizer,
+    shard,
+)
+
+__all__ = [
+    "LoRA",
+    "frozen_copy",
+    "full_precision_buffers",
+    "load_config",
+    "load_generation_config",
+    "load_policy",
+    "load_tokenizer",
+    "shard",
+]

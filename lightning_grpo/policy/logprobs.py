@@ -1,0 +1,221 @@
+"""From a Hugging Face causal LM and a batch of completions to per-token log-probs, without [tokens, V] logits.
+
+The model is called as it is, wrappers and hooks included, but its head is handed a function that keeps only the hidden
+states which predict a completion's token and passes them to `linear_logprob` with the head's weight. Shapes: N rows, P
+prompt length, T completion length, V vocabulary, H hidden.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from lightning_grpo.errors import RunError
+from lightning_grpo.kernels import logits_logprob
+from lightning_grpo.policy.head import Head, head_of, model_inputs, replaced, say_once
+
+
+def completion_logprobs(
+    model: nn.Module,
+    *,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    temperature: float | Tensor = 1.0,
+    share_prompt: bool = True,
+    entropy_grad: bool = False,
+    coefficient: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each completion token given what precedes it, and the entropy of the distribution it came from.
+
+    Args:
+        model: any Hugging Face causal LM, bare or wrapped (PEFT, FSDP2), tied or not, in any precision.
+        prompt_ids: [N, P] int64, left-padded.
+        prompt_mask: [N, P] bool, True on real tokens.
+        completion_ids: [N, T] int64, right-padded.
+        completion_mask: [N, T] bool, True on tokens to score. A token that is False before a row's last True one is in
+            the context of those after it, and not scored.
+        temperature: divides the logits; a number or [N], one for each row.
+        share_prompt: where rows have the same prompt, compute it once (with gradients) and let them all attend to it.
+        entropy_grad: let gradients flow from the entropy too.
+        coefficient: [N, T], ∂loss/∂logprob where it is known ahead: see `linear_logprob`, which it spares work.
+
+    Returns:
+        (logprobs, entropy), [N, T] each, fp32, in nats; 0 where ``completion_mask`` is False.
+    """
+    mask = completion_mask
+    P0, T1 = _padding(prompt_mask), completion_mask.shape[1] - _padding(completion_mask.flip(1))
+    batch = _Batch(
+        prompt_ids[:, P0:],
+        prompt_mask[:, P0:].bool(),
+        completion_ids[:, :T1],
+        completion_mask[:, :T1].bool(),
+        temperature,
+        entropy_grad,
+        None if coefficient is None else coefficient[:, :T1],
+    )
+    head = head_of(model, batch.prompt_ids[:1, -2:])
+    if head is None:
+        found = _through_logits(model, batch)
+    else:
+        shared = _shared_prompts(model, batch) if share_prompt else None
+        run = _unshared if shared is None else _shared
+        with _casts_once():
+            found = run(model, head, batch, shared)
+    return tuple(x.new_zeros(mask.shape).masked_scatter(mask.bool(), x) for x in found)
+
+
+def _padding(mask: Tensor) -> int:
+    """Leading columns in which no row has a token, but never all of them."""
+    used = mask.any(0)
+    return int(used.int().argmax()) if used.any() else mask.shape[1] - 1
+
+
+@dataclass
+class _Batch:
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    temperature: float | Tensor
+    entropy_grad: bool
+    coefficient: Tensor | None
+
+    def options(self) -> dict:
+        """What `linear_logprob` is told of the active tokens, in the order of ``x[completion_mask]``."""
+        t = self.temperature
+        if isinstance(t, Tensor) and t.dim():
+            t = t[:, None].expand(self.completion_mask.shape)[self.completion_mask]
+        return {
+            "targets": self.completion_ids[self.completion_mask],
+            "temperature": t,
+            "entropy_grad": self.entropy_grad,
+            "coefficient": None if self.coefficient is None else self.coefficient[self.completion_mask],
+        }
+
+    @property
+    def context(self) -> Tensor:
+        """[N, T] bool: the completions' tokens that others attend to, all up to the last scored one."""
+        return self.completion_mask.flip(1).cummax(1).values.flip(1)
+
+    def inputs(self, model: nn.Module) -> dict:
+        """The model's arguments; the last token predicts nothing and is left out."""
+        mask = torch.cat([self.prompt_mask, self.context], 1)[:, :-1]
+        return model_inputs(model, torch.cat([self.prompt_ids, self.completion_ids], 1)[:, :-1], mask)
+
+
+@contextmanager
+def _casts_once() -> Iterator[None]:
+    """Let autocast cast each weight once for all forward passes inside, and keep one copy for the backward.
+
+    Not without gradients: what is cast then has none, and must not be found by a pass that wants them.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(cached or torch.is_grad_enabled())
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def _unshared(model, head: Head, batch: _Batch, _) -> tuple[Tensor, Tensor]:
+    T = batch.completion_ids.shape[1]
+    return _call(model, head, batch, batch.inputs(model), lambda hidden: hidden[:, -T:])
+
+
+def _call(model, head: Head, batch: _Batch, inputs: dict, predicting: Callable):
+    """Run the model; ``predicting`` takes its hidden states to those [N, T, H] that predict the completions' tokens."""
+    found = None
+
+    def forward(hidden: Tensor) -> Tensor:
+        nonlocal found
+        active = predicting(hidden)[batch.completion_mask]
+        found = head.logprobs(own, active, batch.options())
+        return hidden[..., :1]
+
+    own = head.module.forward
+    with replaced(head.module, forward):
+        logits = model(**inputs).logits
+    if isinstance(model, FSDPModule):
+        # Its backward hooks hang on the model's output.
+        found = (found[0] + 0 * logits.sum(), found[1])
+    return found
+
+
+def _through_logits(model, batch: _Batch) -> tuple[Tensor, Tensor]:
+    T = batch.completion_ids.shape[1]
+    logits = model(**batch.inputs(model)).logits[:, -T:][batch.completion_mask]
+    options = batch.options()
+    del options["coefficient"]
+    return logits_logprob(logits, **options)
+
+
+# --- prompts shared by rows -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Shared:
+    rows: Tensor
+    """[U], one row for each different prompt"""
+    inverse: Tensor
+    """[N], which of the U prompts a row has"""
+    cache: DynamicCache
+
+
+def _shared_prompts(model: nn.Module, batch: _Batch) -> _Shared | None:
+    """How rows share prompts; None where nothing is saved or the model cannot be proved to give the same."""
+    N, T = batch.completion_ids.shape
+    key = batch.prompt_ids.masked_fill(~batch.prompt_mask, -1)
+    unique, inverse = torch.unique(key, dim=0, return_inverse=True)
+    if len(unique) == N or T == 1:
+        return None
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    cache = DynamicCache(config=base.config)
+    strange = {type(layer).__name__ for layer in cache.layers} - {
+        DynamicLayer.__name__,
+        DynamicSlidingWindowLayer.__name__,
+    }
+    reason = None
+    if model.training and getattr(base, "is_gradient_checkpointing", False):
+        reason = "gradient checkpointing drops the key-value cache"
+    elif isinstance(model, FSDPModule):
+        reason = "its shards are gathered for one forward at a time"
+    elif strange or not cache.layers:
+        reason = f"its cache has {', '.join(sorted(strange)) or 'no layers'}"
+    if reason:
+        say_once(model, f"{type(model).__name__}: prompts are computed once a row, not once a group: {reason}")
+        return None
+    rows = torch.empty(len(unique), dtype=torch.long, device=inverse.device)
+    rows[inverse] = torch.arange(N, device=inverse.device)
+    return _Shared(rows, inverse, cache)
+
+
+def _shared(model, head: Head, batch: _Batch, shared: _Shared) -> tuple[Tensor, Tensor]:
+    """Each different prompt once into a key-value cache, with its graph; then all completions against theirs."""
+    last = None
+
+    def forward(hidden: Tensor) -> Tensor:
+        nonlocal last
+        last = hidden[:, -1:]
+        return last[..., :1]
+
+    caching = {"past_key_values": shared.cache, "use_cache": True}
+    prompts = model_inputs(model, batch.prompt_ids[shared.rows], batch.prompt_mask[shared.rows])
+    with replaced(head.module, forward):
+        model(**{**prompts, **caching})
+    P = batch.prompt_ids.shape[1]
+    if shared.cache.get_seq_length() != P:
+        raise RunError(
+            f"{type(model).__name__} put {shared.cache.get_seq_length()} of {P} prompt positions into its key-value "
+            f"cache; set share_prompt to false for this model"
+        )
+    shared.cache.batch_select_indices(shared.inverse)
+    mask = torch.cat([batch.prompt_mask, batch.context[:, :-1]], 1)
+    completions = {**model_inputs(model, batch.completion_ids[:, :-1], mask), **caching}
+    predicting = lambda hidden: torch.cat([last[shared.inverse], hidden], 1)
+    return _call(model, head, batch, completions, predicting)

@@ -1,0 +1,230 @@
+"""Sampling from the live policy with Hugging Face modules: no second copy of the weights, no other package.
+
+Shapes: R rows alive in a batch, L cached positions, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from lightning_grpo.errors import UserError
+from lightning_grpo.rollout.hf.decoding import buffered_cache, quick_decoding
+from lightning_grpo.rollout.hf.sampling import draw, sampled_logprobs
+from lightning_grpo.rollout.hf.stop import StopStrings
+from lightning_grpo.rollout.seeds import uniform
+from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Sampling
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout for a while; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass
+class _Row:
+    """One completion in the making."""
+
+    prompt_index: int
+    sample_index: int
+    seed: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class HFEngine:
+    """An `Engine` over the policy itself; its weights are always the current ones.
+
+    Prompts are computed once and their cache is shared out to their generations; prompts of like length go together;
+    rows leave the batch when they finish. Token t of a sample is a function of (weights, prompt, seed, t) alone, up to
+    the rounding that a differently shaped batch gives.
+
+    Args:
+        policy: a causal language model of transformers, or a PEFT model around one. Not sharded.
+        eos_token_ids: tokens that end a completion.
+        pad_id: fills up shorter prompts; never seen by the model.
+        tokenizer: only needed for stop strings.
+        max_num_seqs: rows sampled at once; bounds the memory of the key-value cache.
+        context: makes the context that the policy's forward runs in (the trainer's precision).
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_id: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_num_seqs: int = 128,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        if max_num_seqs < 1:
+            raise UserError(f"max_num_seqs is {max_num_seqs}; set how many completions are sampled at once, 1 or more")
+        if any(isinstance(p, DTensor) for p in policy.parameters()):
+            raise UserError(
+                "HFRollout samples from the policy in place, which a sharded policy can't do (its forward needs all "
+                "ranks in step); use VLLMRollout, or a strategy that keeps the policy whole (ddp)"
+            )
+        self.policy = policy
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.pad_id = pad_id
+        self.tokenizer = tokenizer
+        self.max_num_seqs = max_num_seqs
+        self.context = context
+        self.version = 0
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        seeds: Sequence[Sequence[int]],
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
+        if sampling.stop and self.tokenizer is None:
+            raise UserError(f"sampling.stop is {sampling.stop}: stop strings need HFEngine(tokenizer=…)")
+        groups: list[list[Completion | None]] = [[None] * len(group) for group in seeds]
+        spare = sampling.spare(sum(map(len, seeds)))
+        with self._inference():
+            batches = list(self._batches(prompts, seeds))
+            for batch in batches:
+                # Only in the last batch have all completions begun.
+                cut = spare if batch is batches[-1] else 0
+                for row in self._decode(prompts, batch, sampling, max_tokens, spare=cut):
+                    group = groups[row.prompt_index]
+                    group[row.sample_index] = Completion(
+                        token_ids=row.token_ids,
+                        logprobs=row.logprobs,
+                        finish_reason=row.finish_reason,
+                        versions=[self.version] * len(row.token_ids),
+                    )
+                    if on_group is not None and all(group):
+                        on_group(row.prompt_index, group)
+        return groups
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Note the version. The weights are the policy's own already; the iterable is not consumed."""
+        self.version = version
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        # Padding on the right is out of sight of all tokens before it.
+        ids = torch.full((len(sequences), max(map(len, sequences))), self.pad_id)
+        for line, sequence in zip(ids, sequences, strict=True):
+            line[: len(sequence)] = torch.tensor(list(sequence))
+        ids = ids.to(self._device)
+        with self._inference():
+            logits = self.policy(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            scored = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1).cpu()
+        return [row[: len(sequence) - 1] for row, sequence in zip(scored, sequences, strict=True)]
+
+    def sleep(self) -> None:
+        """Nothing to give back: the key-value cache lives only while `generate` runs."""
+
+    def wake(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to free: the policy belongs to the trainer."""
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.policy.parameters()).device
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.no_grad(), eval_mode(self.policy), self.context(), quick_decoding(self.policy):
+            yield
+
+    def _batches(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> Iterator[list[_Row]]:
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        rows = [_Row(i, g, seed) for i in order for g, seed in enumerate(seeds[i])]
+        for start in range(0, len(rows), self.max_num_seqs):
+            yield rows[start : start + self.max_num_seqs]
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], rows: list[_Row], sampling: Sampling, max_tokens: int, *, spare: int
+    ) -> Iterator[_Row]:
+        """Sample the rows to their ends; yields each one when it finishes. The last ``spare`` of them are cut short."""
+        indices = sorted({row.prompt_index for row in rows})
+        P = max(len(prompts[i]) for i in indices)
+        ids = torch.full((len(indices), P), self.pad_id)
+        mask = torch.zeros(len(indices), P, dtype=torch.long)
+        for line, i in enumerate(indices):
+            ids[line, P - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
+            mask[line, P - len(prompts[i]) :] = 1
+        ids, mask = ids.to(self._device), mask.to(self._device)
+
+        cache = buffered_cache(self.policy.config, P + max_tokens)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self._forward(ids, mask, positions, cache)
+
+        fan_out = torch.tensor([indices.index(row.prompt_index) for row in rows], device=self._device)
+        cache.batch_select_indices(fan_out)
+        logits, mask, position = logits[fan_out], mask[fan_out], positions[fan_out, -1]
+        seen = None
+        if sampling.repetition_penalty != 1:
+            seen = torch.zeros_like(logits, dtype=torch.bool)
+            # A padded place marks the prompt's last token, which is marked anyway.
+            seen.scatter_(1, torch.where(mask.bool(), ids[fan_out], ids[fan_out, -1:]), True)
+
+        stop = StopStrings(self.tokenizer, sampling.stop)
+        for step in range(max_tokens):
+            logprobs = sampled_logprobs(logits, sampling, seen)
+            uniforms = torch.tensor([uniform(row.seed, step) for row in rows], dtype=torch.float64)
+            tokens = draw(logprobs, uniforms.to(logprobs.device), greedy=sampling.temperature == 0)
+            chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+            for row, token, logprob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
+                row.token_ids.append(token)
+                row.logprobs.append(logprob)
+                row.finish_reason = self._finish_reason(row, prompts[row.prompt_index], stop, max_tokens)
+            if sum(row.finish_reason is None for row in rows) <= spare:
+                for row in rows:
+                    row.finish_reason = row.finish_reason or "abort"
+            yield from (row for row in rows if row.finish_reason)
+
+            alive = [r for r, row in enumerate(rows) if not row.finish_reason]
+            if not alive:
+                return
+            if len(alive) < len(rows):
+                keep = torch.tensor(alive, device=self._device)
+                rows = [rows[r] for r in alive]
+                cache.batch_select_indices(keep)
+                tokens, mask, position = tokens[keep], mask[keep], position[keep]
+                seen = None if seen is None else seen[keep]
+            if seen is not None:
+                seen.scatter_(1, tokens[:, None], True)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+            position = position + 1
+            logits = self._forward(tokens[:, None], mask, position[:, None], cache)
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits [R, V] of the last position; appends to the cache."""
+        output = self.policy(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def _finish_reason(
+        self, row: _Row, prompt: Sequence[int], stop: StopStrings, max_tokens: int
+    ) -> FinishReason | None:
+        if row.token_ids[-1] in self.eos_token_ids or stop.end(prompt, row.token_ids):
+            return "stop"
+        return "length" if len(row.token_ids) == max_tokens else None

@@ -1,0 +1,1 @@
+"""vLLM servers, in a child process or elsewhere, and how weights reach them."""

@@ -1,0 +1,358 @@
+"""vLLM in other processes: one engine over any number of `vllm serve` endpoints.
+
+Token ids travel in both directions, never text. Requests go to the endpoint with the most room; what an endpoint loses
+is asked again at another, with the same seed. Weights are fetched by the endpoints from here.
+"""
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import aclosing
+from queue import SimpleQueue
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_grpo.errors import UserError
+from lightning_grpo.rollout.server.checks import (
+    CANARIES,
+    ServerInfo,
+    check_alike,
+    check_server,
+    check_stop,
+    choose_transfer,
+)
+from lightning_grpo.rollout.server.cutoff import Tail
+from lightning_grpo.rollout.server.endpoint import ConnectionDropped, Endpoint, EndpointLost, EventLoop
+from lightning_grpo.rollout.server.gpu_transfer import IPCTransfer, NCCLTransfer
+from lightning_grpo.rollout.server.pool import Pool
+from lightning_grpo.rollout.server.tcp import own_address
+from lightning_grpo.rollout.server.transfer import TCPTransfer, go_on, name_adapter, pause
+from lightning_grpo.rollout.types import Completion, OnGroup, Sampling
+from lightning_grpo.rollout.verify import Held, WeightSyncError, place_of
+from lightning_grpo.rollout.vllm.adapter import ADAPTER_NAME
+from lightning_grpo.rollout.vllm.tokenizer import require_same_tokenizer, tokenizer_facts
+
+MAX_DROPS = 3
+"""Connections that a completion may lose to endpoints that are well."""
+TOKENS_A_MESSAGE = 100
+"""A server tells of a completion's first token and then after this many, which also shows that it is alive."""
+
+
+class ServerEngine:
+    """An `Engine` over vLLM servers, which sample while this process does other things.
+
+    Args:
+        urls: of the servers, such as http://host:8000. Each was started with `SERVER_FLAGS` and `SERVER_ENVIRONMENT`.
+        eos_token_ids: tokens that end a completion.
+        api_key: sent as bearer token.
+        max_in_flight: requests sent to one endpoint at a time, as far as it samples that many at once.
+        sampling_args: any argument of `vllm.SamplingParams` by name, for every request.
+        adapter: what `adapter_settings` says that the servers were started with, where `update_weights` takes a LoRA
+            adapter (`adapter_weights`) instead of whole weights.
+        weights_host: address at which the servers can reach this process. None finds it out.
+        transfer: how weights travel: tcp; ipc (to servers on this process's GPU); nccl (to other GPUs, for which the
+            servers are started); auto, which is nccl if they were started for it and there is a GPU here, else tcp.
+        pushes: whether this rank sends the weights. One rank of a distributed run does; all consume the stream.
+        barrier: called by all ranks before and after a sync; waits for the others.
+        run: the run's name in the versions that servers report, the same on all ranks. None draws one.
+    """
+
+    samples_in_background = updates_in_flight = True
+    """`generate` can run in another thread, and `update_weights` while it does."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        eos_token_ids: Sequence[int],
+        api_key: str | None = None,
+        max_in_flight: int = 256,
+        sampling_args: dict[str, Any] | None = None,
+        adapter: dict[str, Any] | None = None,
+        weights_host: str | None = None,
+        transfer: Literal["auto", "tcp", "ipc", "nccl"] = "auto",
+        pushes: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+        run: str | None = None,
+    ) -> None:
+        if not urls:
+            raise UserError("urls is empty; name at least one vLLM server, such as http://localhost:8000")
+        if len({url.rstrip("/") for url in urls}) < len(urls):
+            raise UserError(f"urls {list(urls)} name a server more than once")
+        self.eos_token_ids = list(eos_token_ids)
+        self.sampling_args = sampling_args or {}
+        self.version = 0
+        self.held: list[Held] = []
+        self._run = run or secrets.token_hex(4)
+        self._synced = False
+        self._adapter = adapter
+        self._pushes = pushes
+        self._barrier = barrier
+        self._request_ids = (f"{secrets.token_hex(8)}-{n}" for n in itertools.count())
+        self._pool = Pool([Endpoint(url, api_key, room=max_in_flight) for url in urls])
+        self._loop = EventLoop()
+        try:
+            self._infos: list[ServerInfo] = self._loop.wait(self._pool.each(check_server))
+            check_alike(self._infos, adapter)
+            chosen = choose_transfer(self._infos, transfer, adapter)
+        except BaseException:
+            self.close()
+            raise
+        for endpoint, info in zip(self.endpoints, self._infos, strict=True):
+            room = max(1, info.max_num_seqs // 2, info.max_num_seqs - CANARIES)
+            endpoint.room = min(endpoint.room, info.copies * room)
+        host = weights_host or own_address([urlsplit(info.url).hostname for info in self._infos])
+        self._transfer = IPCTransfer() if chosen == "ipc" else {"tcp": TCPTransfer, "nccl": NCCLTransfer}[chosen](host)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the servers compute in; weights are cast to it before they travel."""
+        return self._infos[0].dtype
+
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        return self._pool.endpoints
+
+    def check_stop(self, stop: Sequence[str]) -> None:
+        """Raise `ValueError` where there are stop strings and a server can't look for them."""
+        check_stop(self._infos, stop)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise `ValueError` where a server has a tokenizer of its own that differs from this one."""
+        facts = tokenizer_facts(tokenizer)
+        for endpoint, info in zip(self.endpoints, self._infos, strict=True):
+            if info.has_tokenizer:
+                told = self._loop.wait(endpoint.call("/collective_rpc", {"method": "tokenizer_facts"}))
+                require_same_tokenizer(told["results"][0], facts, at=endpoint.url)
+
+    # ── Sampling ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        seeds: Sequence[Sequence[int]],
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
+        finished: SimpleQueue[tuple[int, list[Completion]] | None] = SimpleQueue()
+        params = self._params(sampling, max_tokens)
+        count = sum(map(len, seeds))
+        tail = Tail(count, sampling.spare(count))
+        call = self._loop.start(self._generate(prompts, params, seeds, tail, finished.put))
+        call.add_done_callback(lambda _: finished.put(None))
+        try:
+            while (group := finished.get()) is not None:
+                if on_group is not None:
+                    on_group(*group)
+            return call.result()
+        finally:
+            call.cancel()
+
+    async def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: dict[str, Any],
+        seeds: Sequence[Sequence[int]],
+        tail: Tail,
+        finished: Callable[[tuple[int, list[Completion]]], None],
+    ) -> list[list[Completion]]:
+        async def group(i: int) -> list[Completion]:
+            done = list(await asyncio.gather(*(self._sample(prompts[i], params | {"seed": s}, tail) for s in seeds[i])))
+            finished((i, done))
+            return done
+
+        tasks = [asyncio.ensure_future(group(i)) for i in range(len(prompts))]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _sample(self, prompt: Sequence[int], params: dict[str, Any], tail: Tail) -> Completion:
+        """One completion from the endpoint with the most room; another endpoint's where that one fails."""
+        drops = 0
+        while True:
+            request_id = next(self._request_ids)
+            body = self._body(prompt, params) | {"request_id": request_id, "stream": True}
+            async with self._pool.room() as endpoint:
+                try:
+                    return await self._ask(endpoint, body, tail)
+                except EndpointLost as error:
+                    tail.lost(request_id)
+                    drops += isinstance(error, ConnectionDropped)
+                    if not isinstance(error, ConnectionDropped) or drops > MAX_DROPS or not await endpoint.is_well():
+                        self._pool.lose(endpoint, error)
+
+    def _body(self, prompt: Sequence[int], params: dict[str, Any]) -> dict[str, Any]:
+        body = {"token_ids": list(prompt), "sampling_params": params}
+        return body | {"model": ADAPTER_NAME} if self._synced and self._adapter is not None else body
+
+    async def _ask(self, endpoint: Endpoint, body: dict[str, Any], tail: Tail) -> Completion:
+        request_id, oldest = body["request_id"], self.version
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        choice: dict[str, Any] = {}
+        async with aclosing(endpoint.stream("/inference/v1/generate", body)) as events:
+            async for event in events:
+                for choice in event["choices"]:
+                    if choice["token_ids"] and not token_ids:
+                        await tail.begun(request_id, endpoint)
+                    token_ids += choice["token_ids"]
+                    logprobs += [token["logprob"] for token in choice["logprobs"]["content"]]
+        reason = choice.get("finish_reason")
+        if reason is None or (reason == "abort" and not tail.has_cut(request_id)):
+            raise EndpointLost(f"{endpoint.url} ended a request before its end")
+        versions = self._versions(endpoint, choice["weight_versions"], oldest)
+        await tail.ended(request_id)
+        return Completion(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=reason if reason in ("stop", "length") else "abort",
+            versions=versions,
+        )
+
+    def _versions(self, endpoint: Endpoint, spans: Sequence[dict[str, Any]], oldest: int) -> list[int]:
+        """Of every token, from the spans that the server tells.
+
+        Raises:
+            EndpointLost: where weights older than `oldest`, or not of this run, sampled one.
+        """
+        versions = []
+        for span in spans:
+            run, _, number = span["version"].partition(".")
+            if not self._synced:
+                run, number = self._run, self.version
+            if run != self._run or int(number) < oldest:
+                raise EndpointLost(
+                    f"{endpoint.url} sampled with weights {span['version']!r}, this run's are "
+                    f"{self._tag(oldest)!r}: it was restarted, or another run uses it"
+                )
+            versions += [int(number)] * (span["end"] - span["start"])
+        return versions
+
+    def _tag(self, version: int) -> str:
+        return f"{self._run}.{version}"
+
+    def _params(self, sampling: Sampling, max_tokens: int) -> dict[str, Any]:
+        check_stop(self._infos, sampling.stop)
+        return {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "stop": sampling.stop,
+            "stop_token_ids": self.eos_token_ids,
+            "ignore_eos": True,
+            "max_tokens": max_tokens,
+            "logprobs": 0,
+            "detokenize": bool(sampling.stop),
+            "skip_special_tokens": False,
+            "stream_interval": TOKENS_A_MESSAGE,
+        } | self.sampling_args
+
+    # ── Weights ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, *, in_flight: bool = False) -> None:
+        """Give every endpoint the weights. Collective.
+
+        Args:
+            weights: the policy's.
+            version: the policy's.
+            in_flight: stop requests that run where they are, and go on with the new weights, instead of letting them
+                end with the earlier ones.
+
+        Raises:
+            WeightSyncError: where an endpoint took the weights only in part. An endpoint that can't be reached goes
+                out of use; `ConnectionError` where none is left.
+        """
+        # Another rank's requests must not slip over to the new weights.
+        self._barrier()
+        if self._pushes:
+            self._push(weights, version, in_flight)
+        else:
+            for _ in weights:
+                pass
+        self._barrier()
+        self._synced = True
+        self._loop.wait(self._look_for(version))
+        self.version = version
+
+    def _push(self, weights: Iterable[tuple[str, Tensor]], version: int, in_flight: bool) -> None:
+        alive = self._loop.wait(self._reachable())
+        try:
+            self._loop.wait(pause(alive, in_flight=in_flight))
+            self.held = self._transfer.send(self._loop, alive, weights)
+            if self._adapter is not None:
+                self._loop.wait(name_adapter(alive))
+            self._loop.wait(go_on(alive, self._tag(version)))
+        except (ConnectionError, ValueError) as error:
+            raise WeightSyncError(f"the vLLM servers did not take the weights: {error}") from error
+
+    async def _reachable(self) -> list[Endpoint]:
+        """Endpoints that answer, those lost before included: they get the current weights like the others."""
+
+        async def ping(endpoint: Endpoint) -> None:
+            await endpoint.call("/health", method="GET")
+
+        return await self._pool.keep(ping)
+
+    async def _look_for(self, version: int) -> None:
+        """Every rank sees for itself which endpoints hold the weights: it may have lost others than the rank that sent
+        them."""
+
+        async def check(endpoint: Endpoint) -> None:
+            held = (await endpoint.call("/weight_info", method="GET"))["weight_version"]
+            if held != self._tag(version):
+                raise EndpointLost(f"{endpoint.url} holds weights {held!r} instead of {self._tag(version)!r}")
+
+        await self._pool.keep(check)
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        return next(iter(self.replica_logprobs(sequences).values()))
+
+    def replica_logprobs(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[Tensor]]:
+        """`logprobs` of every copy of the model in every endpoint in use, by its place. Requests may run there."""
+        copies = {
+            place_of(endpoint.url, copy): (endpoint, copy)
+            for endpoint, info in zip(self.endpoints, self._infos, strict=True)
+            if endpoint in self._pool.alive
+            for copy in range(info.copies)
+        }
+
+        async def score(endpoint: Endpoint, copy: int) -> list[Tensor]:
+            return list(await asyncio.gather(*(self._score(endpoint, copy, sequence) for sequence in sequences)))
+
+        async def all_of_them() -> list[list[Tensor]]:
+            return list(await asyncio.gather(*(score(*place) for place in copies.values())))
+
+        return dict(zip(copies, self._loop.wait(all_of_them()), strict=True))
+
+    async def _score(self, endpoint: Endpoint, copy: int, sequence: Sequence[int]) -> Tensor:
+        params = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+        reply = await endpoint.call("/inference/v1/generate", self._body(sequence, params), copy=copy)
+        scored = zip(sequence[1:], reply["prompt_logprobs"][1:], strict=True)
+        return torch.tensor([entry[str(token)]["logprob"] for token, entry in scored], dtype=torch.float32)
+
+    # ── Life ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def sleep(self) -> None:
+        """Servers have their own device: nothing to give back."""
+
+    def wake(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """End what runs, also in the background."""
+        if self._loop.closed:
+            return
+        self._loop.wait(self._pool.each(lambda endpoint: endpoint.client.aclose()))
+        self._loop.close()

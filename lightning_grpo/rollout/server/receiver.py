@@ -1,0 +1,62 @@
+"""The worker extension that lets a vLLM server fetch the policy's weights.
+
+Start the server with ``--worker-extension-cls lightning_grpo.rollout.server.receiver.WeightReceiver`` and the
+environment variable ``VLLM_SERVER_DEV_MODE=1``.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_grpo.rollout.server.buckets import fetch_buckets
+from lightning_grpo.rollout.server.tcp import Delivery
+from lightning_grpo.rollout.verify import Held, place_of
+from lightning_grpo.rollout.vllm.adapter import load_adapter
+from lightning_grpo.rollout.vllm.tokenizer import tokenizer_facts
+from lightning_grpo.rollout.vllm.weights import held_weights, load_weights, replace_functions
+
+
+class WeightReceiver:
+    """Mixed into vLLM's worker; its methods are called by name through ``/collective_rpc``."""
+
+    def receive_policy(self, host: str, port: str, token: str, url: str) -> None:
+        """Fetch and load what is offered, the adapter alone where the server takes adapters (``--enable-lora``), and
+        answer with what is held afterwards at this server's ``url``. Of weights that workers share, each compares its
+        part with the same part of what came; of an adapter that they share, nothing is told."""
+        with Delivery(host, int(port), token) as delivery:
+            delivery.answer(self._told(self._load(delivery.weights()), url))
+
+    def receive_policy_on_gpu(self, host: str, port: str, token: str, url: str) -> None:
+        """The same through memory of the GPU that this worker and the trainer share."""
+        with Delivery(host, int(port), token) as delivery:
+            delivery.answer(self._told(self._load(fetch_buckets(delivery, self.device)), url))
+
+    def tell_policy(self, host: str, port: str, token: str, url: str) -> None:
+        """Answer with what is held of weights that came another way; nothing where workers share them."""
+        held = [] if self._shares_model else held_weights(self)
+        with Delivery(host, int(port), token) as delivery:
+            delivery.answer(self._told(held, url))
+
+    def tokenizer_facts(self) -> dict[str, Any]:
+        """Of the tokenizer with which the server looks for stop strings."""
+        from vllm.tokenizers import cached_tokenizer_from_config
+
+        return tokenizer_facts(cached_tokenizer_from_config(self.model_config))
+
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+        replace_functions()
+        if self.lora_config is None:
+            return load_weights(self, weights)
+        held = load_adapter(self, weights)
+        return [] if self._shares_model else held
+
+    @property
+    def _shares_model(self) -> bool:
+        return self.parallel_config.world_size > 1
+
+    def _told(self, held: list[Held], url: str) -> dict[str, Any]:
+        at = place_of(url, self.parallel_config.data_parallel_index)
+        if self._shares_model:
+            at += f", worker {self.rank}"
+        return {"held": [h.to_json(at=at) for h in held]}

@@ -1,0 +1,113 @@
+"""The policy's weights into running vLLM servers.
+
+A server pauses, takes the weights, forgets what it computed with the earlier ones, is told the new version and goes on.
+It reports that version for every token that it samples from then on.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import wait
+from typing import Protocol
+
+from torch import Tensor
+
+from lightning_grpo.rollout.server.endpoint import Endpoint, EventLoop
+from lightning_grpo.rollout.server.tcp import WeightOffer
+from lightning_grpo.rollout.verify import Held, WeightSyncError
+from lightning_grpo.rollout.vllm.adapter import ADAPTER_NAME, ADAPTER_PATH
+
+
+class Transfer(Protocol):
+    """A way for weights to travel to servers that are paused."""
+
+    def send(self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+        """Give all endpoints the weights; what they hold afterwards, as far as they can tell."""
+        ...
+
+
+class TCPTransfer:
+    """Servers fetch the weights from here, one tensor at a time: no GPU, shared disk or common process group.
+
+    Args:
+        host: address at which the servers reach this process.
+    """
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+
+    def send(self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+        return meet_workers(loop, endpoints, self._host, "receive_policy", lambda offer: offer.send(weights))
+
+
+def meet_workers(
+    loop: EventLoop,
+    endpoints: Sequence[Endpoint],
+    host: str,
+    method: str,
+    serve: Callable[[WeightOffer], None] = lambda offer: None,
+) -> list[Held]:
+    """Call a method of `WeightReceiver` in every worker of every copy that the endpoints have; what they hold.
+
+    They answer through connections of their own: a server with several copies tells over HTTP what the first says.
+    """
+    offer = WeightOffer(host)
+    try:
+        workers = [loop.wait(e.call("/get_world_size", method="GET"))["world_size"] for e in endpoints]
+        calls = []
+        for endpoint in endpoints:
+            body = {"method": method, "args": [offer.host, str(offer.port), offer.token, endpoint.url]}
+            calls.append(loop.start(endpoint.call("/collective_rpc", body)))
+
+        def give_up() -> None:
+            for endpoint, call in zip(endpoints, calls, strict=True):
+                if call.done():
+                    call.result()
+                    raise WeightSyncError(f"{endpoint.url} did not come for the weights")
+
+        offer.accept(sum(workers), give_up=give_up)
+        try:
+            serve(offer)
+            answers = offer.answers()
+        except ConnectionError:
+            # Why a worker hung up.
+            for call in wait(calls, timeout=10).done:
+                call.result()
+            raise
+        for call in calls:
+            call.result()
+        return [Held.from_json(held) for answer in answers for held in answer["held"]]
+    finally:
+        offer.close()
+
+
+async def pause(endpoints: Sequence[Endpoint], *, in_flight: bool) -> None:
+    """Stop sampling: after the requests that run, or (`in_flight`) in the middle of them."""
+    mode = "keep" if in_flight else "wait"
+    await asyncio.gather(*(endpoint.call(f"/pause?mode={mode}") for endpoint in endpoints))
+
+
+async def go_on(endpoints: Sequence[Endpoint], tag: str) -> None:
+    """Forget the key-value caches, those of requests in flight included, take the new version's name, and sample on.
+
+    A request in flight keeps its tokens and their log-probs. Its cache is computed anew, so that its next token comes
+    from the new weights alone, and later requests find no block of the earlier ones.
+    """
+
+    async def one(endpoint: Endpoint) -> None:
+        if not (await endpoint.call("/reset_prefix_cache?reset_running_requests=true"))["success"]:
+            raise WeightSyncError(f"{endpoint.url} did not reset its key-value cache")
+        await endpoint.call("/update_weight_version", {"new_version": tag})
+        await endpoint.call("/resume")
+
+    await asyncio.gather(*(one(endpoint) for endpoint in endpoints))
+
+
+async def name_adapter(endpoints: Sequence[Endpoint]) -> None:
+    """Let requests name the adapter that the servers hold in memory."""
+
+    async def one(endpoint: Endpoint) -> None:
+        models = (await endpoint.call("/v1/models", method="GET"))["data"]
+        if ADAPTER_NAME not in [model["id"] for model in models]:
+            await endpoint.call("/v1/load_lora_adapter", {"lora_name": ADAPTER_NAME, "lora_path": ADAPTER_PATH})
+
+    await asyncio.gather(*(one(endpoint) for endpoint in endpoints))

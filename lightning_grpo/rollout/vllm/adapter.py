@@ -1,0 +1,104 @@
+"""A LoRA adapter into a live vLLM engine, in memory, and fingerprints of what it then computes with.
+
+vLLM reads adapters from disk. Put into its manager under the adapter's number, one is found there by every request that
+names the number, and the disk is never asked.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from lightning_grpo.errors import UserError
+from lightning_grpo.rollout.verify import Fingerprint, Held, WeightSyncError
+
+ADAPTER = 1
+ADAPTER_NAME = "policy"
+ADAPTER_PATH = "in memory"
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM reserves room for."""
+
+
+def adapter_settings(rank: int, layers: Iterable[str]) -> dict[str, Any]:
+    """The engine's arguments for one adapter.
+
+    Args:
+        rank: the adapter's.
+        layers: names of the layers that carry it. vLLM prepares no others: a prepared output head could not score
+            sequences on a CPU.
+
+    Raises:
+        ValueError: for a rank above what vLLM can hold.
+    """
+    if rank > RANKS[-1]:
+        raise UserError(f"lora.rank is {rank}: vLLM takes {RANKS[-1]} at most; lower it, or set rollout lora: merged")
+    room = next(r for r in RANKS if r >= rank)
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_cpu_loras": 1,
+        "max_lora_rank": room,
+        "lora_target_modules": sorted({layer.rpartition(".")[2] for layer in layers}),
+    }
+
+
+def adapter_request() -> Any:
+    """What a request carries to be computed with the adapter."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(ADAPTER_NAME, ADAPTER, ADAPTER_PATH)
+
+
+def load_adapter(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+    """Replace the engine's adapter by a stream of `lightning_grpo.policy.weights.adapter_weights`.
+
+    Returns:
+        What the engine's layers hold of each tensor.
+
+    Raises:
+        WeightSyncError: where layers of the engine take no adapter.
+    """
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    tensors = dict(weights)
+    rank = max(tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight"))
+    manager = worker.model_runner.lora_manager._adapter_manager
+    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+    adapter = LoRAModel.from_lora_tensors(
+        ADAPTER,
+        tensors,
+        # alpha = r: the scaling is in the tensors
+        PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),
+        device="cpu",
+        dtype=manager.lora_config.lora_dtype,
+        weights_mapper=mapper and mapper.get_rename_mapper(),
+    )
+    manager.remove_adapter(ADAPTER)
+    manager.add_adapter(adapter)
+    manager.activate_adapter(ADAPTER)
+    held = list(_held(manager, rank))
+    if missing := sorted(tensors.keys() - {h.name for h in held}):
+        raise WeightSyncError(
+            f"the engine has no place for {len(missing)} tensors of the adapter: {', '.join(missing[:4])}; narrow "
+            "lora.target_modules, or set rollout lora: merged"
+        )
+    return held
+
+
+def _held(manager: Any, rank: int) -> Iterator[Held]:
+    slot = manager.lora_index_to_id.index(ADAPTER)
+    for place, layer in manager.modules.items():
+        parent, _, leaf = place.rpartition(".")
+        parts = manager.packed_modules_mapping.get(leaf, [leaf])
+        # Embeddings and the output head keep one tensor instead of a tuple; they are no part of `adapter_weights`.
+        if not isinstance(layer.lora_a_stacked, tuple) or len(parts) != len(layer.lora_a_stacked):
+            continue
+        for part, A, B in zip(parts, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
+            name = f"base_model.model.{parent}.{part}"
+            yield Held(f"{name}.lora_A.weight", place, _fingerprint(A[slot, 0, :rank]))
+            yield Held(f"{name}.lora_B.weight", place, _fingerprint(B[slot, 0, :, :rank]))
+
+
+def _fingerprint(part: Tensor) -> Fingerprint:
+    return Fingerprint.of(part.contiguous())

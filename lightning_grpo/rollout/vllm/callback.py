@@ -1,0 +1,250 @@
+"""vLLM in the trainer's process, for a module."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import psutil
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from lightning_grpo.errors import OutOfMemoryError, UserError
+from lightning_grpo.policy.weights import adapter_weights
+from lightning_grpo.rollout.callback import RolloutCallback, compute_dtype, eos_token_ids, max_model_len
+from lightning_grpo.rollout.vllm.adapter import adapter_settings
+from lightning_grpo.rollout.vllm.engine import VLLMEngine, require_vllm
+from lightning_grpo.rollout.vllm.shared import SharedVLLMEngine
+
+log = logging.getLogger(__name__)
+
+
+CHANGES_DISTRIBUTION = {
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("min_tokens", "logit_bias", "bad_words", "allowed_token_ids", "structured_outputs"),
+}
+"""Names of vLLM's SamplingParams that make the sampled distribution another one than softmax(logits / temperature)."""
+
+
+class VLLMRollout(RolloutCallback):
+    """Samples with a vLLM engine that shares the trainer's process and device.
+
+    Args:
+        dtype: what the engine computes in: bfloat16, float16, float32, or auto: on a CPU what the trainer computes in,
+            on a GPU the checkpoint's, but bfloat16 for a float32 checkpoint.
+        max_num_seqs: completions sampled at once.
+        max_num_batched_tokens: tokens of prompts and completions computed in one step of the engine. Empty lets vLLM
+            choose.
+        gpu_memory_utilization: share of the GPU's total memory for the engine's weights and key-value cache. The
+            trainer's own share must fit beside it.
+        kv_cache_memory_bytes: size of the key-value cache in bytes; on a GPU it replaces gpu_memory_utilization. Empty
+            on a CPU takes what max_num_seqs completions need, at most half of the free memory.
+        kv_cache_dtype: what the cache is kept in: auto (as dtype) or fp8.
+        enable_prefix_caching: compute what prompts have in common once.
+        block_size: tokens in a block of the key-value cache; shorter prompts can't share. Empty is 32 on a CPU (where
+            vLLM's own 128 is longer than most prompts) and vLLM's choice on a GPU.
+        enforce_eager: don't compile. On a CPU compiling takes about a minute at each start, and samples faster
+            afterwards. Empty compiles on GPUs only.
+        quantization: how vLLM quantizes the weights it is given, such as fp8. Empty doesn't.
+        tensor_parallel_size: neighbouring ranks of the trainer that hold one engine's weights together, and sample the
+            prompts of all of them; 1 gives each rank a whole engine. For a server process: its GPUs.
+        sleep_level: what the engine gives back on a GPU while the policy trains: 0 nothing, 1 all memory (weights are
+            kept in host memory), 2 all memory, without a copy of the weights, which the next sync sends anyway. Empty
+            is 2, or 1 if the engine holds what no sync sends: the base model under ``lora: adapter``, a draft model,
+            scales of a quantization.
+        lora: what a sync sends where adapters are trained: merged (whole weights with the adapter in them, sampled at
+            full speed) or adapter (the adapter alone, on top of the checkpoint's weights: next to nothing to send, but
+            sampling computes the adapter beside each layer, on a CPU at a fraction of the speed).
+        log_file: takes what vLLM prints and logs. Empty is vllm-RANK.log in the trainer's root folder.
+        engine_args: any other argument of vLLM's EngineArgs, by name, such as speculative_config.
+        sampling_args: any other argument of vLLM's SamplingParams, by name, such as structured_outputs.
+        tolerance: the |Δ log-prob| in nats, mean and max, that the proof after a weight sync lets pass. Empty takes
+            both from the dtypes and from what the first sync shows.
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+        max_num_seqs: int = 128,
+        max_num_batched_tokens: int | None = None,
+        gpu_memory_utilization: float = 0.3,
+        kv_cache_memory_bytes: int | None = None,
+        kv_cache_dtype: str = "auto",
+        enable_prefix_caching: bool = True,
+        block_size: int | None = None,
+        enforce_eager: bool | None = None,
+        quantization: str | None = None,
+        tensor_parallel_size: int = 1,
+        sleep_level: Literal[0, 1, 2] | None = None,
+        lora: Literal["merged", "adapter"] = "merged",
+        log_file: str | None = None,
+        engine_args: dict[str, Any] | None = None,
+        sampling_args: dict[str, Any] | None = None,
+        tolerance: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(tolerance=tolerance)
+        if max_num_seqs < 1:
+            raise UserError(f"max_num_seqs is {max_num_seqs}; set how many completions are sampled at once, 1 or more")
+        if not 0 < gpu_memory_utilization <= 1:
+            raise UserError(f"gpu_memory_utilization is {gpu_memory_utilization}; set a share in (0, 1]")
+        on_gpu = torch.cuda.is_available()
+        self.max_num_seqs = max_num_seqs
+        self.kv_cache_memory_bytes = kv_cache_memory_bytes
+        self.lora = lora
+        if lora == "adapter" and sleep_level == 2:
+            raise UserError("sleep_level is 2: it drops the weights that lora: adapter never sends; set 1 or 0")
+        if tensor_parallel_size < 1:
+            raise UserError(f"tensor_parallel_size is {tensor_parallel_size}; set 1, or how many ranks share an engine")
+        self.log_file = log_file
+        self.sampling_args = sampling_args
+        settings = {
+            "dtype": dtype,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "kv_cache_dtype": kv_cache_dtype,
+            "enable_prefix_caching": enable_prefix_caching,
+            "block_size": block_size if block_size is not None or on_gpu else 32,
+            "enforce_eager": not on_gpu if enforce_eager is None else enforce_eager,
+            "quantization": quantization,
+            "tensor_parallel_size": tensor_parallel_size,
+        }
+        self.engine_args = {k: v for k, v in settings.items() if v is not None} | (engine_args or {})
+        if sleep_level is None:
+            sleep_level = 1 if lora == "adapter" or _holds_more_than_weights(self.engine_args) else 2
+        self.sleep_level = sleep_level if on_gpu else 0
+        self.sleeps = self.sleep_level > 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        require_vllm()
+        if self.engine_args["dtype"] == "auto" and not torch.cuda.is_available():
+            self.engine_args["dtype"] = str(compute_dtype(trainer, pl_module)).removeprefix("torch.")
+        self._check_length(pl_module)
+        if stage == "fit":
+            refuse_bias(pl_module, self.sampling_args or {})
+
+    def _check_length(self, pl_module: L.LightningModule) -> None:
+        """Refuse an engine that can't hold a prompt and its completion: vLLM would cut completions without a word."""
+        given = self.engine_args.get("max_model_len")
+        if not isinstance(given, int) or given < 0:
+            return
+        needed = pl_module.max_prompt_length + pl_module.max_completion_length
+        if given < needed:
+            raise UserError(
+                f"rollout engine_args.max_model_len is {given}, but max_prompt_length {pl_module.max_prompt_length} + "
+                f"max_completion_length {pl_module.max_completion_length} = {needed} tokens: completions would be cut "
+                f"off early; leave it out, or set {needed} or more"
+            )
+
+    def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> VLLMEngine:
+        settings = self.settings(pl_module)
+        ranks = settings["tensor_parallel_size"]
+        if ranks > 1 and self.lora == "adapter":
+            raise UserError(
+                f"tensor_parallel_size is {ranks} and lora is adapter: what ranks hold of an adapter together can not "
+                "be compared; set lora: merged"
+            )
+        if stop_strings(pl_module) or self.sampling_args:
+            settings.setdefault("skip_tokenizer_init", False)
+        engine = (VLLMEngine if ranks == 1 else SharedVLLMEngine)(
+            pl_module.model_path,
+            eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
+            log_file=self.log_path(trainer),
+            engine_args=settings,
+            sampling_args=self.sampling_args,
+            sleep_level=self.sleep_level,
+        )
+        try:
+            engine.check_tokenizer(pl_module.tokenizer)
+        except ValueError:
+            engine.close()
+            raise
+        return engine
+
+    def settings(self, pl_module: L.LightningModule) -> dict[str, Any]:
+        """The engine's arguments by name, for this module's model and lengths."""
+        settings = {"max_model_len": max_model_len(pl_module)} | self.engine_args
+        if self.kv_cache_memory_bytes is not None:
+            settings["kv_cache_memory_bytes"] = self.kv_cache_memory_bytes
+        elif not torch.cuda.is_available():
+            config = pl_module.policy.config.get_text_config()
+            settings["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, self.max_num_seqs, settings["max_model_len"])
+        if self.lora == "adapter":
+            settings |= adapter_engine_args(pl_module)
+        if getattr(pl_module, "from_scratch", False):
+            settings.setdefault("load_format", "dummy")
+        return settings
+
+    def weights(self, pl_module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
+        return weights_for(pl_module, self.lora)
+
+    def log_path(self, trainer: L.Trainer) -> Path:
+        return Path(self.log_file or Path(trainer.default_root_dir) / f"vllm-{trainer.global_rank}.log")
+
+
+def _holds_more_than_weights(engine_args: dict[str, Any]) -> bool:
+    """Whether the engine computes with tensors that no sync sends and that a sleep at level 2 would lose."""
+    return (
+        engine_args.get("quantization") is not None
+        or engine_args.get("speculative_config") is not None
+        or engine_args.get("kv_cache_dtype", "auto") != "auto"
+    )
+
+
+def refuse_bias(pl_module: L.LightningModule, sampling_args: dict[str, Any]) -> None:
+    """Refuse to train on samples of another distribution than the policy's, unless a correction is asked for.
+
+    Raises:
+        ValueError: with the options that change the distribution.
+    """
+    corrected = getattr(getattr(pl_module, "objective", None), "rollout_correction", None) is not None
+    if (biased := sorted(CHANGES_DISTRIBUTION & sampling_args.keys())) and not corrected:
+        raise UserError(
+            f"rollout sampling_args has {', '.join(biased)}: the engine would sample from another distribution than "
+            "the one trained, which biases the gradient; leave them out, or set objective.rollout_correction"
+        )
+
+
+def stop_strings(pl_module: L.LightningModule) -> list[str]:
+    """Those of training and of validation."""
+    held_out = getattr(pl_module, "validation_sampling", pl_module.sampling)
+    return [*pl_module.sampling.stop, *held_out.stop]
+
+
+def weights_for(pl_module: L.LightningModule, lora: str) -> Iterator[tuple[str, Tensor]]:
+    """A fresh stream of the policy's weights, merged, or of its adapter alone."""
+    return adapter_weights(pl_module.policy) if lora == "adapter" else pl_module.policy_weights()
+
+
+def adapter_engine_args(pl_module: L.LightningModule) -> dict[str, Any]:
+    """The engine's arguments for the module's adapter.
+
+    Raises:
+        ValueError: where it has none, or its base model is in no checkpoint.
+    """
+    if pl_module.lora is None:
+        raise UserError("rollout lora is adapter, but the module trains whole weights; set the module's lora")
+    if pl_module.from_scratch:
+        raise UserError(
+            "rollout lora is adapter, but from_scratch gives the policy weights that no checkpoint holds and the "
+            "engine would not have; set rollout lora: merged"
+        )
+    return adapter_settings(pl_module.lora.rank, pl_module.policy.base_model.targeted_module_names)
+
+
+def _cpu_cache_bytes(config: PretrainedConfig, max_num_seqs: int, max_model_len: int) -> int:
+    """Bytes of key-value cache for `max_num_seqs` sequences at full length, at most half of the free memory."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Four bytes an element bound every dtype; blocks round each sequence up.
+    per_sequence = 2 * config.num_hidden_layers * heads * head_size * 4 * (max_model_len + 128)
+    room = psutil.virtual_memory().available // 2
+    if per_sequence > room:
+        raise OutOfMemoryError(
+            f"one sequence of {max_model_len} tokens needs {per_sequence / 2**30:.2f} GiB of key-value cache, and half "
+            f"of the free memory is {room / 2**30:.2f} GiB; lower max_completion_length, or set kv_cache_memory_bytes"
+        )
+    return min(max_num_seqs * per_sequence, room)

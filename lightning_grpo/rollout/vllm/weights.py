@@ -1,0 +1,308 @@
+"""Weights into a live vLLM model, and fingerprints of what it then computes with.
+
+On a CPU vLLM packs each weight matrix into the layout of its kernels and drops the original, and its own reload builds
+every layer anew. Where the layout is known, tensors are written straight into their places here, and only matrices
+that moved are packed. The fingerprint of a packed matrix is taken where it enters the packing, so that what was not
+packed anew is known as stale.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_grpo.errors import UserError
+from lightning_grpo.rollout.verify import Fingerprint, Held, WeightSyncError
+
+
+def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+    """Load a stream of Hugging Face tensors into a running engine.
+
+    Args:
+        worker: vLLM's worker, in this process.
+        weights: all of the model's tensors, each once, a tied head under the embedding's name. The tensors of a fused
+            layer are kept until it is whole.
+
+    Returns:
+        What the engine holds now, for every tensor whose place in the engine is known: plain, fused and tied linear
+        layers, embeddings and norms of models built like Llama, as far as they are not quantized. Nothing for models
+        whose tensors vLLM transposes or reorders (GPT-2, Falcon).
+
+    Raises:
+        WeightSyncError: where a parameter of the engine got no value, or a tensor has no place in it.
+        ValueError: where a tensor has another shape than its place.
+    """
+    model = worker.get_model()
+    _compute_from_parameters(model)
+    places = _places(model)
+    blocks: dict[tuple[str, str], tuple[Fingerprint, Fingerprint]] = {}
+    stream = _noting_blocks(weights, places, blocks)
+    first = next(stream, ("", None))
+    stream = chain([first], stream)
+    # Where vLLM renames the checkpoint's tensors, the first has another name already.
+    if worker.device.type == "cpu" and first[0] in places and _are_complete(places, model):
+        held = _write(places, stream)
+    else:
+        _reload(worker, stream)
+        _compute_from_parameters(model)
+        held = _held(_places(model))
+    return [_of_whole(h, blocks) for h in held]
+
+
+def held_weights(worker: Any) -> list[Held]:
+    """What a running engine holds in the parameters themselves, as `load_weights` returns it."""
+    return _held(_places(worker.get_model()))
+
+
+def replace_functions() -> None:
+    """Two functions that are wrong for a guest on a CPU: one binds the process's memory to a NUMA node, one compiles
+    for up to 20 s to count the rank of a sampled token."""
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import sampler
+
+    if current_platform.is_cpu():
+        torch.ops._C.init_cpu_memory_env = lambda nodes: None
+        sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
+
+
+# ── Where the checkpoint's tensors lie ────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A block of a checkpoint's tensor in rows of an engine's parameter: all of it, unless ranks share the model."""
+
+    name: str
+    prefix: str
+    layer: nn.Module
+    parameter: str
+    shape: tuple[int, ...]
+    """Of the checkpoint's tensor."""
+    corner: tuple[int, ...]
+    """Where the block begins in it."""
+    block: tuple[int, ...]
+    """The block's shape."""
+    row: int
+    """Where it begins in the parameter."""
+    parts: tuple[str, ...]
+    """Names of all that the parameter is made of."""
+
+    @property
+    def value(self) -> nn.Parameter:
+        return getattr(self.layer, self.parameter)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.parameter == "weight" and hasattr(self.layer, "cpu_linear") and self.value.numel() == 0
+
+    def block_of(self, tensor: Tensor) -> Tensor:
+        if tensor.shape != self.shape:
+            raise UserError(f"the shape of {self.name} is {tuple(tensor.shape)}, but {self.prefix} takes {self.shape}")
+        for dim, (start, size) in enumerate(zip(self.corner, self.block, strict=True)):
+            tensor = tensor.narrow(dim, start, size)
+        return tensor
+
+    def rows_of(self, whole: Tensor) -> Tensor:
+        return whole[self.row : self.row + self.block[0]] if self.block else whole
+
+
+def _places(model: nn.Module) -> dict[str, list[_Place]]:
+    """By the tensor's name; a tied one has several. Nothing of quantized layers and fused experts."""
+    places: dict[str, list[_Place]] = {}
+    fusions = getattr(model, "packed_modules_mapping", {})
+    if "qkv_proj" not in fusions:
+        return places
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    embedding = next((prefix for prefix, layer in model.named_modules() if hasattr(layer, "org_vocab_size")), None)
+    for prefix, layer in model.named_modules():
+        method = getattr(layer, "quant_method", None)
+        if method is not None and not type(method).__name__.startswith("Unquantized"):
+            continue
+        parent, _, leaf = prefix.rpartition(".")
+        for parameter, value in layer.named_parameters(recurse=False):
+            if value.ndim > 2:
+                continue
+            owner = embedding if prefix == "lm_head" and parameter == "weight" and tied else prefix
+            names, row = [f"{owner}.{parameter}"], 0
+            blocks = [(tuple(value.shape), (0,) * value.ndim, tuple(value.shape))]
+            if hasattr(layer, "org_vocab_size"):
+                blocks = [_vocabulary_block(layer, value)]
+            elif hasattr(layer, "output_partition_sizes"):
+                fused = fusions.get(leaf, [])
+                if len(fused) == len(layer.output_partition_sizes):
+                    names = [f"{parent}.{part}.{parameter}" for part in fused]
+                blocks = _linear_blocks(layer, matrix=parameter == "weight")
+                if len(names) < len(blocks):
+                    # The checkpoint has it fused: ranks would hold several blocks of one tensor.
+                    if layer.tp_size > 1:
+                        continue
+                    shape = (sum(block[0] for _, _, block in blocks), *blocks[0][0][1:])
+                    blocks = [(shape, (0,) * len(shape), shape)]
+            for name, (shape, corner, block) in zip(names, blocks, strict=True):
+                place = _Place(name, prefix, layer, parameter, shape, corner, block, row, tuple(names))
+                places.setdefault(name, []).append(place)
+                row += block[0] if block else 0
+    return places
+
+
+_Block = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def _vocabulary_block(layer: nn.Module, value: Tensor) -> _Block:
+    rows, rest = layer.shard_indices, tuple(value.shape[1:])
+    start, end = rows.org_vocab_start_index, rows.org_vocab_end_index
+    return (layer.org_vocab_size, *rest), (start, *(0 for _ in rest)), (end - start, *rest)
+
+
+def _linear_blocks(layer: nn.Module, *, matrix: bool) -> list[_Block]:
+    """Of each tensor that the layer is made of: its shape in the checkpoint, this rank's corner and block."""
+    whole = getattr(layer, "output_sizes", [layer.output_size])
+    if hasattr(layer, "total_num_kv_heads"):
+        # Ranks beyond the number of heads share one: the layer's own sizes count it twice.
+        keys = layer.total_num_kv_heads
+        whole = [layer.total_num_heads * layer.head_size, keys * layer.head_size, keys * layer.v_head_size]
+    sizes = [(n, mine) for n, mine in zip(whole, layer.output_partition_sizes, strict=True)]
+    columns = [(layer.input_size, getattr(layer, "input_size_per_partition", layer.input_size))] if matrix else []
+    blocks = []
+    for size in sizes:
+        dims = [size, *columns]
+        corner = [layer.tp_rank * (n // mine) // layer.tp_size * mine if n != mine else 0 for n, mine in dims]
+        blocks.append((tuple(n for n, _ in dims), tuple(corner), tuple(mine for _, mine in dims)))
+    return blocks
+
+
+def _are_complete(places: dict[str, list[_Place]], model: nn.Module) -> bool:
+    return {id(p) for p in model.parameters()} == {
+        id(getattr(place.layer, place.parameter)) for homes in places.values() for place in homes
+    }
+
+
+def _compute_from_parameters(model: nn.Module) -> None:
+    """Take packed copies away from layers that have their weight itself: an embedding multiplies with nothing, and an
+    output head samples as fast without, but would keep the old copy when the embedding it is tied to is written."""
+    for layer in model.modules():
+        if hasattr(layer, "cpu_linear") and getattr(layer, "weight", torch.empty(0)).numel():
+            layer.cpu_linear = F.linear
+
+
+def _held(places: dict[str, list[_Place]]) -> list[Held]:
+    """What lies in the parameters themselves; a tied one is read once."""
+    held = []
+    for name, homes in places.items():
+        fingerprints: dict[int, Fingerprint] = {}
+        for place in homes:
+            if place.is_packed:
+                continue
+            if place.parameter == "weight" and getattr(place.layer, "cpu_linear", F.linear) is not F.linear:
+                held.append(Held(name, place.prefix, None))
+                continue
+            if id(place.value) not in fingerprints:
+                fingerprints[id(place.value)] = Fingerprint.of(place.rows_of(place.value))
+            held.append(Held(name, place.prefix, fingerprints[id(place.value)]))
+    return held
+
+
+def _noting_blocks(
+    weights: Iterable[tuple[str, Tensor]],
+    places: dict[str, list[_Place]],
+    blocks: dict[tuple[str, str], tuple[Fingerprint, Fingerprint]],
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass the weights on; note the fingerprints of blocks that this rank shall hold, with those of whole tensors."""
+    for name, tensor in weights:
+        for place in places.get(name, ()):
+            if place.block != place.shape:
+                cast = tensor.to(place.value.dtype)
+                blocks[name, place.prefix] = Fingerprint.of(place.block_of(cast)), Fingerprint.of(cast)
+        yield name, tensor
+
+
+def _of_whole(held: Held, blocks: dict[tuple[str, str], tuple[Fingerprint, Fingerprint]]) -> Held:
+    """What the sender can compare: who holds its block of a tensor tells the whole tensor's fingerprint."""
+    if (held.name, held.place) not in blocks:
+        return held
+    block, whole = blocks[held.name, held.place]
+    return replace(held, fingerprint=whole if held.fingerprint == block else None)
+
+
+# ── Straight into their places ────────────────────────────────────────────────────────────────────────────────────
+
+_packed: WeakKeyDictionary[nn.Module, dict[str, Fingerprint]] = WeakKeyDictionary()
+"""What each layer's packed matrix was made from."""
+
+
+def _write(places: dict[str, list[_Place]], weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+    waiting: dict[nn.Module, dict[str, Tensor]] = {}
+    held: list[Held] = []
+    missing = set(places)
+    for name, tensor in weights:
+        if name not in places:
+            raise WeightSyncError(f"the engine has no place for {name}")
+        missing.discard(name)
+        for place in places[name]:
+            if place.is_packed:
+                pieces = waiting.setdefault(place.layer, {})
+                pieces[name] = place.block_of(tensor)
+                if len(pieces) == len(place.parts):
+                    held += _pack(place, waiting.pop(place.layer))
+            elif place is places[name][0] or place.value is not places[name][0].value:
+                place.rows_of(place.value.data).copy_(place.block_of(tensor))
+    if missing:
+        raise WeightSyncError(
+            f"no weights came for {len(missing)} tensors of the engine: {', '.join(sorted(missing)[:8])}"
+        )
+    return held + _held(places)
+
+
+def _pack(place: _Place, pieces: dict[str, Tensor]) -> list[Held]:
+    """Pack a layer's matrix for vLLM's kernels, unless it is packed from the same bits already."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    layer = place.layer
+    parts = [pieces[name] for name in place.parts]
+    whole = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(layer.weight.dtype).contiguous()
+    rows = whole.split([len(part) for part in parts])
+    fingerprints = {name: Fingerprint.of(part) for name, part in zip(place.parts, rows, strict=True)}
+    if _packed.get(layer) != fingerprints:
+        _packed.pop(layer, None)
+        # The old one goes first: its memory is the new one's.
+        layer.cpu_linear = None
+        layer.weight = nn.Parameter(whole, requires_grad=False)
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+        _packed[layer] = fingerprints
+    return [Held(name, place.prefix, fingerprint) for name, fingerprint in fingerprints.items()]
+
+
+# ── By vLLM's own loaders ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _reload(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
+
+    model = worker.get_model()
+    loaded: set[str] = set()
+    load = model.load_weights
+
+    def recording(stream: Iterable[tuple[str, Tensor]]) -> set[str]:
+        names = load(stream)
+        loaded.update(names or ())
+        return names
+
+    model.load_weights = recording
+    try:
+        worker.reload_weights(weights_iterator=iter(weights))
+    except Exception:
+        # Layers that waited for their weights get the earlier ones back, so that a next stream finds them whole.
+        finalize_layerwise_reload(model, worker.model_config)
+        raise
+    finally:
+        del model.load_weights
+    missing = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()} - loaded
+    if loaded and missing:
+        raise WeightSyncError(
+            f"no weights came for {len(missing)} parameters of the engine: {', '.join(sorted(missing)[:8])}"
+        )
