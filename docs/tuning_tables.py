@@ -9,7 +9,7 @@ from lightning_grpo.configure.cost import zero_variance_share
 from lightning_grpo.configure.devices import GB, GPUS
 from lightning_grpo.configure.memory_savers import LEVERS
 from lightning_grpo.configure.recommendations import (
-    CLASSIC,
+    BASELINES,
     FIXED,
     TASKS,
     Choice,
@@ -44,13 +44,13 @@ def tasks() -> str:
     )
 
 
-def classic() -> str:
-    """The founding presets."""
+def baseline() -> str:
+    """The baseline presets."""
     return _markdown(
         ["task", "num_generations", "max_completion_length", "beta", "learning_rate"],
         [
             [f"`{name}`", c.num_generations, c.max_completion_length, c.beta, _number(c.learning_rate)]
-            for name, c in CLASSIC.items()
+            for name, c in BASELINES.items()
         ],
     )
 
@@ -101,7 +101,7 @@ def hardware() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (tasks, classic, learning_rates, knobs, levers, zero_variance, hardware)
+    table.__name__: table for table in (tasks, baseline, learning_rates, knobs, levers, zero_variance, hardware)
 }
 
 

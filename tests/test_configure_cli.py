@@ -77,13 +77,13 @@ GRID = {
     "math_reasoning": [
         *[(SMALL, gpu, ranks, {}) for gpu in ("t4", "l4", "h100") for ranks in (1, 2)],
         *[(SMALL, "t4", 1, {"lora": True}), (SMALL, "h100", 64, {}), (SMALL, "h100", 12, {"lora": True})],
-        *[(SMALL, "h100", ranks, {"preset": "classic"}) for ranks in (1, 2, 3, 8, 64)],
+        *[(SMALL, "h100", ranks, {"preset": "baseline"}) for ranks in (1, 2, 3, 8, 64)],
         *[(SMALL, "l4", 2, {"pins": pins}) for pins in ({"strategy": "fsdp"}, {"engine": "hf"}, {"optimizer": "sgd"})],
         *[(SMALL, "l4", 1, {"pins": {"precision": p}}) for p in ("32-true", "bf16-true", "16-mixed")],
     ],
     "instruction_following": [
-        *[(SMALL, "h100", ranks, {"preset": "classic"}) for ranks in (1, 2, 8)],
-        ("Qwen/Qwen2.5-1.5B-Instruct", "t4", 1, {"preset": "classic"}),
+        *[(SMALL, "h100", ranks, {"preset": "baseline"}) for ranks in (1, 2, 8)],
+        ("Qwen/Qwen2.5-1.5B-Instruct", "t4", 1, {"preset": "baseline"}),
     ],
 } | {task: [(SMALL, "h100", 1, {}), (SMALL, "h100", 2, {})] for task in ("code", "short_answer", "tool_use")}
 HEAVY = [

@@ -25,21 +25,22 @@ def values(made, *names) -> tuple:
     return tuple(made.choices[name].value for name in names)
 
 
-FOUNDING = ("num_generations", "max_completion_length", "beta", "learning_rate", "accumulate_grad_batches")
+BASELINE_OPTIONS = ("num_generations", "max_completion_length", "beta", "learning_rate", "accumulate_grad_batches")
 
 
-def test_classic_is_exactly_the_founding_presets():
-    math = plan(**QWEN, preset="classic")
-    assert values(math, *FOUNDING) == (16, 500, 0.05, 1e-5, 8)
-    follow = plan(**QWEN | {"task": "instruction_following"}, preset="classic")
-    assert values(follow, *FOUNDING) == (8, 200, 0.1, 5e-6, 8)
+def test_baseline_is_exactly_its_figures():
+    math = plan(**QWEN, preset="baseline")
+    assert values(math, *BASELINE_OPTIONS) == (16, 500, 0.05, 1e-5, 8)
+    assert plan(**QWEN, preset="classic") == math, "the former name of the preset"
+    follow = plan(**QWEN | {"task": "instruction_following"}, preset="baseline")
+    assert values(follow, *BASELINE_OPTIONS) == (8, 200, 0.1, 5e-6, 8)
 
 
-def test_classic_under_24_gb_halves_the_group_and_doubles_the_accumulation():
-    small = plan(task="math_reasoning", model="SmolLM2-135M-Instruct", gpu="t4", preset="classic")
-    assert values(small, *FOUNDING) == (8, 500, 0.05, 1e-5, 16)
-    at_24 = plan(task="math_reasoning", model="SmolLM2-135M-Instruct", gpu=24, preset="classic")
-    assert values(at_24, *FOUNDING) == (16, 500, 0.05, 1e-5, 8)
+def test_baseline_under_24_gb_halves_the_group_and_doubles_the_accumulation():
+    small = plan(task="math_reasoning", model="SmolLM2-135M-Instruct", gpu="t4", preset="baseline")
+    assert values(small, *BASELINE_OPTIONS) == (8, 500, 0.05, 1e-5, 16)
+    at_24 = plan(task="math_reasoning", model="SmolLM2-135M-Instruct", gpu=24, preset="baseline")
+    assert values(at_24, *BASELINE_OPTIONS) == (16, 500, 0.05, 1e-5, 8)
 
 
 @mark.parametrize("task", TASKS)
@@ -104,7 +105,7 @@ BAD = [
     ({"num_gpus": 0}, "--num_gpus is 0"),
     ({"budget_hours": -1}, "--budget_hours is -1"),
     ({"preset": "best"}, "--preset best: unknown"),
-    ({"task": "code", "preset": "classic"}, "--preset classic has no code"),
+    ({"task": "code", "preset": "baseline"}, "--preset baseline has no code"),
     ({"prompts": "nowhere.jsonl"}, "--prompts nowhere.jsonl: no such file"),
     ({"pins": {"generations": 8}}, "--set generations: unknown; set one of num_generations"),
     ({"pins": {"num_generations": 6, "prompts_per_rollout": 4, "micro_batch_size": 5}}, "micro_batch_size is 5, but"),
@@ -273,17 +274,17 @@ def test_prompts_are_estimated_without_a_tokenizer(tmp_path):
 
 
 @mark.parametrize("ranks", [1, 2, 3, 8, 64])
-def test_ranks_take_the_place_of_the_classic_accumulation(ranks):
-    made = plan(**QWEN, preset="classic", num_gpus=ranks)
+def test_ranks_take_the_place_of_the_baseline_accumulation(ranks):
+    made = plan(**QWEN, preset="baseline", num_gpus=ranks)
     w = made.workload
     assert values(made, "num_generations", "max_completion_length", "beta", "learning_rate") == (16, 500, 0.05, 1e-5)
     assert w.accumulate_grad_batches == -(-8 // ranks)
     assert w.prompts_per_rollout == max(8, w.accumulate_grad_batches * ranks)
 
 
-def test_classic_comes_out_as_written_also_if_it_does_not_fit():
-    made = plan(task="math_reasoning", model="Qwen/Qwen2.5-1.5B-Instruct", gpu=16, preset="classic")
-    assert values(made, *FOUNDING) == (8, 500, 0.05, 1e-5, 16)
+def test_baseline_comes_out_as_written_also_if_it_does_not_fit():
+    made = plan(task="math_reasoning", model="Qwen/Qwen2.5-1.5B-Instruct", gpu=16, preset="baseline")
+    assert values(made, *BASELINE_OPTIONS) == (8, 500, 0.05, 1e-5, 16)
     assert made.memory.peak > HEADROOM * made.hardware.memory
     text = to_yaml(made)
     assert "cannot fit" in text and "the cheapest ways out" in text and "--model.lora.rank 16" in text

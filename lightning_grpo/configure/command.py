@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="HOURS",
         help="hours on the clock; decides the number of steps (default: 200 optimizer steps)",
     )
-    add("--preset", default="evidence", help="evidence, or classic for the founding presets (default: evidence)")
+    add("--preset", default="evidence", help="evidence, or baseline for the fixed baseline values (default: evidence)")
     add(
         "--set",
         action="append",

@@ -16,7 +16,7 @@ from lightning_grpo.configure.memory import predict_memory
 from lightning_grpo.configure.memory_savers import Lever, fits, flags, ways_to_fit
 from lightning_grpo.configure.overrides import check_pins
 from lightning_grpo.configure.prompts import PromptStatistics, prompt_statistics
-from lightning_grpo.configure.recommendations import CLASSIC, FIXED, TASKS, Choice
+from lightning_grpo.configure.recommendations import BASELINES, FIXED, TASKS, Choice
 from lightning_grpo.configure.result import Plan
 from lightning_grpo.configure.reward import reward_options
 from lightning_grpo.configure.shape import ModelShape, find_model
@@ -33,6 +33,10 @@ NODE = 8
 LARGEST_MICRO_BATCH = {"cpu": 4096, "cuda": 65536}
 
 
+# Names of --preset that are accepted until 0.3.
+FORMER_PRESETS = {"classic": "baseline"}
+
+
 def plan(
     *,
     task: str,
@@ -44,7 +48,7 @@ def plan(
     reward: str | None = None,
     budget_hours: float | None = None,
     pins: Mapping[str, Any] = {},
-    preset: Literal["evidence", "classic"] = "evidence",
+    preset: Literal["evidence", "baseline"] = "evidence",
     efficiency: Efficiency | None = None,
     calibration: Path | None = None,
 ) -> Plan:
@@ -60,7 +64,7 @@ def plan(
         reward: name of a class in lightning_grpo.rewards, or dotted path of a reward function of your own.
         budget_hours: hours on the clock; decides the number of steps.
         pins: options with fixed values, of `pins.PINNABLE`; the rest is planned around them.
-        preset: evidence, or classic for the founding presets.
+        preset: evidence, or baseline for the fixed values of the baseline presets.
         efficiency: measured shares of the device's peak rates; None takes those in ``calibration``, or assumes them.
         calibration: file of measurements; None takes the user's.
 
@@ -74,6 +78,7 @@ def plan(
         raise UserError(f"--num_gpus is {num_gpus}; set 1 or more")
     if budget_hours is not None and not 0 < budget_hours < math.inf:
         raise UserError(f"--budget_hours is {budget_hours}; set a number of hours above 0")
+    preset = FORMER_PRESETS.get(preset, preset)
     pins = check_pins(pins, lora)
     if pins.get("strategy") == "fsdp" and num_gpus == 1:
         raise UserError("--set strategy=fsdp shards over several devices; set --num_gpus to 2 or more, or leave it out")
@@ -156,10 +161,10 @@ def _choose(
     }
     if lora:
         choices["lora_rank"] = evidence.lora_rank()
-    if preset == "classic":
-        choices |= _classic(task, hardware, ranks)
+    if preset == "baseline":
+        choices |= _baseline(task, hardware, ranks)
     elif preset != "evidence":
-        raise UserError(f"--preset {preset}: unknown; set evidence or classic")
+        raise UserError(f"--preset {preset}: unknown; set evidence or baseline")
     return choices
 
 
@@ -173,19 +178,19 @@ def _prompts_per_rollout(hardware: Hardware, ranks: int, statistics: PromptStati
     return Choice(most, f"as many as there are prompts ({statistics.count}) and {ranks} ranks can share evenly")
 
 
-def _classic(task: str, hardware: Hardware, ranks: int) -> dict[str, Choice]:
-    if task not in CLASSIC:
-        raise UserError(f"--preset classic has no {task}; it knows {', '.join(CLASSIC)}. Leave --preset out")
-    classic = CLASSIC[task]
+def _baseline(task: str, hardware: Hardware, ranks: int) -> dict[str, Choice]:
+    if task not in BASELINES:
+        raise UserError(f"--preset baseline has no {task}; it knows {', '.join(BASELINES)}. Leave --preset out")
+    baseline = BASELINES[task]
     choices = {
-        name: Choice(getattr(classic, name), "founding preset")
+        name: Choice(getattr(baseline, name), "baseline preset")
         for name in ("num_generations", "max_completion_length", "beta", "learning_rate")
     }
-    group, prompts = classic.num_generations, 8
-    why = "founding preset: one group a micro-batch"
+    group, prompts = baseline.num_generations, 8
+    why = "baseline preset: one group a micro-batch"
     if hardware.memory < 23.5 * GB:
         group, prompts = group // 2, prompts * 2
-        why = "founding preset under 24 GB: num_generations halved, accumulation doubled"
+        why = "baseline preset under 24 GB: num_generations halved, accumulation doubled"
     choices["num_generations"] = Choice(group, why)
     choices["micro_batch_size"] = Choice(group, why)
     # a group per rank and micro-batch: more ranks take the place of accumulation
@@ -305,17 +310,17 @@ def _engine_cache(w: Workload, hardware: Hardware) -> float:
 def _make_it_fit(
     w: Workload, hardware: Hardware, pins: Mapping[str, Any], preset: str
 ) -> tuple[Workload, tuple[Lever, ...]]:
-    """A run that fits, and what was changed for it. The classic preset stays as it is written, also if it doesn't."""
+    """A run that fits, and what was changed for it. The baseline preset stays as it is written, also if it doesn't."""
     fixed = set(pins)
     if "dtype" in pins or "lora_rank" in pins:
         fixed.add("lora")
-    if preset == "classic":
+    if preset == "baseline":
         fixed |= {"num_generations", "beta", "max_completion_length", "micro_batch_size", "lora"}
     ways = ways_to_fit(w, hardware, fixed, count=1)
     if ways:
         run, levers = ways[0]
         return run, tuple(levers)
-    if preset == "classic":
+    if preset == "baseline":
         return w, ()
     raise UserError(refusal(w, predict_memory(w, hardware), hardware, fixed))
 

@@ -68,13 +68,13 @@ TASKS: dict[str, Task] = {
         num_generations=Choice(
             16,
             "hard problems are solved rarely: at a pass rate of 0.1, 18 % of groups teach nothing, against 43 % with 8",
-            "DAPO 512×16, ScaleRL and Tülu 3.1 48×16, open-r1 ×16; founding range 6–16",
+            "DAPO 512×16, ScaleRL and Tülu 3.1 48×16, open-r1 ×16; baseline range 6–16",
             "twice the sampling of 8",
         ),
         max_completion_length=Choice(
             1024,
             "room for a worked solution",
-            "DeepSeekMath 1,024; verl LoRA 1,024; open-r1 1–2k; founding preset 500",
+            "DeepSeekMath 1,024; verl LoRA 1,024; open-r1 1–2k; baseline preset 500",
             "time and cache follow it; raise it where more than 5–15 % of completions are cut off",
         ),
         beta=_NO_REFERENCE,
@@ -111,14 +111,14 @@ TASKS: dict[str, Task] = {
     ),
     "instruction_following": Task(
         about="constraints that can be verified, or a reward model's taste",
-        num_generations=Choice(8, "partial rewards differ even in small groups", "founding preset 8; TRL default 8"),
+        num_generations=Choice(8, "partial rewards differ even in small groups", "baseline preset 8; TRL default 8"),
         max_completion_length=Choice(
-            512, "an answer of a page", "TRL default 512, Tülu 3.1 2,048; founding preset 200"
+            512, "an answer of a page", "TRL default 512, Tülu 3.1 2,048; baseline preset 200"
         ),
         beta=Choice(
             0.01,
             "rewards that can be gamed need a pull to the start",
-            "Tülu 3.1: 0.01; founding range 0.01–0.2",
+            "Tülu 3.1: 0.01; baseline range 0.01–0.2",
             "a reference pass over every completion, and its weights unless LoRA",
         ),
         max_prompt_length=512,
@@ -160,8 +160,8 @@ TASKS: dict[str, Task] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classic:
-    """A founding preset. Below 24 GB num_generations is halved and the accumulation doubled."""
+class Baseline:
+    """A baseline preset. Below 24 GB num_generations is halved and the accumulation doubled."""
 
     num_generations: int
     max_completion_length: int
@@ -169,9 +169,9 @@ class Classic:
     learning_rate: float
 
 
-CLASSIC = {
-    "math_reasoning": Classic(num_generations=16, max_completion_length=500, beta=0.05, learning_rate=1e-5),
-    "instruction_following": Classic(num_generations=8, max_completion_length=200, beta=0.1, learning_rate=5e-6),
+BASELINES = {
+    "math_reasoning": Baseline(num_generations=16, max_completion_length=500, beta=0.05, learning_rate=1e-5),
+    "instruction_following": Baseline(num_generations=8, max_completion_length=200, beta=0.1, learning_rate=5e-6),
 }
 
 
@@ -191,7 +191,7 @@ def learning_rate(shape: "ModelShape", lora: bool) -> Choice:
     return Choice(
         value,
         f"whole weights of {billions:.2g}B parameters",
-        f"usual at this size {usual}; DeepSeekMath, DAPO, Dr. GRPO 1e-6; ScaleRL, Tülu 3.1 5e-7; founding 1e-6–5e-5",
+        f"usual at this size {usual}; DeepSeekMath, DAPO, Dr. GRPO 1e-6; ScaleRL, Tülu 3.1 5e-7; baseline 1e-6–5e-5",
         "faster, and sooner unstable",
     )
 
@@ -218,10 +218,10 @@ FIXED = {
         "more sampling per update",
     ),
     "loss_type": Choice(
-        "dr_grpo", "sums over a constant: no bias to short or long answers", "Dr. GRPO; the founding objective"
+        "dr_grpo", "sums over a constant: no bias to short or long answers", "Dr. GRPO; the baseline objective"
     ),
     "scale_rewards": Choice(
-        "none", "advantage = reward − group mean: easy and hard prompts keep their weight", "Dr. GRPO, Tinker; founding"
+        "none", "advantage = reward − group mean: easy and hard prompts keep their weight", "Dr. GRPO, Tinker; baseline"
     ),
     "epsilon": Choice(0.2, "binds only with several updates a rollout", "DAPO, Dr. GRPO, Tülu 3.1, TRL: 0.2"),
     "epsilon_high": Choice(0.28, "leaves unlikely tokens room to grow", "DAPO 0.28"),

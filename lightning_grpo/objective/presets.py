@@ -34,7 +34,7 @@ PRESETS: dict[str, Preset] = {
         aggregation="sequence_mean",
         beta=0.04,
         paper="DeepSeekMath, arXiv:2402.03300",
-        use="To reproduce the founding paper, with its reference policy.",
+        use="To reproduce DeepSeekMath, the paper that introduced GRPO, with its reference policy.",
     ),
     "bnpo": Preset(
         aggregation="local_tokens",
