@@ -1,6 +1,6 @@
 """Cutting a rollout into micro-batches, taking rows of it, putting groups into it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_grpo.rollout import Completion, Rollout
-from lightning_grpo.rollout.types import extents
+from lightning_grpo.rollout.types import COMPLETION_TOKENS, PROMPT_TOKENS, extents
 from lightning_grpo.training.dynamic_sampling import flat_groups, replace_groups
-from lightning_grpo.training.experience import Experience, cut_windows
+from lightning_grpo.training.experience import Experience, cut_windows, redistribute
 
 
 def experience(lengths, advantages, G):
@@ -86,17 +86,60 @@ def test_rows_keep_tokens_behind_others_that_the_policy_did_not_write():
     assert extents(torch.zeros(2, 3, dtype=torch.bool)).tolist() == [0, 0]
 
 
-def test_columns_of_a_subclass_are_cut_if_it_names_them():
-    @dataclass(kw_only=True)
-    class Taught(Experience):
-        PER_TOKEN = Experience.PER_TOKEN | {"teacher_logprobs"}
-        teacher_logprobs: torch.Tensor
+@dataclass(kw_only=True)
+class Distilled(Experience):
+    """A user's columns: a value per completion token, several per token, and several per prompt token."""
 
-    ready = experience([1, 3], [0.1, 0.2], G=2)
+    teacher_logprobs: torch.Tensor = field(metadata=COMPLETION_TOKENS)
+    teacher_top: torch.Tensor = field(metadata=COMPLETION_TOKENS)
+    prompt_weights: torch.Tensor = field(metadata=PROMPT_TOKENS)
+
+
+def distilled(lengths):
+    """Values that say to which token they belong: the row times 10 plus the position counted from the padded side's
+    opposite end."""
+    plain = experience(lengths, [0.1 * i for i in range(len(lengths))], G=2)
+    (N, T), P = plain.completion_ids.shape, plain.prompt_ids.shape[1]
+    token = torch.arange(N)[:, None] * 10.0 + torch.arange(T)
     # as many rewards as tokens: shapes alone would not tell them apart
-    values = vars(ready) | {"rewards": torch.zeros(2, 3), "teacher_logprobs": torch.arange(6.0).view(2, 3)}
-    cut = Taught(**values).rows([0])
+    return Distilled(
+        **vars(plain) | {"rewards": token.clone()},
+        teacher_logprobs=token,
+        teacher_top=torch.stack([token, -token], dim=2),
+        prompt_weights=torch.arange(N)[:, None] * 10.0 + torch.arange(P).flip(0),
+    )
+
+
+def test_columns_of_a_subclass_are_cut():
+    cut = distilled([1, 3]).rows([0])
+    assert isinstance(cut, Distilled)
     assert cut.teacher_logprobs.tolist() == [[0.0]] and cut.rewards.shape == (1, 3)
+    assert cut.teacher_top.tolist() == [[[0.0, 0.0]]]
+    cut = distilled([1, 3, 2, 2]).rows([1, 0])
+    assert cut.teacher_logprobs.tolist() == [[10, 11, 12], [0, 1, 2]] and cut.prompt_weights.tolist() == [[10], [0]]
+
+
+def test_columns_of_a_subclass_are_joined():
+    short, long = distilled([1, 1]), distilled([2, 3, 1, 1])
+    short.rewards, long.rewards = short.rewards[:, :1], long.rewards[:, :1]
+    both = short.join(long)
+    assert isinstance(both, Distilled) and len(both) == 6
+    assert both.teacher_logprobs[:3].tolist() == [[0, 0, 0], [10, 0, 0], [0, 1, 2]]
+    assert both.teacher_top.shape == (6, 3, 2) and both.teacher_top[2, 2].tolist() == [2, -2]
+    assert both.prompt_weights[:3].tolist() == [[0, 0], [0, 10], [1, 0]]
+    # joining and cutting are inverse
+    again = both.rows(range(2))
+    assert all(torch.equal(x, getattr(again, name)) for name, x in vars(short).items() if torch.is_tensor(x))
+
+
+def test_columns_of_a_subclass_are_replaced_and_redistributed():
+    ready, other = distilled([2, 3, 1, 1]), distilled([1, 1, 4, 2])
+    ready.rewards, other.rewards = ready.rewards[:, :1], other.rewards[:, :1]
+    mixed, _ = replace_groups((ready, ready.rewards), [0], (other, other.rewards), [1], 2)
+    assert mixed.teacher_logprobs.tolist() == [[20, 21, 22, 23], [30, 31, 32, 33], [20, 21, 22, 0], [30, 31, 32, 0]]
+    first, second = redistribute([ready], 2, 2)
+    assert second.teacher_logprobs.tolist() == [[20], [30]] and first.prompt_weights.tolist() == [[0], [10]]
+    assert torch.equal(redistribute([first, second], 1, 2)[0].teacher_logprobs[:2], ready.teacher_logprobs[:2])
 
 
 def test_flat_groups_look_at_scored_completions_alone():

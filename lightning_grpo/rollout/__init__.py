@@ -8,12 +8,23 @@ from lightning_grpo.rollout.seeds import rollout_seeds
 from lightning_grpo.rollout.server.callback import VLLMProcessRollout, VLLMServerRollout
 from lightning_grpo.rollout.server.engine import ServerEngine
 from lightning_grpo.rollout.sync import SyncedEngine, SyncReport
-from lightning_grpo.rollout.types import Completion, Engine, FinishReason, OnGroup, Rollout, Sampling
+from lightning_grpo.rollout.types import (
+    COMPLETION_TOKENS,
+    PROMPT_TOKENS,
+    Completion,
+    Engine,
+    FinishReason,
+    OnGroup,
+    Rollout,
+    Sampling,
+)
 from lightning_grpo.rollout.verify import Mismatch, Tolerance, WeightSyncError, mismatch
 from lightning_grpo.rollout.vllm.callback import VLLMRollout
 from lightning_grpo.rollout.vllm.engine import VLLMEngine
 
 __all__ = [
+    "COMPLETION_TOKENS",
+    "PROMPT_TOKENS",
     "Completion",
     "Engine",
     "FinishReason",

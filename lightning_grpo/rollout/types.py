@@ -6,8 +6,8 @@ completion length.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -128,9 +128,30 @@ def extents(mask: Tensor) -> Tensor:
     return (mask * places).amax(1) if mask.shape[1] else mask.sum(1)
 
 
+def _pad(x: Tensor, width: int, side: Literal["left", "right"]) -> Tensor:
+    """Extend dimension 1 of ``x`` [N, old width, …] to ``width`` with zeros on ``side``."""
+    zeros = x.new_zeros(len(x), width - x.shape[1], *x.shape[2:])
+    return torch.cat([zeros, x] if side == "left" else [x, zeros], dim=1)
+
+
+PROMPT_TOKENS = {"padding": "left"}
+"""Field metadata of a column [N, P, …] with one value per prompt token."""
+COMPLETION_TOKENS = {"padding": "right"}
+"""Field metadata of a column [N, T, …] with one value per completion token. A tensor [N] is allowed in its place."""
+
+
 @dataclass(kw_only=True)
 class Rollout:
     """N completions with all that the update needs, padded to rectangles.
+
+    A field that holds a tensor has one entry per completion in dimension 0. A field with one value per token in
+    dimension 1 declares this by its metadata, so that `rows` and `join` cut and pad it, in subclasses too:
+
+    .. code-block:: python
+
+        @dataclass(kw_only=True)
+        class Distilled(Experience):
+            teacher_logprobs: Tensor = field(metadata=COMPLETION_TOKENS)
 
     ==================  =========  ==================================================================
     prompt_ids          [N, P]     int64, left-padded
@@ -147,37 +168,50 @@ class Rollout:
     ==================  =========  ==================================================================
     """
 
-    PER_TOKEN: ClassVar[frozenset[str]] = frozenset(
-        {"completion_ids", "completion_mask", "rollout_logprobs", "versions"}
-    )
-    """Columns with a value for each completion token: those that `rows` shortens."""
-
-    prompt_ids: Tensor
-    prompt_mask: Tensor
-    completion_ids: Tensor
-    completion_mask: Tensor
-    rollout_logprobs: Tensor
+    prompt_ids: Tensor = field(metadata=PROMPT_TOKENS)
+    prompt_mask: Tensor = field(metadata=PROMPT_TOKENS)
+    completion_ids: Tensor = field(metadata=COMPLETION_TOKENS)
+    completion_mask: Tensor = field(metadata=COMPLETION_TOKENS)
+    rollout_logprobs: Tensor = field(metadata=COMPLETION_TOKENS)
     truncated: Tensor
-    versions: Tensor
+    versions: Tensor = field(metadata=COMPLETION_TOKENS)
     early_rewards: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
     def rows(self, index: Sequence[int], device: torch.device | str | None = None) -> Self:
-        """The rows ``index``, without the columns that are padding in all of them, on ``device``."""
-        taken = {name: x[list(index)] if isinstance(x, Tensor) else x for name, x in vars(self).items()}
-        P0 = self.prompt_mask.shape[1] - int(extents(taken["prompt_mask"].flip(1)).max())
-        T1 = max(1, int(extents(taken["completion_mask"]).max()))
-        for name, x in taken.items():
-            if not isinstance(x, Tensor):
-                continue
-            if name in ("prompt_ids", "prompt_mask"):
-                x = x[:, P0:]
-            elif name in self.PER_TOKEN and x.dim() == 2:
-                x = x[:, :T1]
-            taken[name] = x.to(device)
-        return type(self)(**taken)
+        """Return the rows ``index`` on ``device``, without the positions that are padding in all of them."""
+        columns = {name: x[list(index)] for name, x in self._tensors().items()}
+        P = int(extents(columns["prompt_mask"].flip(1)).max())
+        T = max(1, int(extents(columns["completion_mask"]).max()))
+        kept = {"left": slice(self.prompt_mask.shape[1] - P, None), "right": slice(T)}
+        for name, side in self._padding_sides().items():
+            if name in columns and columns[name].dim() > 1:
+                columns[name] = columns[name][:, kept[side]]
+        return replace(self, **{name: x.to(device) for name, x in columns.items()})
+
+    def join(self, *others: Self) -> Self:
+        """Return the rows of this rollout and then those of ``others``, padded to a common width.
+
+        New positions hold zeros. What belongs to the whole rollout rather than to a row is taken from this one.
+        """
+        sides = self._padding_sides()
+        columns = {}
+        for name in self._tensors():
+            parts = [getattr(rollout, name) for rollout in (self, *others)]
+            if name in sides and parts[0].dim() > 1:
+                width = max(part.shape[1] for part in parts)
+                parts = [_pad(part, width, sides[name]) for part in parts]
+            columns[name] = torch.cat(parts)
+        return replace(self, **columns)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+
+    @classmethod
+    def _padding_sides(cls) -> dict[str, Literal["left", "right"]]:
+        return {f.name: f.metadata["padding"] for f in fields(cls) if "padding" in f.metadata}
 
     @classmethod
     def collate(

@@ -4,15 +4,13 @@ Shapes: N = B·G completions on this rank, R rewards, P prompt length, T complet
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.rollout.types import Rollout, extents
+from lightning_grpo.rollout.types import COMPLETION_TOKENS, Rollout, extents
 
 
 @dataclass(kw_only=True)
@@ -20,21 +18,19 @@ class Experience(Rollout):
     """A rollout with its rewards and what the objective needs of them.
 
     ==================  =========  ==================================================================
-    number              int        of the rollout, counted over the whole training
+    number              int        number of the rollout, counted over the whole training
     rewards             [N, R]     float32, NaN where a reward does not apply
     advantages          [N]        float32; [N, T] if an overridden `compute_advantages` gives each token its own
-    old_logprobs        [N, T]     of the policy that sampled, by the trainer; None on-policy
-    ref_logprobs        [N, T]     of the reference; None where β = 0
+    old_logprobs        [N, T]     log-probs of the sampling policy, recomputed by the trainer; None when on-policy
+    ref_logprobs        [N, T]     log-probs of the reference policy; None if β is 0
     ==================  =========  ==================================================================
     """
 
-    PER_TOKEN: ClassVar[frozenset[str]] = Rollout.PER_TOKEN | {"advantages", "old_logprobs", "ref_logprobs"}
-
     number: int
     rewards: Tensor
-    advantages: Tensor
-    old_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
+    advantages: Tensor = field(metadata=COMPLETION_TOKENS)
+    old_logprobs: Tensor | None = field(default=None, metadata=COMPLETION_TOKENS)
+    ref_logprobs: Tensor | None = field(default=None, metadata=COMPLETION_TOKENS)
 
 
 def cut_windows(
@@ -81,22 +77,12 @@ def cut_windows(
 
 
 def redistribute(shares: Sequence[Experience], ranks: int, num_generations: int) -> list[Experience]:
-    """A rollout as ``len(shares)`` ranks hold it, in the shares of ``ranks`` others.
+    """Divide a rollout that ``len(shares)`` ranks hold among ``ranks`` others.
 
-    Rank r of W has every W-th group of ``num_generations`` rows from the r-th on, as `PromptDataModule` deals prompts.
+    Rank r of W has every W-th group of ``num_generations`` rows, starting with group r, as `PromptDataModule`
+    distributes prompts.
     """
-    columns = {}
-    for name, value in vars(shares[0]).items():
-        if isinstance(value, Tensor):
-            parts = [getattr(share, name) for share in shares]
-            if value.dim() == 2:
-                width = max(part.shape[1] for part in parts)
-                # prompts are padded on the left, completions on the right; what fills them is masked
-                left = name.startswith("prompt")
-                parts = [pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1])) for x in parts]
-            groups = torch.stack([x.unflatten(0, (-1, num_generations)) for x in parts], dim=1)
-            columns[name] = groups.flatten(0, 1)
-    return [
-        replace(shares[0], **{name: groups[rank::ranks].flatten(0, 1) for name, groups in columns.items()})
-        for rank in range(ranks)
-    ]
+    whole = shares[0].join(*shares[1:])
+    # [groups, G]: the rows of ``whole`` in the order of the data module's prompts
+    groups = torch.arange(len(whole)).view(len(shares), -1, num_generations).transpose(0, 1).flatten(0, 1)
+    return [whole.rows(groups[rank::ranks].flatten().tolist()) for rank in range(ranks)]
