@@ -166,14 +166,14 @@ def random_batch(N: int, P: int, T: int, vocabulary: int, device: str) -> dict[s
 
 def sampling(device: str, small: bool) -> dict[str, Any]:
     """`HFEngine`: tokens per second, and how far its log-probs lie from the same model's scores of the samples."""
-    from lightning_grpo.rollout import HFEngine, Sampling
+    from lightning_grpo.rollout import HFEngine, SampleRequest
 
     engine = HFEngine(model(device, small, torch.bfloat16).eval(), eos_token_ids=[1], pad_id=0)
     prompt, seeds = [5, 6, 7] * 30, [[8 * i + j for j in range(8)] for i in range(4)]
     tokens = 8 if small else 64
-    engine.generate([prompt] * 4, Sampling(), max_tokens=2, seeds=seeds)
+    engine.generate(SampleRequest(prompts=[prompt] * 4, seeds=seeds, max_tokens=2))
     start = time.perf_counter()
-    groups = engine.generate([prompt] * 4, Sampling(), max_tokens=tokens, seeds=seeds)
+    groups = engine.generate(SampleRequest(prompts=[prompt] * 4, seeds=seeds, max_tokens=tokens))
     seconds = time.perf_counter() - start
     sampled = [c for group in groups for c in group]
     scored = engine.logprobs([prompt + c.token_ids for c in sampled])

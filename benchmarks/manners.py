@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from lightning_grpo.rollout import Sampling, VLLMEngine
+from lightning_grpo.rollout import SampleRequest, VLLMEngine
 
 ROOT = Path(__file__).parent.parent
 MOST_SECONDS, LEAST_BACK = 10.0, 0.5
@@ -61,7 +61,7 @@ def measure_memory(model: str) -> dict[str, float]:
                 log_file=Path(folder) / "vllm.log",
                 engine_args={"enforce_eager": True, "max_model_len": 256, "kv_cache_memory_bytes": 1 << 30},
             )
-            engine.generate([[1, 2, 3]] * 64, Sampling(), max_tokens=32, seeds=[[i] for i in range(64)])
+            engine.generate(SampleRequest(prompts=[[1, 2, 3]] * 64, seeds=[[i] for i in range(64)], max_tokens=32))
             during = resident()
             engine.close()
             del engine

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lightning_grpo.rollout import HFEngine, Sampling, VLLMEngine, rollout_seeds
+from lightning_grpo.rollout import HFEngine, SampleRequest, VLLMEngine, rollout_seeds
 
 SHAPE = {
     "vocab_size": 49152,
@@ -88,7 +88,7 @@ def measure(
 
     def ours(engine, number: int) -> None:
         seeds = [[rollout_seeds(0, number, i, g) for g in range(num_generations)] for i in range(num_prompts)]
-        groups = engine.generate(prompts[number], Sampling(), max_tokens=max_tokens, seeds=seeds)
+        groups = engine.generate(SampleRequest(prompts=prompts[number], seeds=seeds, max_tokens=max_tokens))
         assert sum(len(c.token_ids) for group in groups for c in group) == tokens
 
     def bare(number: int, **settings) -> None:

@@ -29,7 +29,7 @@ from lightning_grpo import cli
 from lightning_grpo.rollout import (
     Engine,
     HFEngine,
-    Sampling,
+    SampleRequest,
     ServerEngine,
     SyncedEngine,
     SyncReport,
@@ -151,7 +151,7 @@ def measure_in_process(engine: VLLMEngine, policy: nn.Module) -> dict[str, float
             move(policy)
             sync[name].append(synced.sync(force=True).seconds)
             start = time.perf_counter()
-            engine.generate(prompts, Sampling(), max_tokens=14, seeds=seeds)
+            engine.generate(SampleRequest(prompts=prompts, seeds=seeds, max_tokens=14))
             sample[name].append(time.perf_counter() - start)
             if name == "packed":
                 layouts[name] = [(layer.weight, layer.cpu_linear) for layer in layers]
@@ -218,7 +218,7 @@ def synced_engine(engine: Engine, policy: nn.Module) -> SyncedEngine:
         weights=lambda: policy_weights(policy),
         score=reference.logprobs,
         vocab_size=policy.config.vocab_size,
-        dtypes=(torch.bfloat16,),
+        dtype=torch.bfloat16,
     )
 
 

@@ -46,6 +46,7 @@ from lightning_grpo.rollout import (
     Completion,
     Rollout,
     RolloutCallback,
+    SampleRequest,
     Sampling,
     SyncedEngine,
     default_rollout,
@@ -341,13 +342,10 @@ class PolicyModule(LightningModule):
             return self._judge(early, [completion.token_ids for completion in group], [batch.rows[prompt]] * len(group))
 
         with EarlyJudge(judge_group) as judge:
-            completions = self.engine.generate(
-                batch.prompts,
-                sampling,
-                max_tokens=self.max_completion_length,
-                seeds=seeds,
-                on_group=judge.hear if early else None,
+            request = SampleRequest(
+                prompts=batch.prompts, seeds=seeds, max_tokens=self.max_completion_length, sampling=sampling
             )
+            completions = self.engine.generate(request, judge.hear if early else None)
             rollout = Rollout.collate(batch.prompts, completions, pad_id(self.policy, self.tokenizer))
             if early:
                 rollout.early_rewards = torch.cat(judge.results())

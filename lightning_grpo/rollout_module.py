@@ -119,7 +119,7 @@ class RolloutModule(PolicyModule):
         """Let the engine sample the next rollout, with the weights of now."""
         batch = self.trainer.datamodule.next_prompts()
         with self.window.timed("sync"):
-            rollout = self.engine.ahead(lambda: self.rollout(batch))
+            rollout = self.engine.run_in_background(lambda: self.rollout(batch))
         self.ahead = Ahead(number=batch.rollout, prompt_indices=batch.prompt_indices, rollout=rollout)
 
     def update_in_flight(self) -> None:
@@ -142,8 +142,8 @@ class RolloutModule(PolicyModule):
         if stage != "fit":
             return
         for callback in (c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)):
-            for name, able in (("rollout_ahead", "samples_in_background"), ("in_flight_updates", "updates_in_flight")):
-                if getattr(self, name) and not getattr(callback, able):
+            for name, able in (("rollout_ahead", "runs_in_background"), ("in_flight_updates", "updates_in_flight")):
+                if getattr(self, name) and not getattr(callback.engine_class, able):
                     raise UserError(
                         f"{name} is {getattr(self, name)}, but {type(callback).__name__}'s engine works in turn with "
                         "the update; use VLLMProcessRollout or VLLMServerRollout, or leave it off"

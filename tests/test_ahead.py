@@ -25,7 +25,7 @@ AHEAD = {
 class CopyEngine(HFEngine):
     """Samples from weights of its own, in whatever thread asks; notes when."""
 
-    samples_in_background = updates_in_flight = True
+    runs_in_background = updates_in_flight = True
 
     def __init__(self, policy, **settings):
         super().__init__(copy.deepcopy(policy), **settings)
@@ -40,17 +40,17 @@ class CopyEngine(HFEngine):
         self.version = version
         self.calls.append(("update", version, in_flight))
 
-    def generate(self, prompts, sampling, **settings):
+    def generate(self, request, on_group=None):
         name = threading.current_thread().name.rsplit("_")[0]
         self.gate.wait(10)
         self.calls.append(("generate", self.version, name))
-        return super().generate(prompts, sampling, **settings)
+        return super().generate(request, on_group)
 
 
 class CopyRollout(RolloutCallback):
     """An engine apart from the trainer, without the cost of starting one."""
 
-    samples_in_background = updates_in_flight = True
+    engine_class = CopyEngine
 
     def build_engine(self, trainer, pl_module):
         self.engine = CopyEngine(
@@ -157,7 +157,7 @@ def test_samples_older_than_allowed_stop_the_run(tmp_path, tiny_model_path):
         def build_engine(self, trainer, pl_module):
             engine = super().build_engine(trainer, pl_module)
             update = engine.update_weights
-            engine.update_weights = lambda weights, version: update(weights, min(version, 1))
+            engine.update_weights = lambda weights, version, in_flight: update(weights, min(version, 1))
             return engine
 
     with pytest.raises(RuntimeError, match=r"tokens of rollout 2 are 3 optimizer steps old, and 2 is the most"):

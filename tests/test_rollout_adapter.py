@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from lightning_grpo.policy.load import LoRA
 from lightning_grpo.rollout import (
     HFEngine,
-    Sampling,
+    SampleRequest,
     SyncedEngine,
     VLLMEngine,
     WeightSyncError,
@@ -90,7 +90,7 @@ def test_samples_follow_the_adapter(engine, tiny_model_path, target_modules):
     before = {name: p.clone() for name, p in policy.named_parameters()}
     for turn in range(3):
         synced.turn = turn
-        groups = synced.generate(PROMPTS, Sampling(), max_tokens=16, seeds=SEEDS)
+        groups = synced.generate(SampleRequest(prompts=PROMPTS, seeds=SEEDS, max_tokens=16))
         assert synced.last_sync.compared == synced.last_sync.tensors == len(list(adapter_weights(policy)))
         for prompt, group in zip(PROMPTS, groups, strict=True):
             for c in group:
@@ -110,7 +110,7 @@ def test_an_adapter_sent_wrong_stops_the_run(synced, policy, factor):
     synced.turn, synced.stream = 1, lambda: ((n, w * factor if "_B" in n else w) for n, w in adapter_weights(policy))
     for _ in range(2):
         with pytest.raises(WeightSyncError, match="differ from the policy"):
-            synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+            synced.generate(SampleRequest(prompts=PROMPTS, seeds=SEEDS, max_tokens=4))
 
 
 @pytest.mark.vllm
@@ -119,7 +119,7 @@ def test_requests_without_the_adapter_stop_the_run(synced, policy, monkeypatch):
     move(policy, seed=1)
     synced.turn = 1
     with pytest.raises(WeightSyncError, match="differ from the policy"):
-        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+        synced.generate(SampleRequest(prompts=PROMPTS, seeds=SEEDS, max_tokens=4))
 
 
 @pytest.mark.vllm
@@ -135,7 +135,7 @@ def test_scaling_in_the_engine_is_named(synced, policy, monkeypatch):
     move(policy, seed=1)
     synced.turn = 1
     with pytest.raises(WeightSyncError, match=r"lora_B.weight \(altered in model.layers.\d.*proj\)"):
-        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+        synced.generate(SampleRequest(prompts=PROMPTS, seeds=SEEDS, max_tokens=4))
 
 
 @pytest.mark.vllm
@@ -146,7 +146,7 @@ def test_an_adapter_that_stays_stale_is_named(synced, policy, engine, monkeypatc
     move(policy, seed=1)
     synced.turn = 1
     with pytest.raises(WeightSyncError, match=r"lora_A.weight \(altered in model.layers.0"):
-        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+        synced.generate(SampleRequest(prompts=PROMPTS, seeds=SEEDS, max_tokens=4))
 
 
 @pytest.mark.vllm

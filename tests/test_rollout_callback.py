@@ -12,6 +12,7 @@ from lightning_grpo.rollout import (
     HFEngine,
     HFRollout,
     RolloutCallback,
+    SampleRequest,
     Sampling,
     SyncedEngine,
     VLLMProcessRollout,
@@ -61,7 +62,9 @@ class Sampler(L.LightningModule):
         if batch_idx == self.fail_at:
             raise RuntimeError("a fault in training")
         seeds = [[rollout_seeds(self.seed, batch_idx, i, g) for g in range(2)] for i in range(len(PROMPTS))]
-        groups = self.engine.generate(PROMPTS, self.sampling, max_tokens=24, seeds=seeds)
+        groups = self.engine.generate(
+            SampleRequest(prompts=PROMPTS, seeds=seeds, max_tokens=24, sampling=self.sampling)
+        )
         self.rounds.append((self.engine.last_sync, groups))
 
     def training_step(self, batch, batch_idx):
@@ -195,13 +198,11 @@ def test_a_policy_that_lies_about_its_weights_stops_the_run(tiny_model_path, tmp
     assert len(module.rounds) == 1
 
 
-def test_the_policy_alone_may_give_weights(tiny_model_path):
+def test_an_engine_in_the_trainers_process_does_not_sample_in_the_background(tiny_model_path):
     engine = HFEngine(AutoModelForCausalLM.from_pretrained(tiny_model_path), eos_token_ids=[1], pad_id=0)
     synced = SyncedEngine(engine, version=lambda: 0, weights=list, score=engine.logprobs, vocab_size=106)
-    with pytest.raises(TypeError, match="takes its weights from its policy"):
-        synced.update_weights([], 1)
     with pytest.raises(TypeError, match="VLLMProcessRollout or VLLMServerRollout"):
-        synced.ahead(lambda: None)
+        synced.run_in_background(lambda: None)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ import sys
 import torch
 sys.path.insert(0, {tests!r})
 from test_rollout_callback import Sampler, loader, trainer_with
-from lightning_grpo.rollout import HFEngine, Sampling, VLLMRollout, WeightSyncError, rollout_seeds
+from lightning_grpo.rollout import HFEngine, SampleRequest, VLLMRollout, WeightSyncError, rollout_seeds
 from lightning_grpo.rollout.vllm import weights as vllm_weights
 
 
@@ -56,7 +56,8 @@ class Shared(Sampler):
         prompts = [[4, 60, 16, 5 + rank], [7, 8, 9]][: 2 - rank]
         seeds = [[rollout_seeds(0, batch_idx, 2 * rank + i, g) for g in range(3)] for i in range(len(prompts))]
         heard = dict()
-        groups = self.engine.generate(prompts, Sampling(), max_tokens=12, seeds=seeds, on_group=heard.__setitem__)
+        request = SampleRequest(prompts=prompts, seeds=seeds, max_tokens=12)
+        groups = self.engine.generate(request, heard.__setitem__)
         assert [heard[i] for i in range(len(prompts))] == groups
         report = self.engine.last_sync
         assert report.compared == report.tensors

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_rollout_callback import Sampler, trainer_with
 
-from lightning_grpo.rollout import HFEngine, Sampling, SyncedEngine, VLLMProcessRollout, VLLMServerRollout
+from lightning_grpo.rollout import HFEngine, SampleRequest, SyncedEngine, VLLMProcessRollout, VLLMServerRollout
 from lightning_grpo.rollout.server import buckets as gpu_buckets
 from lightning_grpo.rollout.server.buckets import buckets, describe, fetch_buckets, offer_buckets
 from lightning_grpo.rollout.server.checks import ServerInfo, check_alike, check_stop, choose_transfer
@@ -192,7 +192,7 @@ def test_weights_reach_a_server_from_gpu_to_gpu(transfer, tiny_model_path, tmp_p
     )
     try:
         for synced.turn in range(3):
-            groups = synced.generate([[4, 5, 6]], Sampling(), max_tokens=8, seeds=[[1, 2]])
+            groups = synced.generate(SampleRequest(prompts=[[4, 5, 6]], seeds=[[1, 2]], max_tokens=8))
             assert synced.last_sync.compared == synced.last_sync.tensors == 20
             assert {v for group in groups for c in group for v in c.versions} == {synced.turn}
             for parameter in policy.parameters():

@@ -6,11 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_grpo.rollout import HFEngine, Rollout, Sampling, rollout_seeds
+from lightning_grpo.rollout import HFEngine, Rollout, SampleRequest, Sampling, rollout_seeds
 
 EOS, PAD = 1, 0
 PROMPTS = [[4, 60, 16, 5], [4, 60, 16, 5, 8, 9, 10], [7], [30, 31, 32]]
 SEEDS = [[rollout_seeds(1, 0, i, g) for g in range(4)] for i in range(len(PROMPTS))]
+
+
+def sample_request(max_tokens, sampling=Sampling()):
+    return SampleRequest(prompts=PROMPTS, seeds=SEEDS, max_tokens=max_tokens, sampling=sampling)
 
 
 @pytest.fixture(params=["tied", "untied"])
@@ -32,7 +36,7 @@ def full_logprobs(policy, prompt, completion, temperature=1.0):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_the_policys(policy, temperature):
-    groups = engine_of(policy).generate(PROMPTS, Sampling(temperature=temperature), max_tokens=24, seeds=SEEDS)
+    groups = engine_of(policy).generate(sample_request(24, Sampling(temperature=temperature)))
     lengths = {len(c.token_ids) for group in groups for c in group}
     assert len(lengths) > 2, "rows must leave the batch at different times for this test to mean anything"
     for prompt, group in zip(PROMPTS, groups, strict=True):
@@ -43,24 +47,26 @@ def test_logprobs_are_the_policys(policy, temperature):
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 16])
 def test_a_sample_depends_on_its_seed_alone(policy, max_num_seqs):
-    whole = engine_of(policy).generate(PROMPTS, Sampling(), max_tokens=24, seeds=SEEDS)
+    whole = engine_of(policy).generate(sample_request(24))
     order = [2, 0, 3, 1]
     parts = engine_of(policy, max_num_seqs=max_num_seqs).generate(
-        [PROMPTS[i] for i in order], Sampling(), max_tokens=24, seeds=[SEEDS[i] for i in order]
+        SampleRequest(prompts=[PROMPTS[i] for i in order], seeds=[SEEDS[i] for i in order], max_tokens=24)
     )
     for i, group in zip(order, parts, strict=True):
         assert [c.token_ids for c in group] == [c.token_ids for c in whole[i]]
 
 
 def test_other_seeds_give_other_samples(policy):
-    a = engine_of(policy).generate(PROMPTS, Sampling(), max_tokens=24, seeds=SEEDS)
-    b = engine_of(policy).generate(PROMPTS, Sampling(), max_tokens=24, seeds=[[s + 1 for s in g] for g in SEEDS])
+    a = engine_of(policy).generate(sample_request(24))
+    b = engine_of(policy).generate(
+        SampleRequest(prompts=PROMPTS, seeds=[[s + 1 for s in g] for g in SEEDS], max_tokens=24)
+    )
     samples = [tuple(c.token_ids) for group in a + b for c in group]
     assert len(set(samples)) == len(samples)
 
 
 def test_finish_reasons(policy):
-    groups = engine_of(policy).generate(PROMPTS, Sampling(), max_tokens=24, seeds=SEEDS)
+    groups = engine_of(policy).generate(sample_request(24))
     reasons = set()
     for c in (c for group in groups for c in group):
         reasons.add(c.finish_reason)
@@ -73,7 +79,9 @@ def test_finish_reasons(policy):
 
 
 def test_greedy_is_the_argmax(policy):
-    (group,) = engine_of(policy).generate(PROMPTS[:1], Sampling(temperature=0), max_tokens=12, seeds=[[0]])
+    (group,) = engine_of(policy).generate(
+        SampleRequest(prompts=PROMPTS[:1], seeds=[[0]], max_tokens=12, sampling=Sampling(temperature=0))
+    )
     ids = list(PROMPTS[0])
     with torch.no_grad():
         for token in group[0].token_ids:
@@ -83,7 +91,7 @@ def test_greedy_is_the_argmax(policy):
 
 def test_repetition_penalty_counts_prompt_and_completion(policy):
     sampling = Sampling(repetition_penalty=1e6)
-    groups = engine_of(policy).generate(PROMPTS, sampling, max_tokens=12, seeds=SEEDS)
+    groups = engine_of(policy).generate(sample_request(12, sampling))
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for c in group:
             with torch.no_grad():
@@ -96,10 +104,10 @@ def test_repetition_penalty_counts_prompt_and_completion(policy):
 
 
 def test_stop_strings_end_a_completion(policy, tokenizer):
-    plain = engine_of(policy).generate(PROMPTS, Sampling(), max_tokens=24, seeds=SEEDS)
+    plain = engine_of(policy).generate(sample_request(24))
     longest = max((c for group in plain for c in group), key=lambda c: len(c.token_ids))
     stop = tokenizer.decode(longest.token_ids[4:6])
-    groups = engine_of(policy, tokenizer=tokenizer).generate(PROMPTS, Sampling(stop=[stop]), max_tokens=24, seeds=SEEDS)
+    groups = engine_of(policy, tokenizer=tokenizer).generate(sample_request(24, Sampling(stop=[stop])))
     cut = 0
     for before, after in zip((c for g in plain for c in g), (c for g in groups for c in g), strict=True):
         assert after.token_ids == before.token_ids[: len(after.token_ids)]
@@ -111,16 +119,17 @@ def test_stop_strings_end_a_completion(policy, tokenizer):
             assert stop not in tokenizer.decode(after.token_ids[:-1])
     assert cut >= 1
     with pytest.raises(ValueError, match="stop strings need"):
-        engine_of(policy).generate(PROMPTS, Sampling(stop=[stop]), max_tokens=24, seeds=SEEDS)
+        engine_of(policy).generate(sample_request(24, Sampling(stop=[stop])))
 
 
 @pytest.mark.parametrize("max_num_seqs", [3, 16])
 def test_a_cutoff_cuts_the_last_ones_and_keeps_every_group_whole(policy, max_num_seqs):
     engine = engine_of(policy, max_num_seqs=max_num_seqs)
-    whole = engine.generate(PROMPTS, Sampling(), max_tokens=64, seeds=SEEDS)
+    whole = engine.generate(sample_request(64))
     heard = []
     cut = engine.generate(
-        PROMPTS, Sampling(cutoff=0.5), max_tokens=64, seeds=SEEDS, on_group=lambda i, group: heard.append(i)
+        sample_request(64, Sampling(cutoff=0.5)),
+        lambda i, group: heard.append(i),
     )
     pairs = [pair for groups in zip(whole, cut, strict=True) for pair in zip(*groups, strict=True)]
     short = [(a, b) for a, b in pairs if b.finish_reason == "abort"]
@@ -141,9 +150,7 @@ def test_a_cutoff_that_is_no_share_is_refused(cutoff):
 
 def test_groups_are_heard_of_as_they_finish(policy):
     heard = {}
-    groups = engine_of(policy).generate(
-        PROMPTS, Sampling(), max_tokens=24, seeds=SEEDS, on_group=lambda i, group: heard.setdefault(i, list(group))
-    )
+    groups = engine_of(policy).generate(sample_request(24), lambda i, group: heard.setdefault(i, list(group)))
     assert [heard[i] for i in range(len(PROMPTS))] == groups
 
 
@@ -153,7 +160,7 @@ def test_generation_leaves_modes_and_generators_alone(policy):
     modes = [module.training for module in policy.modules()]
     states = torch.get_rng_state().tolist(), random.getstate()
     engine = engine_of(policy)
-    engine.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+    engine.generate(sample_request(4))
     engine.logprobs(PROMPTS[:2])
     assert [module.training for module in policy.modules()] == modes
     assert (torch.get_rng_state().tolist(), random.getstate()) == states
@@ -169,7 +176,7 @@ def test_scores_are_at_temperature_one(policy):
 def test_versions_mark_the_samples(policy):
     engine = engine_of(policy)
     engine.update_weights(iter(()), 7)
-    groups = engine.generate(PROMPTS, Sampling(), max_tokens=2, seeds=SEEDS)
+    groups = engine.generate(sample_request(2))
     assert {v for group in groups for c in group for v in c.versions} == {7}
 
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from lightning_grpo.policy.load import LoRA
 from lightning_grpo.rollout import (
     HFEngine,
+    SampleRequest,
     Sampling,
     SyncedEngine,
     VLLMProcessRollout,
@@ -45,6 +46,10 @@ KEY = "the key of the two servers"
 LONG = 3000
 PROMPTS = [[4, 60, 16, 5], [4, 60, 16, 5, 8, 9, 10], [7]]
 SEEDS = [[rollout_seeds(1, 0, i, g) for g in range(4)] for i in range(len(PROMPTS))]
+
+
+def sample_request(max_tokens, sampling=Sampling()):
+    return SampleRequest(prompts=PROMPTS, seeds=SEEDS, max_tokens=max_tokens, sampling=sampling)
 
 
 class AdaptedSampler(Sampler):
@@ -217,36 +222,36 @@ def test_samples_follow_the_policy(synced, policy):
     def on_group(i, completions):
         heard[i] = completions, current_thread()
 
-    groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS, on_group=on_group)
+    groups = synced.generate(sample_request(32), on_group)
     assert [heard[i] for i in range(3)] == [(group, current_thread()) for group in groups]
     assert worst(synced, groups) < 1e-4
     assert synced.last_sync.compared == synced.last_sync.tensors == 20
     perturb(policy)
     synced.turn = 1
-    groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+    groups = synced.generate(sample_request(32))
     assert worst(synced, groups) < 1e-4
     for c in (c for group in groups for c in group):
         assert set(c.versions) == {1}
         assert (c.finish_reason == "stop") == (c.token_ids[-1] == EOS)
-    again = synced.generate(PROMPTS[1:2], Sampling(), max_tokens=32, seeds=SEEDS[1:2])
+    again = synced.generate(SampleRequest(prompts=PROMPTS[1:2], seeds=SEEDS[1:2], max_tokens=32))
     assert tokens(again)[0] == tokens(groups)[1]
 
 
 def test_sampling_ahead_keeps_its_version_while_the_policy_moves(synced, policy):
-    ahead = synced.ahead(lambda: synced.generate(PROMPTS, Sampling(), max_tokens=64, seeds=SEEDS))
+    ahead = synced.run_in_background(lambda: synced.generate(sample_request(64)))
     perturb(policy)
     synced.turn = 1
     synced.sync()
     assert ahead.done(), "the sync must wait for what samples with the earlier weights"
     assert {v for group in ahead.result() for c in group for v in c.versions} == {0}
-    groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    groups = synced.generate(sample_request(8))
     assert worst(synced, groups) < 1e-4 < worst(synced, ahead.result())
 
 
 def test_weights_updated_in_flight(synced, policy, engine, first_tokens):
     """Completions go on with the new weights: their later tokens are the new policy's, whatever came before."""
     engine.sampling_args = {"stop_token_ids": []}
-    ahead = synced.ahead(lambda: synced.generate(PROMPTS, Sampling(), max_tokens=600, seeds=SEEDS))
+    ahead = synced.run_in_background(lambda: synced.generate(sample_request(600)))
     wait_for(lambda: first_tokens)
     perturb(policy)
     synced.turn = 1
@@ -256,7 +261,7 @@ def test_weights_updated_in_flight(synced, policy, engine, first_tokens):
     assert any(set(c.versions) == {0, 1} for g in groups for c in g)
     assert worst(synced, groups, version=1) < 1e-4 < worst(synced, groups, version=0)
     # The cache holds nothing of the earlier weights.
-    assert worst(synced, engine.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)) < 1e-4
+    assert worst(synced, engine.generate(sample_request(8))) < 1e-4
 
 
 def test_requests_of_one_rank_do_not_slip_over_to_the_weights_of_another(server, policy, first_tokens):
@@ -278,7 +283,7 @@ def test_requests_of_one_rank_do_not_slip_over_to_the_weights_of_another(server,
         ranks[1].update_weights(policy_weights(policy), 1)
         update.result()
     assert {v for group in groups for c in group for v in c.versions} == {0}
-    groups = ranks[1].generate(PROMPTS, Sampling(), max_tokens=2, seeds=SEEDS)
+    groups = ranks[1].generate(sample_request(2))
     assert {v for group in groups for c in group for v in c.versions} == {1}
     for rank in ranks:
         rank.close()
@@ -287,8 +292,8 @@ def test_requests_of_one_rank_do_not_slip_over_to_the_weights_of_another(server,
 def test_the_last_completions_are_cut_off(synced, engine):
     # An end is seldom and the limit is far: when the first has ended, on a busy machine too, others still run.
     engine.sampling_args = {"logit_bias": {EOS: -3}}
-    everything = synced.generate(PROMPTS, Sampling(), max_tokens=400, seeds=SEEDS)
-    groups = synced.generate(PROMPTS, Sampling(cutoff=0.01), max_tokens=LONG, seeds=SEEDS)
+    everything = synced.generate(sample_request(400))
+    groups = synced.generate(sample_request(LONG, Sampling(cutoff=0.01)))
     pairs = list(zip(chain(*groups), chain(*everything), strict=True))
     aborted = [(cut, whole) for cut, whole in pairs if cut.finish_reason == "abort"]
     # 0.01 · 12 rounded up is waited for.
@@ -302,8 +307,8 @@ def test_the_last_completions_are_cut_off(synced, engine):
 
 def test_stop_strings_end_completions(synced, tokenizer):
     stop = [*"0123456789abcdefghijklmnopqrstuvwxyz", "AB"]
-    everything = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
-    groups = synced.generate(PROMPTS, Sampling(stop=stop), max_tokens=32, seeds=SEEDS)
+    everything = synced.generate(sample_request(32))
+    groups = synced.generate(sample_request(32, Sampling(stop=stop)))
     for c, whole in zip(chain(*groups), chain(*everything), strict=True):
         assert not any(s in tokenizer.decode(c.token_ids[:-1]) for s in stop)
         assert c.token_ids == whole.token_ids[: len(c.token_ids)]
@@ -357,19 +362,19 @@ def test_a_tensor_altered_on_its_way_is_named(synced, policy, engine, monkeypatc
 
     monkeypatch.setattr(engine, "update_weights", faulty)
     with pytest.raises(WeightSyncError, match=rf"{name} \(altered in model.layers.1.mlp.gate_up_proj at http"):
-        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+        synced.generate(sample_request(4))
 
 
 def test_two_servers_share_the_work(both, policy, servers, first_tokens):
     assert [endpoint.room for endpoint in both.endpoints] == [64, 64]
     synced = synced_with(both, policy)
-    groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+    groups = synced.generate(sample_request(32))
     assert Counter(first_tokens) == {server.url: 6 for server in servers[:2]}
     assert worst(synced, groups) < 1e-4
     held = Counter(h.place.partition(" at ")[2] for h in both.held)
     assert held[servers[0].url] == held[servers[1].url] >= 20
     both.endpoints[1].lost = "for this test"
-    assert tokens(synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)) == tokens(groups)
+    assert tokens(synced.generate(sample_request(32))) == tokens(groups)
 
 
 @pytest.mark.parametrize("fault", ["dropped", "altered"])
@@ -391,7 +396,7 @@ def test_one_of_two_servers_with_other_weights_is_named(both, policy, servers, m
     synced.turn = 1
     named = {"dropped": "log-probs at {} differ", "altered": r"model.norm.weight \(altered in model.norm at {}\)"}
     with pytest.raises(WeightSyncError, match=named[fault].format(servers[1].url)):
-        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+        synced.generate(sample_request(4))
 
 
 @pytest.mark.parametrize("parallel, second", [("tensor", "worker 1"), ("data", "copy 1")])
@@ -410,7 +415,7 @@ def test_every_worker_of_a_server_proves_what_it_holds(
     engine = callback.build_engine(trainer_with(callback, tmp_path), module)
     try:
         synced = synced_with(engine, policy)
-        groups = synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+        groups = synced.generate(sample_request(4))
         assert synced.last_sync.compared == synced.last_sync.tensors == 20
         assert sum(second in held.place for held in engine.held) == len(engine.held) / 2 >= 20
         assert len(engine.replica_logprobs(PROMPTS[:1])) == (2 if parallel == "data" else 1)
@@ -432,7 +437,7 @@ def test_every_worker_of_a_server_proves_what_it_holds(
         with pytest.raises(
             WeightSyncError, match=rf"{name} \(altered in .*down_proj at http://[^ ,]*(, (worker|copy) \d)?\)"
         ):
-            synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+            synced.generate(sample_request(4))
     finally:
         engine.close()
         callback.close()
@@ -447,21 +452,21 @@ def test_weights_of_another_run_are_not_sampled_from(both, policy, servers, firs
     other.update_weights(policy_weights(policy), 0)
     other.close()
     perturb(policy, -0.02)
-    groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    groups = synced.generate(sample_request(8))
     assert servers[1].url in first_tokens and "another run uses it" in both.endpoints[1].lost
     assert worst(synced, groups) < 1e-4
 
 
 def test_an_unreachable_server_is_left_out(synced, engine):
-    expected = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    expected = synced.generate(sample_request(8))
     gone = Endpoint("http://127.0.0.1:9")
     engine.endpoints.insert(0, gone)
-    groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    groups = synced.generate(sample_request(8))
     assert gone.lost is not None and gone.in_flight == 0
     assert tokens(groups) == tokens(expected)
     engine.endpoints[1].lost = "for this test"
     with pytest.raises(ConnectionError, match="no vLLM endpoint is left"):
-        synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+        synced.generate(sample_request(8))
 
 
 def test_an_error_in_a_callback_ends_the_call(synced, engine):
@@ -469,13 +474,13 @@ def test_an_error_in_a_callback_ends_the_call(synced, engine):
         raise KeyError("a fault in a reward")
 
     with pytest.raises(KeyError, match="a fault in a reward"):
-        synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS, on_group=on_group)
+        synced.generate(sample_request(32), on_group)
     wait_for(lambda: engine.endpoints[0].in_flight == 0)
-    assert worst(synced, synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)) < 1e-4
+    assert worst(synced, synced.generate(sample_request(8))) < 1e-4
 
 
 def test_closing_ends_what_runs_in_the_background(synced, engine, first_tokens):
-    ahead = synced.ahead(lambda: synced.generate(PROMPTS, Sampling(), max_tokens=240, seeds=SEEDS))
+    ahead = synced.run_in_background(lambda: synced.generate(sample_request(240)))
     wait_for(lambda: first_tokens)
     synced.close()
     assert ahead.exception() is not None
@@ -579,16 +584,16 @@ class Broken(httpx.AsyncByteStream):
 
 
 def test_a_broken_connection_costs_no_endpoint(engine):
-    expected = engine.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+    expected = engine.generate(sample_request(32))
     (endpoint,) = engine.endpoints
     endpoint.client._transport = Breaking(times=5)
-    groups = engine.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+    groups = engine.generate(sample_request(32))
     assert endpoint.client._transport.times == 0 and endpoint.lost is None and endpoint.in_flight == 0
     assert tokens(groups) == tokens(expected)
     # Where every connection breaks, it is given up.
     endpoint.client._transport = Breaking(times=10**6)
     with pytest.raises(ConnectionError, match=f"no vLLM endpoint is left: {endpoint.url}: (ReadError|ConnectTimeout)"):
-        engine.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+        engine.generate(sample_request(32))
 
 
 def test_the_work_of_a_killed_server_is_done_by_the_other(both, policy, servers, first_tokens):
@@ -596,14 +601,14 @@ def test_the_work_of_a_killed_server_is_done_by_the_other(both, policy, servers,
     synced = synced_with(both, policy)
     synced.sync()
     both.sampling_args = {"stop_token_ids": []}
-    expected = synced.generate(PROMPTS, Sampling(), max_tokens=240, seeds=SEEDS)
+    expected = synced.generate(sample_request(240))
     first_tokens.clear()
-    ahead = synced.ahead(lambda: synced.generate(PROMPTS, Sampling(), max_tokens=240, seeds=SEEDS))
+    ahead = synced.run_in_background(lambda: synced.generate(sample_request(240)))
     wait_for(lambda: servers[1].url in first_tokens)
     os.killpg(servers[1].process.pid, signal.SIGKILL)
     assert tokens(ahead.result()) == tokens(expected)
     assert both.endpoints[1].lost is not None
     perturb(policy)
     synced.turn = 1
-    groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    groups = synced.generate(sample_request(8))
     assert worst(synced, groups) < 1e-4

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_grpo.rollout import (
     HFEngine,
+    SampleRequest,
     Sampling,
     SyncedEngine,
     WeightSyncError,
@@ -35,6 +36,10 @@ SETTINGS = {
     "max_num_seqs": 64,
     "max_model_len": 128,
 }
+
+
+def sample_request(max_tokens, sampling=Sampling()):
+    return SampleRequest(prompts=PROMPTS, seeds=SEEDS, max_tokens=max_tokens, sampling=sampling)
 
 
 def load(path):
@@ -100,8 +105,8 @@ def synced(engine, policy):
 
 def test_logprobs_are_those_of_the_sampled_distribution(synced):
     sampling = Sampling(temperature=0.7, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.2)
-    groups = synced.generate(PROMPTS, sampling, max_tokens=16, seeds=SEEDS)
-    expected = synced.reference.generate(PROMPTS, sampling, max_tokens=16, seeds=SEEDS)
+    groups = synced.generate(sample_request(16, sampling))
+    expected = synced.reference.generate(sample_request(16, sampling))
     assert [len(g) for g in groups] == [len(g) for g in expected] == [4, 4, 4]
     # The engines draw different samples; the same first token must have the same log-prob.
     for ours, theirs in zip(groups, expected, strict=True):
@@ -112,7 +117,7 @@ def test_logprobs_are_those_of_the_sampled_distribution(synced):
 
 
 def test_logprobs_at_temperature_one_are_the_policys(synced):
-    groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+    groups = synced.generate(sample_request(32))
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for c in group:
             scored = synced.reference.logprobs([prompt + c.token_ids])[0][len(prompt) - 1 :]
@@ -120,14 +125,14 @@ def test_logprobs_at_temperature_one_are_the_policys(synced):
 
 
 def test_a_seed_gives_the_same_sample_in_another_batch(synced):
-    together = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
-    alone = synced.generate(PROMPTS[1:2], Sampling(), max_tokens=32, seeds=[SEEDS[1][::-1]])
+    together = synced.generate(sample_request(32))
+    alone = synced.generate(SampleRequest(prompts=PROMPTS[1:2], seeds=[SEEDS[1][::-1]], max_tokens=32))
     assert [c.token_ids for c in alone[0][::-1]] == [c.token_ids for c in together[1]]
 
 
 def test_finish_reasons_and_streaming(synced):
     heard = {}
-    groups = synced.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS, on_group=heard.__setitem__)
+    groups = synced.generate(sample_request(32), heard.__setitem__)
     assert [heard[i] for i in range(3)] == groups
     for c in (c for group in groups for c in group):
         assert (c.finish_reason == "stop") == (c.token_ids[-1] == EOS)
@@ -137,10 +142,13 @@ def test_finish_reasons_and_streaming(synced):
 
 @pytest.mark.parametrize("cutoff", [0.01, 0.25, 0.5])
 def test_a_cut_off_keeps_whole_groups_of_prefixes(synced, engine, cutoff):
-    whole = synced.generate(PROMPTS, Sampling(), max_tokens=64, seeds=SEEDS)
+    whole = synced.generate(sample_request(64))
     heard = {}
     cut = [
-        synced.generate(PROMPTS, Sampling(cutoff=cutoff), max_tokens=64, seeds=SEEDS, on_group=heard.__setitem__)
+        synced.generate(
+            sample_request(64, Sampling(cutoff=cutoff)),
+            heard.__setitem__,
+        )
         for _ in range(2)
     ]
     assert cut[0] == cut[1] == [heard[i] for i in range(len(PROMPTS))]
@@ -162,18 +170,16 @@ def test_a_cut_off_keeps_whole_groups_of_prefixes(synced, engine, cutoff):
 
 def test_generation_leaves_the_process_alone(synced):
     before, during = process_state(), []
-    synced.generate(
-        PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS, on_group=lambda i, g: during.append(process_state())
-    )
+    synced.generate(sample_request(4), lambda i, g: during.append(process_state()))
     synced.sync(force=True)
     assert [process_state(), *during] == [before] * 4
 
 
 def test_samples_follow_the_policy(synced, policy):
-    synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    synced.generate(sample_request(8))
     perturb(policy)
     synced.turn = 1
-    groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    groups = synced.generate(sample_request(8))
     assert synced.last_sync.moved == [name for name, _ in policy_weights(policy)]
     assert synced.last_sync.compared == synced.last_sync.tensors
     for prompt, group in zip(PROMPTS, groups, strict=True):
@@ -187,9 +193,9 @@ def test_weights_lost_in_sleep_are_sent_again(synced, engine):
     """What a sleep at level 2 leaves: no weights, though the policy's version has not moved."""
     engine.weights_lost = True
     with pytest.raises(WeightSyncError, match="slept at level 2"):
-        engine.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+        engine.generate(sample_request(4))
     before = synced.last_sync
-    synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+    synced.generate(sample_request(4))
     assert synced.last_sync is not before and not engine.weights_lost
 
 
@@ -240,10 +246,10 @@ def test_a_faulty_stream_stops_the_run(synced, policy, fault, named):
     weights = faulty_stream(policy, fault)
     synced.stream, synced.turn = lambda: iter(weights.items()), 1
     with pytest.raises(WeightSyncError, match=named):
-        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+        synced.generate(sample_request(4))
     # It stays stopped: the next try does not take the failed sync for a done one.
     with pytest.raises(WeightSyncError):
-        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+        synced.generate(sample_request(4))
 
 
 @pytest.mark.parametrize("fault", ["none", "adapter not applied", "adapter applied twice"])
@@ -267,7 +273,7 @@ def test_lora_reaches_the_engine_merged_once(synced, engine, tiny_model_path, fa
         adapted.sync()
         return
     with pytest.raises(WeightSyncError, match="differ from the policy"):
-        adapted.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+        adapted.generate(sample_request(4))
 
 
 @pytest.mark.parametrize("change", [0.02, 1e-5])
@@ -280,7 +286,7 @@ def test_a_forgotten_tied_head_is_named(synced, policy, engine, change, monkeypa
     perturb(policy, change)
     synced.turn = 1
     with pytest.raises(WeightSyncError, match=r"model.embed_tokens.weight \(stale in lm_head\)"):
-        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+        synced.generate(sample_request(4))
 
 
 def test_only_matrices_that_moved_are_packed(synced, policy, monkeypatch):
@@ -305,7 +311,7 @@ def test_models_of_unknown_layout_go_through_vllms_own_loaders(synced, policy, c
     monkeypatch.setattr(vllm_weights, "_are_complete", lambda places, model: False)
     perturb(policy, change)
     synced.turn = 1
-    groups = synced.generate(PROMPTS, Sampling(), max_tokens=8, seeds=SEEDS)
+    groups = synced.generate(sample_request(8))
     assert 0 < synced.last_sync.compared < synced.last_sync.tensors
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for c in group:
@@ -329,7 +335,7 @@ def test_a_change_too_small_for_the_canary_is_still_seen(synced, policy, engine,
     monkeypatch.setattr(engine, "update_weights", faulty)
     synced.turn = 1
     with pytest.raises(WeightSyncError, match=rf"{name} \(altered in model.layers.1.self_attn.qkv_proj\)"):
-        synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+        synced.generate(sample_request(4))
 
 
 def test_a_stale_prefix_cache_would_show(synced, policy, engine, monkeypatch):
@@ -343,20 +349,20 @@ def test_a_stale_prefix_cache_would_show(synced, policy, engine, monkeypatch):
             for c in group
         )
 
-    synced.generate(prompts, Sampling(), max_tokens=4, seeds=SEEDS[:2])
+    synced.generate(SampleRequest(prompts=prompts, seeds=SEEDS[:2], max_tokens=4))
     perturb(policy, 0.05)
     reset = engine.llm.llm_engine.reset_prefix_cache
     monkeypatch.setattr(engine.llm.llm_engine, "reset_prefix_cache", lambda: True)
     synced.turn = 1
-    assert error(synced.generate(prompts, Sampling(), max_tokens=4, seeds=SEEDS[:2])) > 1e-2
+    assert error(synced.generate(SampleRequest(prompts=prompts, seeds=SEEDS[:2], max_tokens=4))) > 1e-2
     monkeypatch.setattr(engine.llm.llm_engine, "reset_prefix_cache", reset)
     synced.turn = 2
-    assert error(synced.generate(prompts, Sampling(), max_tokens=4, seeds=SEEDS[:2])) < 1e-4
+    assert error(synced.generate(SampleRequest(prompts=prompts, seeds=SEEDS[:2], max_tokens=4))) < 1e-4
 
 
 def test_stop_strings_without_a_tokenizer_are_refused(synced):
     with pytest.raises(ValueError, match=r"sampling.stop"):
-        synced.generate(PROMPTS, Sampling(stop=["x"]), max_tokens=4, seeds=SEEDS)
+        synced.generate(sample_request(4, Sampling(stop=["x"])))
 
 
 def test_an_interrupted_generation_leaves_no_request_behind(synced, engine):
@@ -364,7 +370,7 @@ def test_an_interrupted_generation_leaves_no_request_behind(synced, engine):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        synced.generate(PROMPTS, Sampling(), max_tokens=64, seeds=SEEDS, on_group=interrupt)
+        synced.generate(sample_request(64), interrupt)
     assert not engine.llm.llm_engine.has_unfinished_requests()
     synced.sync(force=True)
-    synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS)
+    synced.generate(sample_request(4))

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from test_rollout_vllm import EOS, PROMPTS, SEEDS, SETTINGS, load, perturb
+from test_rollout_vllm import EOS, PROMPTS, SEEDS, SETTINGS, load, perturb, sample_request
 
-from lightning_grpo.rollout import HFEngine, Sampling, SyncedEngine, policy_weights
+from lightning_grpo.rollout import HFEngine, SampleRequest, Sampling, SyncedEngine, policy_weights
 from lightning_grpo.rollout.vllm import isolation as guest_module
 from lightning_grpo.rollout.vllm.engine import VLLMEngine
 from lightning_grpo.rollout.vllm.isolation import guest
@@ -74,20 +74,20 @@ def assert_of_policy(synced, prompts, groups):
 def test_samples_follow_the_policy(synced, policy, engine):
     """A batch of the earlier weights is still on its way at the sync; nothing of it, nor of its cache, is used."""
     prompts = [list(range(6, 6 + 70))] * 2
-    groups = synced.generate(prompts, Sampling(), max_tokens=8, seeds=SEEDS[:2])
+    groups = synced.generate(SampleRequest(prompts=prompts, seeds=SEEDS[:2], max_tokens=8))
     assert_of_policy(synced, prompts, groups)
     assert len(core(engine).batch_queue) == 1
     perturb(policy, 0.05)
     synced.turn = 1
-    groups = synced.generate(prompts, Sampling(), max_tokens=8, seeds=SEEDS[:2])
+    groups = synced.generate(SampleRequest(prompts=prompts, seeds=SEEDS[:2], max_tokens=8))
     assert_of_policy(synced, prompts, groups)
     assert {v for group in groups for c in group for v in c.versions} == {1}
 
 
 @pytest.mark.parametrize("cutoff", [0.01, 0.5])
 def test_a_cut_off_keeps_whole_groups_of_prefixes(synced, engine, cutoff):
-    whole = synced.generate(PROMPTS, Sampling(), max_tokens=64, seeds=SEEDS)
-    cut = synced.generate(PROMPTS, Sampling(cutoff=cutoff), max_tokens=64, seeds=SEEDS)
+    whole = synced.generate(sample_request(64))
+    cut = synced.generate(sample_request(64, Sampling(cutoff=cutoff)))
     assert not engine.llm.llm_engine.has_unfinished_requests()
     pairs = [(c, w) for ours, theirs in zip(cut, whole, strict=True) for c, w in zip(ours, theirs, strict=True)]
     aborted = [c for c, _ in pairs if c.finish_reason == "abort"]
@@ -103,10 +103,10 @@ def test_an_interrupted_generation_leaves_no_request_behind(synced, engine):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        synced.generate(PROMPTS, Sampling(), max_tokens=64, seeds=SEEDS, on_group=interrupt)
+        synced.generate(sample_request(64), interrupt)
     assert not engine.llm.llm_engine.has_unfinished_requests()
     synced.sync(force=True)
-    assert_of_policy(synced, PROMPTS, synced.generate(PROMPTS, Sampling(), max_tokens=4, seeds=SEEDS))
+    assert_of_policy(synced, PROMPTS, synced.generate(sample_request(4)))
 
 
 def test_the_process_changes_hands_once_per_call_and_callback(synced, engine, monkeypatch):
@@ -114,8 +114,8 @@ def test_the_process_changes_hands_once_per_call_and_callback(synced, engine, mo
     enter, step = guest_module.Visit._enter, engine.llm.llm_engine.step
     monkeypatch.setattr(guest_module.Visit, "_enter", lambda visit: entered.append(visit) or enter(visit))
     monkeypatch.setattr(engine.llm.llm_engine, "step", lambda: steps.append(1) or step())
-    engine.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+    engine.generate(sample_request(32))
     assert len(entered) == 1 and len(steps) >= 32
     entered.clear()
-    engine.generate(PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS, on_group=lambda index, group: None)
+    engine.generate(sample_request(32), lambda index, group: None)
     assert len(entered) == 1 + len(PROMPTS)

@@ -18,7 +18,7 @@ from lightning_grpo.configure.workload import Workload
 from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.policy.attention import attention_for
 from lightning_grpo.policy.logprobs import completion_logprobs
-from lightning_grpo.rollout import HFEngine, Sampling
+from lightning_grpo.rollout import HFEngine, SampleRequest
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def measure_decoding(w: Workload, hardware: Hardware, efficiency: Efficiency, de
 
     def seconds(tokens: int) -> float:
         start = time.perf_counter()
-        engine.generate(prompts, Sampling(), max_tokens=tokens, seeds=seeds)
+        engine.generate(SampleRequest(prompts=prompts, seeds=seeds, max_tokens=tokens))
         return time.perf_counter() - start
 
     seconds(1)

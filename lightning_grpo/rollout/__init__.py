@@ -3,6 +3,7 @@
 from lightning_grpo.policy.weights import adapter_weights, policy_weights
 from lightning_grpo.rollout.callback import HFRollout, RolloutCallback, eos_token_ids
 from lightning_grpo.rollout.default import default_rollout
+from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.hf.engine import HFEngine
 from lightning_grpo.rollout.seeds import rollout_seeds
 from lightning_grpo.rollout.server.callback import VLLMProcessRollout, VLLMServerRollout
@@ -12,10 +13,10 @@ from lightning_grpo.rollout.types import (
     COMPLETION_TOKENS,
     PROMPT_TOKENS,
     Completion,
-    Engine,
     FinishReason,
     OnGroup,
     Rollout,
+    SampleRequest,
     Sampling,
 )
 from lightning_grpo.rollout.verify import Mismatch, Tolerance, WeightSyncError, mismatch
@@ -34,6 +35,7 @@ __all__ = [
     "OnGroup",
     "Rollout",
     "RolloutCallback",
+    "SampleRequest",
     "Sampling",
     "ServerEngine",
     "SyncReport",

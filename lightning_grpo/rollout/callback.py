@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.policy.weights import write_counters
+from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.hf.engine import HFEngine, eval_mode
 from lightning_grpo.rollout.sync import SyncedEngine
-from lightning_grpo.rollout.types import Engine, Sampling
+from lightning_grpo.rollout.types import SampleRequest
 from lightning_grpo.rollout.verify import Tolerance
 
 
@@ -28,6 +29,13 @@ class RolloutCallback(L.Callback, ABC):
             both from the dtypes and from what the first sync shows.
     """
 
+    engine_class: type[Engine] = Engine
+    """The class of what `build_engine` returns; it declares whether the engine can sample while the policy trains."""
+    sleeps = False
+    """Whether the engine gives its memory back between rollouts."""
+    shares_memory = True
+    """Whether the engine's memory is that of the trainer's device."""
+
     def __init__(self, *, tolerance: tuple[float, float] | None = None) -> None:
         self.tolerance = None if tolerance is None else Tolerance(mean=tolerance[0], max=tolerance[1])
         self._engine: SyncedEngine | None = None
@@ -39,15 +47,6 @@ class RolloutCallback(L.Callback, ABC):
     def weights(self, pl_module: L.LightningModule) -> Iterator[tuple[str, torch.Tensor]]:
         """A fresh stream of what the engine takes of the policy at a sync."""
         return pl_module.policy_weights()
-
-    sleeps = False
-    """Whether the engine gives its memory back between rollouts."""
-    shares_memory = True
-    """Whether the engine's memory is that of the trainer's device."""
-    samples_in_background = False
-    """Whether the engine can sample while the policy trains."""
-    updates_in_flight = False
-    """Whether the engine can take new weights while it samples."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer, pl_module)
@@ -85,14 +84,14 @@ class RolloutCallback(L.Callback, ABC):
             score=score,
             counters=lambda: write_counters(pl_module.policy),
             vocab_size=min(config.vocab_size, len(pl_module.tokenizer)),
-            dtypes=(getattr(engine, "dtype", torch.float32), compute_dtype(trainer, pl_module)),
+            dtype=compute_dtype(trainer, pl_module),
             canary_length=min(16, max_model_len(pl_module) - 1),
             tolerance=self.tolerance,
             sleep=self.sleeps,
         )
         # What is compiled or allocated at first use is paid here, not in the first step's timings.
         warm_up = [[eos_token_ids(pl_module.policy, pl_module.tokenizer)[0]]]
-        engine.generate(warm_up, Sampling(), max_tokens=1, seeds=[[0]])
+        engine.generate(SampleRequest(prompts=warm_up, seeds=[[0]], max_tokens=1))
         rank_zero_info(f"{type(engine).__name__} is ready after {time.perf_counter() - start:.1f} s")
 
     def _stop(self, pl_module: L.LightningModule) -> None:
@@ -116,6 +115,8 @@ class HFRollout(RolloutCallback):
         tolerance: the |Δ log-prob| in nats, mean and max, that the proof after a weight sync lets pass. Empty takes
             both from the dtypes and from what the first sync shows.
     """
+
+    engine_class = HFEngine
 
     def __init__(self, *, max_num_seqs: int = 128, tolerance: tuple[float, float] | None = None) -> None:
         super().__init__(tolerance=tolerance)

@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from threading import local
+from threading import get_ident
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_grpo.rollout.types import Completion, Engine, OnGroup, Sampling
+from lightning_grpo.rollout.engine import Engine
+from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
 from lightning_grpo.rollout.verify import (
     Fingerprint,
     Mismatch,
@@ -45,7 +46,7 @@ class SyncReport:
 
 
 class SyncedEngine:
-    """Wraps an engine for one policy and satisfies `Engine` itself.
+    """An engine together with the policy whose weights it samples from.
 
     Before it generates it asks for the policy's version, and compares the weights' bits if something else than an
     optimizer step may have changed them. Where either moved, the weights are streamed into the engine,
@@ -54,18 +55,14 @@ class SyncedEngine:
     `WeightSyncError` is raised, naming tensors, and nothing is sampled.
 
     Args:
-        engine: what samples. It may have ``dtype`` (weights are cast to it on the way), ``held`` (what it holds after
-            `update_weights`, a list of `Held`), ``weights_lost`` (True where a sleep cost it its weights),
-            ``replica_logprobs`` (`logprobs` of each of several copies, by place), ``samples_in_background`` (True where
-            `generate` may run in another thread while the policy trains) and ``updates_in_flight`` (True where
-            `update_weights` has an argument ``in_flight`` that lets running requests go on with the new weights).
+        engine: what samples.
         version: gives the policy's version, which rises with every optimizer step.
         weights: gives a fresh stream of the policy's weights under Hugging Face names.
         score: the policy's log-probs of whole sequences at temperature 1, [n − 1] each for n tokens.
         counters: gives something that is equal between two calls if nothing wrote to the policy's weights by torch's
             ordinary operations: see `write_counters`.
         vocab_size: of the policy; the canary's tokens are drawn from all of it.
-        dtypes: those that the two sides compute in.
+        dtype: what the policy computes in.
         canary_length: tokens of each of the four canary sequences; the first sync scores all of them, each later one
             the next in turn.
         tolerance: the mismatch that passes, in nats; None takes it from the dtypes and the first sync.
@@ -81,7 +78,7 @@ class SyncedEngine:
         score: Callable[[Sequence[Sequence[int]]], list[Tensor]],
         counters: Callable[[], Hashable] = lambda: None,
         vocab_size: int,
-        dtypes: Sequence[torch.dtype] = (torch.float32,),
+        dtype: torch.dtype = torch.float32,
         canary_length: int = 16,
         tolerance: Tolerance | None = None,
         sleep: bool = False,
@@ -93,7 +90,7 @@ class SyncedEngine:
         self._score = score
         self._counters = counters
         self._sleep = sleep
-        self._dtypes = dtypes
+        self._dtypes = (dtype, engine.dtype or dtype)
         self._canary = canary_sequences(vocab_size, length=canary_length)
         self._tolerance = tolerance
         self._measured: tuple[Mismatch, float] | None = None
@@ -102,53 +99,45 @@ class SyncedEngine:
         self._synced_version: int | None = None
         self._synced_counters: Hashable = None
         self._compare = False
-        self._ahead: Future | None = None
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="rollout-ahead")
-        self._thread = local()
+        self._pending: Future | None = None
+        self._background = ThreadPoolExecutor(1, "rollout-ahead", initializer=self._note_thread)
+        self._background_thread: int | None = None
+
+    def _note_thread(self) -> None:
+        self._background_thread = get_ident()
 
     @property
     def version(self) -> int | None:
         """The policy version that the engine holds; None before the first sync."""
         return self._synced_version
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        max_tokens: int,
-        seeds: Sequence[Sequence[int]],
-        on_group: OnGroup | None = None,
-    ) -> list[list[Completion]]:
-        if not getattr(self._thread, "is_ahead", False):
+    def generate(self, request: SampleRequest, on_group: OnGroup | None = None) -> list[list[Completion]]:
+        """As `Engine.generate`, after a `sync` unless `run_in_background` made one for this thread."""
+        if get_ident() != self._background_thread:
             self.sync()
-        groups = self.engine.generate(prompts, sampling, max_tokens=max_tokens, seeds=seeds, on_group=on_group)
+        groups = self.engine.generate(request, on_group)
         if self._sleep:
             self.engine.sleep()
         return groups
 
-    def ahead(self, sample: Callable[[], T]) -> Future[T]:
-        """Sync now, then call ``sample`` in the background, where `generate` takes the weights that the engine has.
+    def run_in_background(self, sample: Callable[[], T]) -> Future[T]:
+        """Sync now, then call ``sample`` in a background thread while the policy trains.
 
-        The next sync waits for it, so that what it samples is of one policy and at most one rollout behind, unless that
-        sync is ``in_flight``.
+        `generate` does not sync in that thread: it would read weights that the optimizer is changing. The next sync
+        waits for ``sample`` to return, so that all its tokens come from one policy version; unless that sync is
+        ``in_flight``.
 
         Raises:
-            TypeError: where the engine shares the trainer's process.
+            TypeError: the engine shares the trainer's process.
         """
-        if not getattr(self.engine, "samples_in_background", False):
+        if not self.engine.runs_in_background:
             raise TypeError(
                 f"{type(self.engine).__name__} shares the trainer's process and can't sample in the background; use "
                 "VLLMProcessRollout or VLLMServerRollout, or generate in turn"
             )
         self.sync()
-
-        def in_background() -> T:
-            self._thread.is_ahead = True
-            return sample()
-
-        self._ahead = self._background.submit(in_background)
-        return self._ahead
+        self._pending = self._background.submit(sample)
+        return self._pending
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         self.sync()
@@ -167,16 +156,16 @@ class SyncedEngine:
         if not force and self._holds(version):
             self.engine.wake()
             return None
-        if self._ahead is not None and not in_flight:
-            wait([self._ahead])
-            self._ahead = None
+        if self._pending is not None and not in_flight:
+            wait([self._pending])
+            self._pending = None
         self._synced_version = None
         start = time.perf_counter()
         counters = self._counters()
         stream = self._stream()
         try:
             self.engine.wake()
-            self.engine.update_weights(stream, version, **({"in_flight": True} if in_flight else {}))
+            self.engine.update_weights(stream, version, in_flight=in_flight)
         except Exception as error:
             if stream.current is None:
                 raise
@@ -184,8 +173,8 @@ class SyncedEngine:
         moved = list(stream.fingerprints)
         if self._fingerprints is not None:
             moved = stream.compare(self._fingerprints)
-        compared = stream.check(getattr(self.engine, "held", ()))
-        if self._fingerprints is None and hasattr(self.engine, "held") and compared < len(stream.fingerprints):
+        compared = stream.check(self.engine.held or ())
+        if self._fingerprints is None and self.engine.held is not None and compared < len(stream.fingerprints):
             log.warning(
                 "%d of %d tensors can't be compared bit by bit in the engine; for them the proof is the canary alone",
                 len(stream.fingerprints) - compared,
@@ -214,7 +203,7 @@ class SyncedEngine:
 
     def _holds(self, version: int) -> bool:
         """Whether the engine holds the policy's weights of now."""
-        if version != self._synced_version or getattr(self.engine, "weights_lost", False):
+        if version != self._synced_version or self.engine.weights_lost:
             return False
         counters = self._counters()
         if self._compare or counters != self._synced_counters:
@@ -227,7 +216,7 @@ class SyncedEngine:
         return True
 
     def _stream(self) -> WeightStream:
-        return WeightStream(self._weights(), getattr(self.engine, "dtype", None))
+        return WeightStream(self._weights(), self.engine.dtype)
 
     def _prove(self, version: int, moved: Sequence[str]) -> Mismatch:
         # All sequences once, which calibrates the tolerance; then one at a time, in turn.
@@ -236,9 +225,8 @@ class SyncedEngine:
         expected = self._score(canary)
         level = torch.cat(expected).abs().mean().item()
         tolerance = self._tolerance or self._tolerance_at(level)
-        replicas = getattr(self.engine, "replica_logprobs", lambda sequences: {"": self.engine.logprobs(sequences)})
         seen = []
-        for place, logprobs in replicas(canary).items():
+        for place, logprobs in self.engine.replica_logprobs(canary).items():
             off = check_canary(logprobs, expected)
             seen.append(off)
             if tolerance.exceeded_by(off):
@@ -262,18 +250,8 @@ class SyncedEngine:
         shown = ", ".join(moved[:8]) + (f" and {len(moved) - 8} more" if len(moved) > 8 else "")
         return f"Tensors that moved in this sync: {shown or 'none'}."
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Refused: the weights come from the policy alone."""
-        raise TypeError("a SyncedEngine takes its weights from its policy; call sync()")
-
-    def sleep(self) -> None:
-        self.engine.sleep()
-
-    def wake(self) -> None:
-        self.engine.wake()
-
     def close(self) -> None:
-        """End what is sampled ahead, and the engine."""
+        """Close the engine, which ends what runs in the background."""
         try:
             self.engine.close()
         finally:

@@ -5,9 +5,9 @@ completion length.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -81,45 +81,35 @@ OnGroup = Callable[[int, list[Completion]], None]
 """Called with a prompt's index and its completions as soon as the last of them has finished."""
 
 
-class Engine(Protocol):
-    """Samples completions from the policy's current weights. Everything is token ids: nothing is encoded twice."""
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """The completions to sample: ``len(seeds[i])`` of ``prompts[i]``, one per seed.
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        max_tokens: int,
-        seeds: Sequence[Sequence[int]],
-        on_group: OnGroup | None = None,
-    ) -> list[list[Completion]]:
-        """Sample ``len(seeds[i])`` completions of ``prompts[i]``, one per seed, each of at most ``max_tokens``.
+    Raises:
+        UserError: prompts and seeds differ in number.
+    """
 
-        ``on_group`` hears of each group as it finishes, in this thread, so that rewards can start early.
-        The same prompt, seed and weights give the same completion, whatever else is in the batch (as far as the
-        engine's arithmetic is batch-invariant).
-        """
-        ...
+    prompts: Sequence[Sequence[int]]
+    """B prompts as token ids."""
+    seeds: Sequence[Sequence[int]]
+    """For each prompt, one seed per completion."""
+    max_tokens: int
+    """The largest number of tokens in a completion."""
+    sampling: Sampling = Sampling()
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the policy's weights, under Hugging Face names, and forget everything computed with earlier ones."""
-        ...
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.seeds):
+            raise UserError(f"{len(self.prompts)} prompts and seeds for {len(self.seeds)}; give each prompt its seeds")
 
-    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Score: for a sequence of n tokens the n − 1 values log p(token[i] | token[:i]), at temperature 1."""
-        ...
+    @property
+    def count(self) -> int:
+        """The number of completions."""
+        return sum(map(len, self.seeds))
 
-    def sleep(self) -> None:
-        """Give device memory back until `wake` (a no-op where the engine can't)."""
-        ...
-
-    def wake(self) -> None:
-        """Undo `sleep`."""
-        ...
-
-    def close(self) -> None:
-        """Free everything. Safe to call twice."""
-        ...
+    @property
+    def spare(self) -> int:
+        """How many of the completions `Sampling.cutoff` allows to be cut short."""
+        return self.sampling.spare(self.count)
 
 
 def extents(mask: Tensor) -> Tensor:

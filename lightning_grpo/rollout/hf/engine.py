@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.hf.decoding import buffered_cache, quick_decoding
 from lightning_grpo.rollout.hf.sampling import draw, sampled_logprobs
 from lightning_grpo.rollout.hf.stop import StopStrings
 from lightning_grpo.rollout.seeds import uniform
-from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Sampling
+from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, SampleRequest
 
 
 @contextmanager
@@ -44,7 +45,7 @@ class _Row:
     finish_reason: FinishReason | None = None
 
 
-class HFEngine:
+class HFEngine(Engine):
     """An `Engine` over the policy itself; its weights are always the current ones.
 
     Prompts are computed once and their cache is shared out to their generations; prompts of like length go together;
@@ -85,25 +86,17 @@ class HFEngine:
         self.context = context
         self.version = 0
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        max_tokens: int,
-        seeds: Sequence[Sequence[int]],
-        on_group: OnGroup | None = None,
-    ) -> list[list[Completion]]:
-        if sampling.stop and self.tokenizer is None:
-            raise UserError(f"sampling.stop is {sampling.stop}: stop strings need HFEngine(tokenizer=…)")
-        groups: list[list[Completion | None]] = [[None] * len(group) for group in seeds]
-        spare = sampling.spare(sum(map(len, seeds)))
+    def generate(self, request: SampleRequest, on_group: OnGroup | None = None) -> list[list[Completion]]:
+        stop = request.sampling.stop
+        if stop and self.tokenizer is None:
+            raise UserError(f"sampling.stop is {stop}: stop strings need HFEngine(tokenizer=…)")
+        groups: list[list[Completion | None]] = [[None] * len(group) for group in request.seeds]
         with self._inference():
-            batches = list(self._batches(prompts, seeds))
+            batches = list(self._batches(request))
             for batch in batches:
                 # Only in the last batch have all completions begun.
-                cut = spare if batch is batches[-1] else 0
-                for row in self._decode(prompts, batch, sampling, max_tokens, spare=cut):
+                spare = request.spare if batch is batches[-1] else 0
+                for row in self._decode(request, batch, spare=spare):
                     group = groups[row.prompt_index]
                     group[row.sample_index] = Completion(
                         token_ids=row.token_ids,
@@ -115,7 +108,7 @@ class HFEngine:
                         on_group(row.prompt_index, group)
         return groups
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, *, in_flight: bool = False) -> None:
         """Note the version. The weights are the policy's own already; the iterable is not consumed."""
         self.version = version
 
@@ -130,15 +123,6 @@ class HFEngine:
             scored = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1).cpu()
         return [row[: len(sequence) - 1] for row, sequence in zip(scored, sequences, strict=True)]
 
-    def sleep(self) -> None:
-        """Nothing to give back: the key-value cache lives only while `generate` runs."""
-
-    def wake(self) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Nothing to free: the policy belongs to the trainer."""
-
     @property
     def _device(self) -> torch.device:
         return next(self.policy.parameters()).device
@@ -148,16 +132,15 @@ class HFEngine:
         with torch.no_grad(), eval_mode(self.policy), self.context(), quick_decoding(self.policy):
             yield
 
-    def _batches(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> Iterator[list[_Row]]:
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        rows = [_Row(i, g, seed) for i in order for g, seed in enumerate(seeds[i])]
+    def _batches(self, request: SampleRequest) -> Iterator[list[_Row]]:
+        order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
+        rows = [_Row(i, g, seed) for i in order for g, seed in enumerate(request.seeds[i])]
         for start in range(0, len(rows), self.max_num_seqs):
             yield rows[start : start + self.max_num_seqs]
 
-    def _decode(
-        self, prompts: Sequence[Sequence[int]], rows: list[_Row], sampling: Sampling, max_tokens: int, *, spare: int
-    ) -> Iterator[_Row]:
+    def _decode(self, request: SampleRequest, rows: list[_Row], *, spare: int) -> Iterator[_Row]:
         """Sample the rows to their ends; yields each one when it finishes. The last ``spare`` of them are cut short."""
+        prompts, sampling, max_tokens = request.prompts, request.sampling, request.max_tokens
         indices = sorted({row.prompt_index for row in rows})
         P = max(len(prompts[i]) for i in indices)
         ids = torch.full((len(indices), P), self.pad_id)

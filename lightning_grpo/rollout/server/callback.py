@@ -41,6 +41,8 @@ class VLLMProcessRollout(VLLMRollout):
         kwargs: those of `VLLMRollout`; sleep_level is without effect.
     """
 
+    engine_class = ServerEngine
+
     def __init__(
         self,
         *,
@@ -72,8 +74,6 @@ class VLLMProcessRollout(VLLMRollout):
         if transfer == "nccl":
             self.engine_args["weight_transfer_config"] = {"backend": "nccl"}
         self._server: ServerProcess | None = None
-
-    samples_in_background = updates_in_flight = True
 
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
         self._server = ServerProcess(
@@ -134,6 +134,9 @@ class VLLMServerRollout(RolloutCallback):
             both from the dtypes and from what the first sync shows.
     """
 
+    engine_class = ServerEngine
+    shares_memory = False
+
     def __init__(
         self,
         urls: list[str],
@@ -162,9 +165,6 @@ class VLLMServerRollout(RolloutCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             refuse_bias(pl_module, self.sampling_args or {})
-
-    samples_in_background = updates_in_flight = True
-    shares_memory = False
 
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
         engine = ServerEngine(

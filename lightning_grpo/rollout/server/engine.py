@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.server.checks import (
     CANARIES,
     ServerInfo,
@@ -32,7 +33,7 @@ from lightning_grpo.rollout.server.gpu_transfer import IPCTransfer, NCCLTransfer
 from lightning_grpo.rollout.server.pool import Pool
 from lightning_grpo.rollout.server.tcp import own_address
 from lightning_grpo.rollout.server.transfer import TCPTransfer, go_on, name_adapter, pause
-from lightning_grpo.rollout.types import Completion, OnGroup, Sampling
+from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest, Sampling
 from lightning_grpo.rollout.verify import Held, WeightSyncError, place_of
 from lightning_grpo.rollout.vllm.adapter import ADAPTER_NAME
 from lightning_grpo.rollout.vllm.tokenizer import require_same_tokenizer, tokenizer_facts
@@ -43,7 +44,7 @@ TOKENS_A_MESSAGE = 100
 """A server tells of a completion's first token and then after this many, which also shows that it is alive."""
 
 
-class ServerEngine:
+class ServerEngine(Engine):
     """An `Engine` over vLLM servers, which sample while this process does other things.
 
     Args:
@@ -62,8 +63,7 @@ class ServerEngine:
         run: the run's name in the versions that servers report, the same on all ranks. None draws one.
     """
 
-    samples_in_background = updates_in_flight = True
-    """`generate` can run in another thread, and `update_weights` while it does."""
+    runs_in_background = updates_in_flight = True
 
     def __init__(
         self,
@@ -132,20 +132,9 @@ class ServerEngine:
 
     # ── Sampling ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        max_tokens: int,
-        seeds: Sequence[Sequence[int]],
-        on_group: OnGroup | None = None,
-    ) -> list[list[Completion]]:
+    def generate(self, request: SampleRequest, on_group: OnGroup | None = None) -> list[list[Completion]]:
         finished: SimpleQueue[tuple[int, list[Completion]] | None] = SimpleQueue()
-        params = self._params(sampling, max_tokens)
-        count = sum(map(len, seeds))
-        tail = Tail(count, sampling.spare(count))
-        call = self._loop.start(self._generate(prompts, params, seeds, tail, finished.put))
+        call = self._loop.start(self._generate(request, finished.put))
         call.add_done_callback(lambda _: finished.put(None))
         try:
             while (group := finished.get()) is not None:
@@ -156,19 +145,18 @@ class ServerEngine:
             call.cancel()
 
     async def _generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: dict[str, Any],
-        seeds: Sequence[Sequence[int]],
-        tail: Tail,
-        finished: Callable[[tuple[int, list[Completion]]], None],
+        self, request: SampleRequest, finished: Callable[[tuple[int, list[Completion]]], None]
     ) -> list[list[Completion]]:
-        async def group(i: int) -> list[Completion]:
-            done = list(await asyncio.gather(*(self._sample(prompts[i], params | {"seed": s}, tail) for s in seeds[i])))
+        params = self._params(request.sampling, request.max_tokens)
+        tail = Tail(request.count, request.spare)
+
+        async def group(i: int, prompt: Sequence[int], seeds: Sequence[int]) -> list[Completion]:
+            done = list(await asyncio.gather(*(self._sample(prompt, params | {"seed": seed}, tail) for seed in seeds)))
             finished((i, done))
             return done
 
-        tasks = [asyncio.ensure_future(group(i)) for i in range(len(prompts))]
+        pairs = zip(request.prompts, request.seeds, strict=True)
+        tasks = [asyncio.ensure_future(group(i, prompt, seeds)) for i, (prompt, seeds) in enumerate(pairs)]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -341,14 +329,6 @@ class ServerEngine:
         reply = await endpoint.call("/inference/v1/generate", self._body(sequence, params), copy=copy)
         scored = zip(sequence[1:], reply["prompt_logprobs"][1:], strict=True)
         return torch.tensor([entry[str(token)]["logprob"] for token, entry in scored], dtype=torch.float32)
-
-    # ── Life ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def sleep(self) -> None:
-        """Servers have their own device: nothing to give back."""
-
-    def wake(self) -> None:
-        """Nothing to do."""
 
     def close(self) -> None:
         """End what runs, also in the background."""

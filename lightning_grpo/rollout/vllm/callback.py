@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from lightning_grpo.errors import OutOfMemoryError, UserError
 from lightning_grpo.policy.weights import adapter_weights
 from lightning_grpo.rollout.callback import RolloutCallback, compute_dtype, eos_token_ids, max_model_len
+from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.vllm.adapter import adapter_settings
 from lightning_grpo.rollout.vllm.engine import VLLMEngine, require_vllm
 from lightning_grpo.rollout.vllm.shared import SharedVLLMEngine
@@ -63,6 +64,8 @@ class VLLMRollout(RolloutCallback):
         tolerance: the |Δ log-prob| in nats, mean and max, that the proof after a weight sync lets pass. Empty takes
             both from the dtypes and from what the first sync shows.
     """
+
+    engine_class: type[Engine] = VLLMEngine
 
     def __init__(
         self,

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.errors import OutOfMemoryError, UserError
-from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Sampling
+from lightning_grpo.rollout.engine import Engine
+from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, SampleRequest, Sampling
 from lightning_grpo.rollout.verify import Held, WeightSyncError
 from lightning_grpo.rollout.vllm.adapter import adapter_request, load_adapter
 from lightning_grpo.rollout.vllm.isolation import guest, noise_to
@@ -54,7 +55,7 @@ def require_vllm() -> None:
         )
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """An `Engine` around an in-process `vllm.LLM`.
 
     Args:
@@ -89,7 +90,6 @@ class VLLMEngine:
         self.sampling_args = sampling_args or {}
         self.sleep_level = sleep_level
         self.version = 0
-        self.weights_lost = False
         self.held: list[Held] = []
         self._request_ids = itertools.count()
         self._asleep: set[str] = set()
@@ -120,37 +120,29 @@ class VLLMEngine:
         self._lora_request = None
         self._has_tokenizer = not settings["skip_tokenizer_init"]
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        max_tokens: int,
-        seeds: Sequence[Sequence[int]],
-        on_group: OnGroup | None = None,
-    ) -> list[list[Completion]]:
-        if sampling.stop and not self._has_tokenizer:
+    def generate(self, request: SampleRequest, on_group: OnGroup | None = None) -> list[list[Completion]]:
+        stop = request.sampling.stop
+        if stop and not self._has_tokenizer:
             raise UserError(
-                f"sampling.stop is {sampling.stop}, but the engine was started without a tokenizer; set the stop "
+                f"sampling.stop is {stop}, but the engine was started without a tokenizer; set the stop "
                 "strings in the module's sampling, where the engine's start sees them"
             )
         self._wake_all()
-        groups: list[list[Completion | None]] = [[None] * len(group) for group in seeds]
+        groups: list[list[Completion | None]] = [[None] * len(group) for group in request.seeds]
         places: dict[str, tuple[int, int]] = {}
         engine = self.llm.llm_engine
-        spare = sampling.spare(sum(map(len, seeds)))
         with guest() as visit:
             try:
-                for i, (prompt, group) in enumerate(zip(prompts, seeds, strict=True)):
+                for i, (prompt, group) in enumerate(zip(request.prompts, request.seeds, strict=True)):
                     for g, seed in enumerate(group):
                         request_id = str(next(self._request_ids))
-                        params = self._params(sampling, max_tokens, seed)
+                        params = self._params(request.sampling, request.max_tokens, seed)
                         internal_id = engine.add_request(
                             request_id, {"prompt_token_ids": list(prompt)}, params, lora_request=self._lora_request
                         )
                         places[request_id] = places[internal_id] = (i, g)
                 while engine.has_unfinished_requests():
-                    for output in engine.step() + _cut(engine, spare):
+                    for output in engine.step() + _cut(engine, request.spare):
                         if not output.finished:
                             continue
                         i, g = places[output.request_id]
@@ -163,7 +155,7 @@ class VLLMEngine:
                 raise
         return groups
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, *, in_flight: bool = False) -> None:
         """Stream the weights in; each tensor is fused, sharded and cast by vLLM's own loaders.
 
         Raises:

@@ -1,16 +1,15 @@
 """One vLLM engine over several of the trainer's processes, each of which holds a shard of every matrix."""
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.rollout.types import Completion, OnGroup, Sampling
+from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
 from lightning_grpo.rollout.verify import WeightSyncError
 from lightning_grpo.rollout.vllm.engine import VLLMEngine
 from lightning_grpo.rollout.vllm.isolation import guest
@@ -43,35 +42,25 @@ class SharedVLLMEngine(VLLMEngine):
             _name_shared_memory(run[0])
         super().__init__(model, engine_args=engine_args, **kwargs)
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        max_tokens: int,
-        seeds: Sequence[Sequence[int]],
-        on_group: OnGroup | None = None,
-    ) -> list[list[Completion]]:
-        shares, rank = self._gather((prompts, seeds, sampling, max_tokens))
-        if any(share[2:] != (sampling, max_tokens) for share in shares):
+    def generate(self, request: SampleRequest, on_group: OnGroup | None = None) -> list[list[Completion]]:
+        requests, rank = self._gather(request)
+        if any((r.sampling, r.max_tokens) != (request.sampling, request.max_tokens) for r in requests):
             raise UserError("the ranks of one engine ask for completions of different sampling or length")
-        *starts, _ = accumulate((len(share[0]) for share in shares), initial=0)
-        start = starts[rank]
+        start = sum(len(r.prompts) for r in requests[:rank])
+        stop = start + len(request.prompts)
 
         def on_own_group(index: int, completions: list[Completion]) -> None:
-            if on_group is not None and 0 <= index - start < len(prompts):
+            if on_group is not None and start <= index < stop:
                 on_group(index - start, completions)
 
-        groups = super().generate(
-            [prompt for share in shares for prompt in share[0]],
-            sampling,
-            max_tokens=max_tokens,
-            seeds=[seed for share in shares for seed in share[1]],
-            on_group=on_own_group,
+        joint = replace(
+            request,
+            prompts=[prompt for r in requests for prompt in r.prompts],
+            seeds=[seeds for r in requests for seeds in r.seeds],
         )
-        return groups[start : start + len(prompts)]
+        return super().generate(joint, on_own_group)[start:stop]
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, *, in_flight: bool = False) -> None:
         """As `VLLMEngine.update_weights`; every rank hears what the others hold, and of their failures."""
         failure = None
         try:
