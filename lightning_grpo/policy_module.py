@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lightning_grpo.data import Prompt, PromptBatch
 from lightning_grpo.errors import UserError
+from lightning_grpo.export.checkpoint import describe_policy
 from lightning_grpo.metrics import Window
 from lightning_grpo.monitor.checkpoint_files import require_same_weights
 from lightning_grpo.monitor.observe import observe_completions, observe_rewards
@@ -571,6 +572,13 @@ class PolicyModule(LightningModule):
         checkpoint["policy"] = {
             "lora": adapters.describe(self.lora, self._trainable),
             "optimizer": self._optimizer_options,
+            **describe_policy(
+                model=self.model_path,
+                dtype=self.dtype_name,
+                from_scratch=self.from_scratch,
+                seed=self.seed,
+                chat_template=getattr(self.trainer.datamodule, "chat_template", None),
+            ),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

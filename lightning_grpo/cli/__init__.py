@@ -21,6 +21,7 @@ Group Relative Policy Optimization of language models.
   validate    sample held-out prompts and report their rewards
   test        the same, for a final figure
   predict     sample completions and write them to a file
+  export      write a checkpoint's policy as a Hugging Face model or a PEFT adapter
   configure   choose hyperparameters for a task, a model and a GPU; predict memory, time and cost
 
   lightning-grpo fit --config configs/smoke.yaml       a run of half a minute
@@ -67,6 +68,10 @@ def _run(args: list[str]) -> None:
         from lightning_grpo.configure import command as configure
 
         raise SystemExit(configure.main(args[1:]))
+    if args[:1] == ["export"]:
+        from lightning_grpo.cli import export
+
+        return export.main(args[1:])
     from lightning_grpo.cli import commands
 
     commands.run(args)

@@ -5,8 +5,8 @@ import errno
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from lightning_grpo.errors import RunError, UserError
 
-SET = "; set model.model to the one that it was trained from"
 PARTIAL = ".part"
 """Ending of files that are being written, or that a run left behind which was killed."""
 
@@ -65,17 +64,24 @@ class CheckpointFiles(TorchCheckpointIO):
         """
         if "://" not in str(path):
             require_checkpoint_file(str(path))
-        try:
+        with readable(path):
             checkpoint = super().load_checkpoint(path, map_location, weights_only)
-        except MemoryError:
-            raise
-        except Exception as error:  # torch raises nearly any, depending on what the bytes happen to be
-            raise UserError(
-                f"ckpt_path {path} can't be read as a checkpoint: it was cut off while being written or copied, or is "
-                f"another kind of file ({_first_line(error)}); name an earlier checkpoint"
-            ) from error
         require_own_checkpoint(checkpoint, path)
         return checkpoint
+
+
+@contextmanager
+def readable(path: str | os.PathLike) -> Iterator[None]:
+    """Turn whatever torch raises while it reads the checkpoint ``path`` into a `UserError`."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises nearly any, depending on what the bytes happen to be
+        raise UserError(
+            f"ckpt_path {path} can't be read as a checkpoint: it was cut off while being written or copied, or is "
+            f"another kind of file ({_first_line(error)}); name an earlier checkpoint"
+        ) from error
 
 
 def remove(path: Path) -> None:
@@ -117,17 +123,21 @@ def require_own_checkpoint(checkpoint: Any, path: str | os.PathLike) -> None:
         )
 
 
-def require_same_weights(own: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+def require_same_weights(
+    own: Mapping[str, torch.Tensor],
+    saved: Mapping[str, torch.Tensor],
+    remedy: str = "; set model.model to the one that it was trained from",
+) -> None:
     """Raise `UserError` unless a checkpoint holds the tensors of this model, by name and shape."""
     for what, names in (("lacks", own.keys() - saved.keys()), ("has besides", saved.keys() - own.keys())):
         if names:
             raise UserError(
-                f"the checkpoint is another model's: it {what} {len(names)} tensors, such as {min(names)}{SET}"
+                f"the checkpoint is another model's: it {what} {len(names)} tensors, such as {min(names)}{remedy}"
             )
     for name, tensor in own.items():
         if tensor.shape != saved[name].shape:
             shapes = f"{list(saved[name].shape)} there and {list(tensor.shape)} here"
-            raise UserError(f"the checkpoint is another model's: {name} is {shapes}{SET}")
+            raise UserError(f"the checkpoint is another model's: {name} is {shapes}{remedy}")
 
 
 def write_error(error: BaseException | None) -> OSError | None:

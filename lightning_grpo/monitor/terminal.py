@@ -140,6 +140,20 @@ class RunSummary(Callback):
     def __init__(self) -> None:
         self._before: dict[str, float] = {}
         self._after: dict[str, float] = {}
+        self._folder: Path | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where the run's logs lie."""
+        self._folder = run_folder(trainer)  # on every rank
+
+    def state_dict(self) -> dict[str, Any]:
+        """The held-out figures and the folder of the logs, for whoever describes the checkpoint."""
+        folder = None if self._folder is None else str(self._folder.absolute())
+        return {"before": self._before, "after": self._after, "folder": folder}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare with the figures of the run that is resumed."""
+        self._before, self._after = state_dict["before"], state_dict["after"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the first evaluation and the last."""
@@ -150,7 +164,6 @@ class RunSummary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summary."""
-        folder = run_folder(trainer)  # on every rank
         if not trainer.is_global_zero:
             return
         lines = [f"{trainer.global_step} optimizer steps, {pl_module.completion_tokens:,} completion tokens"]
@@ -160,5 +173,5 @@ class RunSummary(Callback):
         checkpoint = trainer.checkpoint_callback
         if checkpoint is not None and (path := checkpoint.last_model_path or checkpoint.best_model_path):
             lines.append(f"checkpoint: {path}")
-        lines.append(f"config and logs: {folder}")
+        lines.append(f"config and logs: {self._folder}")
         print("\n".join(lines))

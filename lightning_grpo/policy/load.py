@@ -70,8 +70,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise unreadable("tokenizer", model, error) from error
 
 
-def load_config(model: str) -> PreTrainedConfig:
-    """The model's configuration, without its weights, every dropout switched off.
+def load_config(model: str, *, dropout: bool = False) -> PreTrainedConfig:
+    """The model's configuration, without its weights; unless ``dropout``, every dropout is switched off.
 
     Dropout would make the log-probs of scoring and of the update differ, and the ratio with them.
 
@@ -84,7 +84,8 @@ def load_config(model: str) -> PreTrainedConfig:
     except Exception as error:
         raise unreadable("config.json", model, error) from error
     require_causal(model, config)
-    _switch_off_dropout(config)
+    if not dropout:
+        _switch_off_dropout(config)
     return config
 
 
@@ -150,7 +151,7 @@ def load_policy(
                 policy = _load_weights(model, config, **options)
         policy.generation_config = generation_config
         if lora is not None:
-            policy = _with_adapters(policy, lora)
+            policy = with_adapters(policy, lora)
     if gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if lora is not None:
@@ -172,7 +173,12 @@ def _errors_named(model: str, attn_implementation: str) -> Iterator[None]:
         raise unreadable("weights", model, error) from error
 
 
-def _with_adapters(policy: PreTrainedModel, lora: LoRA) -> PeftModel:
+def with_adapters(policy: PreTrainedModel, lora: LoRA) -> PeftModel:
+    """Put new adapters into ``policy``.
+
+    Raises:
+        UserError: ``lora.target_modules`` names no layers.
+    """
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

@@ -1,0 +1,170 @@
+"""The policy in a checkpoint of ``fit``: what the checkpoint records about it, and its weights, without a Trainer."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from lightning_grpo.data.template import ChatTemplate
+from lightning_grpo.errors import UserError
+from lightning_grpo.monitor.checkpoint_files import readable, require_checkpoint_file, require_own_checkpoint
+from lightning_grpo.monitor.checkpoint_folder import newest, newest_file
+from lightning_grpo.policy.load import LoRA
+
+PREFIX = "policy."
+"""What the names of the policy's tensors begin with in a checkpoint."""
+PACKAGES = ("lightning_grpo", "torch", "transformers", "peft", "lightning", "vllm")
+
+
+def describe_policy(
+    *, model: str, dtype: str, from_scratch: bool, seed: int, chat_template: str | None
+) -> dict[str, Any]:
+    """What `fit` records in a checkpoint so that `read_checkpoint` can rebuild the policy.
+
+    Args:
+        model: folder or hub name of the base model. A folder is recorded by its absolute path.
+        dtype: of the parameters.
+        from_scratch: whether the base model's weights are random.
+        seed: of the random weights.
+        chat_template: a Jinja template in place of the tokenizer's own, or a file that holds one.
+    """
+    return {
+        "base": {
+            "model": os.path.abspath(model) if os.path.isdir(model) else model,
+            "dtype": dtype,
+            "from_scratch": from_scratch,
+            "seed": seed,
+        },
+        "chat_template": ChatTemplate(None, chat_template).template,
+        "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedPolicy:
+    """A policy as a checkpoint holds it."""
+
+    path: Path
+    """The checkpoint: a file, or the folder of a sharded checkpoint."""
+    weights: dict[str, Tensor]
+    """The policy's tensors under their names in the policy; with LoRA, the adapter's alone. They may be mapped from
+    the file: don't write to them."""
+    model: str
+    """Folder or hub name of the base model."""
+    dtype: str | None
+    """Of the parameters in training; None if the checkpoint doesn't record it."""
+    from_scratch: bool
+    """Whether the base model's weights are random, and follow from ``seed``."""
+    seed: int
+    lora: LoRA | None
+    chat_template: str | None
+    """The template that training used in place of the tokenizer's own."""
+    step: int
+    """Optimizer steps taken."""
+    completion_tokens: int
+    versions: Mapping[str, str]
+    """Of the packages that trained it."""
+    summary: Mapping[str, Any]
+    """What `RunSummary` recorded: held-out figures before and after, and the folder of the run's logs."""
+
+    @property
+    def trained_dtype(self) -> str:
+        """Of the policy in training, which trainer.precision bf16-true makes smaller than `dtype`."""
+        smallest = min((tensor.dtype for tensor in self.weights.values()), key=lambda dtype: dtype.itemsize)
+        return self.dtype if smallest == torch.float32 and self.dtype else str(smallest).removeprefix("torch.")
+
+    def module_options(self) -> dict[str, Any]:
+        """The keyword arguments of a module with this policy."""
+        options = {"model": self.model, "lora": self.lora, "from_scratch": self.from_scratch, "seed": self.seed}
+        return options | ({} if self.dtype is None else {"dtype": self.dtype})
+
+
+def find_checkpoint(name: str) -> Path:
+    """The checkpoint that ``name`` means: a file, a sharded checkpoint's folder, or the newest one of a run.
+
+    Args:
+        name: a checkpoint; the folder of a run (trainer.default_root_dir) or of its checkpoints; or ``last``, the
+            newest checkpoint of the default folder ``runs``.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path("runs" if name == "last" else name)
+    if path.is_dir() and not (path / "meta.pt").is_file():
+        file = newest_file(newest(path / "checkpoints")) or newest_file(path)
+        if file is None:
+            raise UserError(f"{path} holds no checkpoint; name a .ckpt file, or the folder of a run that saved one")
+        return file.resolve()
+    require_checkpoint_file(str(path))
+    return path
+
+
+def read_checkpoint(name: str | Path, *, model: str | None = None) -> SavedPolicy:
+    """Read the policy in a checkpoint, plain or sharded, on the CPU. The optimizer's state is not read.
+
+    Args:
+        name: see `find_checkpoint`.
+        model: folder or hub name of the base model, if it is not the one that the checkpoint records.
+
+    Raises:
+        UserError: there is no such checkpoint, it can't be read, or it doesn't record its base model.
+    """
+    path = find_checkpoint(str(name))
+    with readable(path):
+        if path.is_dir():
+            checkpoint = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
+            checkpoint["state_dict"] = _sharded_weights(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    require_own_checkpoint(checkpoint, path)
+    policy = checkpoint["policy"]
+    base = policy.get("base", {})
+    if model is None and "model" not in base:
+        raise UserError(
+            f"the checkpoint {path} doesn't record its base model: it was saved by an earlier version; name the model "
+            "that it was trained from (command line: --model, Python: model=)"
+        )
+    lora = policy["lora"]
+    weights = checkpoint["state_dict"]
+    return SavedPolicy(
+        path=path,
+        weights={key.removeprefix(PREFIX): value for key, value in weights.items() if key.startswith(PREFIX)},
+        model=model or base["model"],
+        dtype=base.get("dtype"),
+        from_scratch=base.get("from_scratch", False) and model is None,
+        seed=base.get("seed", 0),
+        lora=lora and LoRA(**{field.name: lora[field.name] for field in fields(LoRA) if field.name in lora}),
+        chat_template=policy.get("chat_template"),
+        step=checkpoint["global_step"],
+        completion_tokens=checkpoint["grpo"]["completion_tokens"],
+        versions=policy.get("versions", {}),
+        summary=checkpoint.get("callbacks", {}).get("RunSummary", {}),
+    )
+
+
+def _sharded_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a sharded checkpoint, each put together from its shards in this process."""
+    reader = FileSystemReader(folder)
+    prefix = "state_dict."
+    stored = reader.read_metadata().state_dict_metadata.items()
+    weights = {
+        name: torch.empty(stored_as.size, dtype=stored_as.properties.dtype)
+        for name, stored_as in stored
+        if name.startswith(prefix + PREFIX) and isinstance(stored_as, TensorStorageMetadata)
+    }
+    load(weights, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
