@@ -1,4 +1,4 @@
-"""Writes docs/objectives.md from the code: ``python docs/objectives_table.py > docs/objectives.md``."""
+"""Generate docs/objectives.md: ``python docs/objectives_table.py > docs/objectives.md``."""
 
 from dataclasses import fields
 from inspect import getdoc
@@ -14,11 +14,11 @@ TOP = """\
 
 <!-- Generated from the code by `python docs/objectives_table.py`. -->
 
-An objective is a product of parts, each written once:
+An objective consists of independent parts:
 
-    surrogate(ratio, advantage) × masks × rollout weight + β·KL, aggregated, less the entropy bonus
+    surrogate(ratio, advantage) × masks × rollout weight + β·KL, aggregated, minus the entropy bonus
 
-A name (`objective.loss_type`) chooses the parts of its published form; every other option replaces one of them:
+`objective.loss_type` names a published objective and selects its parts. Every other option replaces one of them:
 
 ```yaml
 model:
@@ -32,7 +32,7 @@ model:
 """
 
 OWN = """\
-A surrogate of your own is one small class, found by its class path:
+To use a surrogate of your own, write a small class and set its class path:
 
 ```python
 from dataclasses import dataclass
@@ -58,18 +58,19 @@ model:
 """
 
 OPTIONS = {
-    "mask_truncated_completions": "Leaves completions that ended for their length out of the loss.",
-    "top_entropy_quantile": "The policy term keeps this share of tokens, those of highest entropy. Local by intent:"
-    " within a micro-batch.",
-    "off_policy_mask_threshold": "Drops completions with A < 0 that have drifted this far from their sampler.",
-    "rollout_correction": "Weighs by ρ = π_old/π_engine, per `token`, `sequence`, or `geometric` mean of a completion."
-    " Outside `lower` and `upper` it is clamped (`truncate`) or dropped (`mask`). IcePop: `token`, `mask`, 0.5, 5.",
+    "mask_truncated_completions": "Excludes completions truncated at the length limit from the loss.",
+    "top_entropy_quantile": "Restricts the policy term to this share of tokens, those with the highest entropy in the"
+    " micro-batch.",
+    "off_policy_mask_threshold": "Drops completions with A < 0 if the mean of log π_rollout − log π exceeds this.",
+    "rollout_correction": "Multiplies by ρ = π_old/π_engine of a token (`token`), its product (`sequence`) or its"
+    " `geometric` mean over the completion. Outside `lower` and `upper`, ρ is clamped (`truncate`) or set to 0"
+    " (`mask`). IcePop is `token`, `mask`, 0.5, 5.",
     "beta": "Weight of the KL to the reference.",
-    "kl_placement": "The KL in the loss, or in the reward.",
+    "kl_placement": "Adds the KL to the loss, or subtracts it from the reward.",
     "use_bias_correction_kl": "Multiplies the KL in the loss by the ratio.",
-    "adaptive_beta": "Moves β towards a target KL, once per optimizer step.",
-    "entropy_coef": "Entropy bonus: the mean over tokens, whatever the aggregation.",
-    "adaptive_entropy": "Moves the bonus towards a target entropy, once per optimizer step.",
+    "adaptive_beta": "Adjusts β once per optimizer step to reach a target KL.",
+    "entropy_coef": "Weight of the entropy bonus, the mean over tokens with every aggregation.",
+    "adaptive_entropy": "Adjusts the weight of the bonus once per optimizer step to reach a target entropy.",
 }
 
 
@@ -84,13 +85,13 @@ def listing(thing: object) -> str:
 
 
 def numbers(surrogate: Surrogate) -> str:
-    """A surrogate as it would be constructed, without what is off."""
+    """The expression that constructs a surrogate, without options that are None."""
     given = {f.name: getattr(surrogate, f.name) for f in fields(surrogate)}
     return f"{type(surrogate).__name__}({', '.join(f'{k}={v:g}' for k, v in given.items() if v is not None)})"
 
 
 def table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
-    """The page's table of presets, in Markdown."""
+    """A Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ("---",) * len(head), *body])
 
 
@@ -113,27 +114,28 @@ def page() -> str:
     return "\n".join(
         [
             TOP,
-            "## Names\n",
+            "## Published objectives\n",
             table(("name", "surrogate", "ratio", "aggregation", "β", "paper", "when to use it"), presets),
             "\n## Surrogates\n",
-            "w is the ratio π/π_old of a token or a completion, A the advantage, sg[·] stops the gradient.\n",
+            "w is the ratio π/π_old of a token or a completion, A is the advantage, sg[·] stops the gradient.\n",
             table(("class", "loss"), surrogates),
             "",
             OWN,
             "## Aggregations\n",
             listing(aggregate),
             "\n## KL\n",
-            "x = log π_ref − log π; `kl_estimator` is one of:\n",
+            "With x = log π_ref − log π, `kl_estimator` is one of:\n",
             listing(kl_divergence),
             "",
-            "## Masks, corrections, bonuses\n",
-            "The masks and the rollout weight act on the policy term and leave the KL alone.\n",
+            "## Masks, corrections and bonuses\n",
+            "Masks and the rollout weight apply to the policy term and not to the KL.\n",
             table(("option", "what it does"), [(f"`{name}`", what) for name, what in OPTIONS.items()]),
             "",
             "## Advantages\n",
-            "`advantage.estimator`; a reward that is None is left out, a completion without any reward gets 0.",
-            "`advantage.scale_rewards` divides by the standard deviation of the group or the batch (+ 1e-4);",
-            "`advantage.aggregation: normalize_then_sum` z-scores each reward in its group, sums them by",
+            "`advantage.estimator` selects one of the table. A reward of None is left out of the sum of a completion's",
+            "rewards; a completion without any reward has the advantage 0.",
+            "`advantage.scale_rewards` divides by the standard deviation of the group or the batch, plus 1e-4.",
+            "`advantage.aggregation: normalize_then_sum` z-scores each reward in its group, sums the results with",
             "their weights, and z-scores the sum over the batch.\n",
             table(("estimator", "advantage"), estimators),
             "",

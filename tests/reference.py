@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_grpo.objective import RolloutCorrection
+
 
 def naive_logprob(
     hidden: Tensor,
@@ -24,3 +26,14 @@ def naive_logprob(
     logp = torch.log_softmax(logits / temperature.reshape(-1, 1), dim=-1)
     entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
     return logp.gather(1, targets[:, None]).squeeze(1), entropy if entropy_grad else entropy.detach()
+
+
+class GivenWeight(RolloutCorrection):
+    """A rollout correction whose weights ρ, [N, T] or [N, 1], were computed elsewhere."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "given", weight)
+
+    def weight(self, old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
+        return self.given

@@ -180,11 +180,10 @@ def test_a_users_own_surrogate_is_what_is_optimised():
 
 def test_what_the_module_may_leave_undone():
     plain = ObjectiveConfig()
-    assert plain.skips_zero_advantage and plain.token_wise and not plain.global_tokens
+    assert plain.skips_zero_advantage
     assert not plain.needs_old_logprobs(1) and plain.needs_old_logprobs(2)
     assert not ObjectiveConfig(loss_type="reinforce").needs_old_logprobs(4)
     assert ObjectiveConfig(loss_type="reinforce", rollout_correction=RolloutCorrection()).needs_old_logprobs(4)
-    assert ObjectiveConfig(loss_type="dapo").global_tokens
 
     in_loss, in_reward = ObjectiveConfig(beta=0.1), ObjectiveConfig(beta=0.1, kl_placement="reward")
     assert in_loss.needs_reference and in_loss.kl_in_loss and not in_loss.skips_zero_advantage
@@ -193,13 +192,10 @@ def test_what_the_module_may_leave_undone():
     assert in_loss.resolved.kl_estimator == "k3" and in_reward.resolved.kl_estimator == "k1"
 
     bonus = ObjectiveConfig(entropy_coef=0.01)
-    assert bonus.needs_entropy_grad and bonus.global_tokens and not bonus.skips_zero_advantage
+    assert bonus.needs_entropy_grad and not bonus.skips_zero_advantage
     assert ObjectiveConfig(adaptive_entropy=AdaptiveEntropy()).needs_entropy_grad
     top = ObjectiveConfig(top_entropy_quantile=0.2)
-    assert top.needs_entropy and not top.needs_entropy_grad and not top.token_wise and not top.skips_zero_advantage
-    for whole_row in ("gspo", "vespo", "gmpo"):
-        assert not ObjectiveConfig(loss_type=whole_row).token_wise
-    assert not ObjectiveConfig(rollout_correction=RolloutCorrection(level="sequence")).token_wise
+    assert top.needs_entropy and not top.needs_entropy_grad and not top.skips_zero_advantage
     assert not ObjectiveConfig(loss_type="bnpo").skips_zero_advantage
 
 

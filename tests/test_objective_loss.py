@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from reference import GivenWeight
 from torch import Tensor
 
 from lightning_grpo.metrics import Metric
@@ -140,16 +141,19 @@ def test_advantages_per_token_that_are_equal_are_advantages_per_completion():
         torch.testing.assert_close(grads(full(loss_type), inputs), grads(full(loss_type), spread), **CLOSE)
 
 
-def test_a_rollout_weight_takes_the_place_of_the_computed_one():
+def test_the_levels_of_the_rollout_weight():
     inputs = batch()
-    engine = inputs["rollout_logprobs"]
-    for loss_type, level in product(PRESETS, ("token", "sequence", "geometric")):
+    mask, difference = inputs["mask"], (inputs["old_logprobs"] - inputs["rollout_logprobs"]) * inputs["mask"]
+    count = mask.sum(1, keepdim=True).clamp(min=1)
+    sums = {
+        "token": difference,
+        "sequence": difference.sum(1, keepdim=True),
+        "geometric": (difference / count).sum(1, keepdim=True),
+    }
+    for loss_type, level in product(PRESETS, sums):
         config = full(loss_type, rollout_correction=RolloutCorrection(level=level, upper=None))
-        difference = (inputs["old_logprobs"] - engine) * inputs["mask"]
-        count = inputs["mask"].sum(1, keepdim=True).clamp(min=1)
-        reduced = {"token": difference, "sequence": difference.sum(1), "geometric": (difference / count).sum(1)}[level]
-        given = grads(replace(config, rollout_correction=None), inputs, rollout_weight=reduced.exp())
-        torch.testing.assert_close(grads(config, inputs), given, **CLOSE)
+        given = replace(config, rollout_correction=GivenWeight(sums[level].exp()))
+        torch.testing.assert_close(grads(config, inputs), grads(given, inputs), **CLOSE)
 
 
 def test_vespo_takes_unbounded_weights_per_token_or_per_completion_alike():
@@ -345,7 +349,7 @@ def test_the_off_policy_mask_drops_negative_completions_far_from_their_sampler()
 @pytest.mark.parametrize("loss_type", PRESETS)
 def test_padding_may_hold_anything(loss_type, garbage):
     config = full(loss_type, top_entropy_quantile=0.6)
-    clean = batch() | {"rollout_weight": torch.rand(N, T, dtype=torch.float64) + 0.5}
+    clean = batch()
     clean["advantages"] = torch.randn(N, T, dtype=torch.float64)
     mask = clean["mask"]
     dirty = {name: x if name == "mask" else x.masked_fill(~mask, garbage) for name, x in clean.items()}
@@ -415,7 +419,6 @@ def test_half_precision_is_computed_in_float32():
         ),
         ({"loss_type": "dapo"}, {"mask": torch.ones(N, T + 1)}, ["mask", f"[{N}, {T + 1}]", f"[{N}, {T}]"]),
         ({"loss_type": "dapo"}, {"advantages": torch.ones(T)}, ["advantages", f"[{T}]", f"[{N}]"]),
-        ({"loss_type": "dapo"}, {"rollout_weight": torch.ones(T)}, ["rollout_weight", f"[{T}]"]),
         ({"loss_type": "dapo"}, {"logprobs": torch.ones(T)}, ["logprobs", f"[{T}]"]),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import GivenWeight
 
 from lightning_grpo.objective import ObjectiveConfig, group_advantages, policy_loss
 
@@ -19,13 +20,15 @@ METRICS = {
 }
 
 
-def config_of(figures: dict) -> ObjectiveConfig:
+def config_of(case: dict) -> ObjectiveConfig:
+    figures, weight = case["config"], case["rollout_weight"]
     with warnings.catch_warnings():
-        # TRL's cases carry a clip range for surrogates that have none, of which ours warns
+        # TRL's cases set a clip range for surrogates that have none, for which ObjectiveConfig warns
         warnings.simplefilter("ignore")
         return ObjectiveConfig(
             importance_sampling_level=figures["level"],
             use_bias_correction_kl=figures["kl_importance_weighting"],
+            rollout_correction=None if weight is None else GivenWeight(torch.tensor(weight)),
             **{name: figures[name] for name in SAME},
         )
 
@@ -39,12 +42,12 @@ def name_of(case: dict) -> str:
 def test_objective(case):
     inputs = {
         name: torch.tensor(case[name])
-        for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "rollout_weight", "entropy")
+        for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy")
         if case[name] is not None
     }
     logprobs = torch.tensor(case["logprobs"], requires_grad=True)
     loss, metrics = policy_loss(
-        config_of(case["config"]),
+        config_of(case),
         logprobs=logprobs,
         advantages=torch.tensor(case["advantages"]),
         mask=torch.tensor(case["mask"]),

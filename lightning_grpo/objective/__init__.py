@@ -1,4 +1,4 @@
-"""The objective, in pure tensors: advantages from rewards, a loss from log-probs."""
+"""The objective, as functions of tensors: advantages from rewards, and the loss from log-probs."""
 
 from lightning_grpo.objective.adaptive import AdaptiveBeta, AdaptiveEntropy
 from lightning_grpo.objective.advantages import AdvantageConfig, group_advantages, total_rewards

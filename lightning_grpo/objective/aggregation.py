@@ -1,8 +1,8 @@
-"""From per-token losses to one number: who is divided by what.
+"""Reduction of per-token losses to a scalar.
 
-A trainer averages the losses of its micro-batches and ranks, so a definition that spans the optimizer step is computed
-with the step's totals per micro-batch: num_tokens = tokens in the step / (micro-batches · ranks), likewise
-num_sequences.
+The trainer averages the losses of micro-batches and ranks. A mean over the whole optimizer step therefore divides by
+the totals of the step per micro-batch: num_tokens = tokens in the step / (micro-batches · ranks), and num_sequences
+likewise.
 """
 
 from typing import Literal
@@ -23,10 +23,10 @@ def aggregate(
 ) -> Tensor:
     """Reduce ``loss`` [N, T] (0 at masked positions) to a scalar.
 
-    - sequence_mean: mean over completions of their token means. Every completion counts alike, short or long.
-    - sequence_sum: mean over completions of their token sums. Long completions count more.
-    - global_tokens: sum / num_tokens of the whole step. Every token counts alike.
-    - local_tokens: sum / tokens of this micro-batch. Local by intent: depends on how the step is split.
+    - sequence_mean: mean over completions of their token means. Every completion has the same weight, short or long.
+    - sequence_sum: mean over completions of their token sums. Long completions have more weight.
+    - global_tokens: sum / num_tokens of the whole step. Every token has the same weight.
+    - local_tokens: sum / tokens of this micro-batch. Depends by design on how the step is split.
     - constant: sum / (num_sequences · max_completion_length). No length bias at all (Dr. GRPO).
     """
     if aggregation == "sequence_mean":

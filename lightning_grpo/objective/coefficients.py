@@ -1,4 +1,4 @@
-"""β and the entropy coefficient as they stand in a run."""
+"""The current values of β and the entropy coefficient."""
 
 from dataclasses import replace
 from math import isnan
@@ -7,7 +7,7 @@ from lightning_grpo.objective.config import ObjectiveConfig
 
 
 class Coefficients:
-    """β and the entropy coefficient as they stand. Step once per optimizer step, with that step's true means."""
+    """The current values of β and the entropy coefficient; call `step` once per optimizer step."""
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.base = config
@@ -17,7 +17,7 @@ class Coefficients:
 
     @property
     def config(self) -> ObjectiveConfig:
-        """The objective with the coefficients in force: what `policy_loss` is given."""
+        """The objective with the current coefficients, for `policy_loss`."""
         if self.base.adaptive_beta is None and self.base.adaptive_entropy is None:
             return self.base
         return replace(
@@ -30,7 +30,7 @@ class Coefficients:
 
     @property
     def adaptive(self) -> dict[str, float]:
-        """What moves in a run, by the names of its metrics: the values in force."""
+        """Current values of the coefficients that are adaptive, by the names of their metrics."""
         values = {}
         if self.base.adaptive_beta is not None:
             values["beta"] = self.beta
@@ -39,9 +39,9 @@ class Coefficients:
         return values
 
     def step(self, *, kl: float | None = None, entropy: float | None = None) -> None:
-        """Move what is adaptive, by the means of ``kl`` and ``entropy`` over the tokens of the step on all ranks.
+        """Update the adaptive coefficients from the means of KL and entropy over the step's tokens on all ranks.
 
-        None or NaN, as after a step without any token in the loss, moves nothing.
+        None or NaN, as after a step without any token in the loss, changes nothing.
         """
         kl, entropy = (None if x is None or isnan(x) else x for x in (kl, entropy))
         if (control := self.base.adaptive_beta) is not None and kl is not None:

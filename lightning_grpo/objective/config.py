@@ -1,4 +1,4 @@
-"""Choosing an objective: a name, and the parts in which yours differs from it."""
+"""The configuration of the objective: the name of a published form, and options that replace parts of it."""
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
@@ -33,48 +33,48 @@ CLIP_OPTIONS = ("epsilon", "epsilon_high", "delta", "dual_clip")
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is optimised. Every field left at None takes the value of ``loss_type``'s published form."""
+    """The objective. A field that is None takes the value of the published form that ``loss_type`` names."""
 
     loss_type: str = "dr_grpo"
-    """One of the names in docs/objectives.md. The default is Dr. GRPO: sums divided by a constant, no length bias."""
+    """A name from docs/objectives.md. The default, Dr. GRPO, divides sums by a constant, which avoids length bias."""
     surrogate: Surrogate | None = None
-    """Per-token loss, by class path; yours, or one of ours with other numbers. None: the preset's."""
+    """The per-token loss, by class path: your own, or a built-in one with other options. None: that of loss_type."""
     importance_sampling_level: RatioLevel | None = None
-    """Ratio of each token, or of the whole completion (its geometric mean)."""
+    """The ratio of each token, or of the completion as the geometric mean of its tokens."""
     aggregation: Aggregation | None = None
-    """How token losses become one number."""
+    """How the losses of tokens are reduced to a scalar; see docs/objectives.md."""
     epsilon: float | None = None
-    """Lower clip range of the ratio; alone, also the upper."""
+    """Lower clip range of the ratio, and the upper one unless epsilon_high is set."""
     epsilon_high: float | None = None
-    """Upper clip range of the ratio. For CISPO the largest weight itself."""
+    """Upper clip range of the ratio. For CISPO, the largest weight itself."""
     delta: float | None = None
-    """Bound of the unclipped branch of the clipped surrogate. None: none."""
+    """Upper bound of the ratio in the unclipped branch of the clipped surrogate. None: no bound."""
     dual_clip: float | None = None
-    """Bound c > 1 on the loss of negative advantages in the clipped surrogate. None: off."""
+    """Bound c > 1 of the loss of negative advantages in the clipped surrogate. None: no bound."""
     beta: float | None = None
-    """Weight of the KL to the reference. 0 loads no reference policy. Recent recipes use 0; DeepSeekMath 0.04."""
+    """Weight of the KL to the reference. With 0 no reference is loaded. Recent recipes use 0, DeepSeekMath 0.04."""
     kl_estimator: KLEstimator | None = None
-    """k1, abs, k2 or k3. None: the preset's in the loss, k1 in the reward, where it alone is unbiased."""
+    """k1, abs, k2 or k3. None: that of loss_type in the loss, and k1, the only unbiased one, in the reward."""
     kl_placement: Literal["loss", "reward"] = "loss"
     """Add β·KL to the loss, or subtract it from the rewards before advantages."""
     use_bias_correction_kl: bool = False
     """Multiply the KL in the loss by the ratio, making its gradient unbiased off-policy (DeepSeek-V3.2)."""
     adaptive_beta: AdaptiveBeta | None = None
-    """Moves β towards a target KL. None: fixed."""
+    """Adjusts β to reach a target KL. None: β is fixed."""
     top_entropy_quantile: float = 1.0
-    """Share of tokens, those of highest entropy, that the policy term keeps (0.2 in arXiv:2506.01939)."""
+    """Share of tokens, those with the highest entropy, in the policy term (0.2 in arXiv:2506.01939)."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus. Above 0 the entropy needs a gradient, which costs memory and time."""
+    """Weight of the entropy bonus. If it is not 0 the entropy needs a gradient, which costs memory and time."""
     adaptive_entropy: AdaptiveEntropy | None = None
-    """Moves the entropy bonus towards a target entropy. None: fixed."""
+    """Adjusts the entropy bonus to reach a target entropy. None: the weight is fixed."""
     mask_truncated_completions: bool = False
-    """Leave completions that ended for their length out of the loss."""
+    """Exclude completions truncated at the length limit from the loss."""
     off_policy_mask_threshold: float | None = None
     """Drop completions with A < 0 whose mean log π_rollout − log π exceeds this. None: keep all."""
     rollout_correction: RolloutCorrection | None = None
-    """Reweights by π_old/π_engine. None: the engine's probabilities are taken to be the trainer's."""
+    """Weights tokens by π_old/π_engine. None: the engine's probabilities are assumed to equal the trainer's."""
     max_completion_length: int | None = None
-    """Divisor of the constant aggregation, in tokens. None: filled in from the generation settings."""
+    """Divisor of the constant aggregation, in tokens. None: max_completion_length of the model."""
 
     def __post_init__(self) -> None:
         if self.loss_type not in PRESETS:
@@ -91,19 +91,19 @@ class ObjectiveConfig:
         check_ranges(self, RANGES, prefix="objective.")
         if self.use_bias_correction_kl and self.kl_placement == "reward":
             raise UserError(
-                "objective.use_bias_correction_kl is true, but objective.kl_placement is 'reward', where there is no"
-                " ratio; set kl_placement to 'loss', or use_bias_correction_kl to false"
+                "objective.use_bias_correction_kl is true, but objective.kl_placement is 'reward', where no ratio is"
+                " defined; set kl_placement to 'loss', or use_bias_correction_kl to false"
             )
-        # resolving builds the surrogate, which checks its own numbers
+        # `resolved` builds the surrogate, which checks its own options.
         if self.resolved.beta == 0 and self.adaptive_beta is not None:
             raise UserError(
-                "objective.adaptive_beta is set, but objective.beta is 0, which it multiplies; set beta to where it"
-                " should start, e.g. 0.01"
+                "objective.adaptive_beta is set, but objective.beta is 0, which it multiplies; set beta to its initial"
+                " value, e.g. 0.01"
             )
         if self.adaptive_entropy is not None and not self.adaptive_entropy.minimum <= self.entropy_coef:
             raise UserError(
                 f"objective.entropy_coef is {self.entropy_coef}, below objective.adaptive_entropy.minimum"
-                f" {self.adaptive_entropy.minimum}; set entropy_coef to where it should start"
+                f" {self.adaptive_entropy.minimum}; set entropy_coef to its initial value"
             )
 
         self._check_clip_options()
@@ -117,7 +117,7 @@ class ObjectiveConfig:
                 continue
             if self.surrogate is not None and name in takes:
                 raise UserError(
-                    f"objective.{name} is {value} beside objective.surrogate, which has its own {name}; set it there"
+                    f"objective.{name} is {value}, but objective.surrogate has its own {name}; set it there"
                 )
             if name in ("delta", "dual_clip") and name not in takes:
                 raise UserError(
@@ -129,7 +129,7 @@ class ObjectiveConfig:
 
     @cached_property
     def resolved(self) -> Preset:
-        """The parts in force: the preset's, with the fields that are set here in their places."""
+        """The parts of ``loss_type``'s published form, replaced by the fields that are set."""
         preset = PRESETS[self.loss_type]
         names = ("importance_sampling_level", "aggregation", "beta", "kl_estimator")
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -145,7 +145,7 @@ class ObjectiveConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether reference log-probs are needed, in the loss or for the rewards."""
+        """Whether reference log-probs are needed, for the loss or for the rewards."""
         return self.resolved.beta != 0
 
     @property
@@ -154,27 +154,27 @@ class ObjectiveConfig:
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether `kl_penalty` is to be subtracted from the rewards."""
+        """Whether `kl_penalty` is subtracted from the rewards."""
         return self.resolved.beta != 0 and self.kl_placement == "reward"
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether `policy_loss` needs entropies (it reports their mean whenever it is given them)."""
+        """Whether `policy_loss` requires the entropy (it reports the mean whenever the entropy is given)."""
         return self.needs_entropy_grad or self.top_entropy_quantile < 1
 
     @property
     def needs_entropy_grad(self) -> bool:
-        """Whether those entropies need a gradient, now or later in the run."""
+        """Whether the entropy needs a gradient at any time in the run."""
         return self.entropy_coef != 0 or self.adaptive_entropy is not None
 
     def needs_old_logprobs(self, num_updates_per_rollout: int) -> bool:
-        """Whether a forward pass for old log-probs is due: never where the rollout gives only one update."""
+        """Whether old log-probs must be computed by a forward pass; never if there is one update per rollout."""
         used = self.resolved.surrogate.uses_ratio or self.rollout_correction is not None
         return num_updates_per_rollout > 1 and (used or (self.kl_in_loss and self.use_bias_correction_kl))
 
     @property
     def constant_on_policy(self) -> bool:
-        """Whether at ratio 1 the loss's gradient in the log-probs does not depend on them."""
+        """Whether, at ratio 1, the gradient of the loss with respect to the log-probs does not depend on them."""
         return not (
             self.kl_in_loss
             or self.needs_entropy
@@ -182,30 +182,13 @@ class ObjectiveConfig:
             or self.off_policy_mask_threshold is not None
         )
 
-    @property
-    def token_wise(self) -> bool:
-        """Whether each token's coefficient follows from that token alone, so that a row may be processed in pieces."""
-        resolved, correction = self.resolved, self.rollout_correction
-        return (
-            resolved.surrogate.token_wise
-            and resolved.importance_sampling_level == "token"
-            and (correction is None or correction.level == "token")
-            and self.off_policy_mask_threshold is None
-            and self.top_entropy_quantile == 1
-        )
-
-    @property
-    def global_tokens(self) -> bool:
-        """Whether the loss is defined over the whole step's tokens, so that `policy_loss` needs num_tokens."""
-        return self.resolved.aggregation == "global_tokens" or self.needs_entropy_grad
-
     def loss_mask(self, completion_mask: Tensor, truncated: Tensor) -> Tensor:
-        """The tokens that the loss is about, [N, T] bool: `policy_loss` takes them, num_tokens counts them."""
+        """The tokens in the loss, [N, T] bool, which `policy_loss` takes as mask and num_tokens counts."""
         return loss_mask(completion_mask, truncated, drop_truncated=self.mask_truncated_completions)
 
     @property
     def skips_zero_advantage(self) -> bool:
-        """Whether completions with A = 0 may be left out of the forward pass (num_sequences still counts them)."""
+        """Whether completions with A = 0 can be left out of the forward pass (num_sequences still counts them)."""
         return not (
             self.kl_in_loss
             or self.needs_entropy_grad
@@ -215,5 +198,5 @@ class ObjectiveConfig:
 
 
 def field_names(surrogate: Surrogate) -> set[str]:
-    """Names of the numbers that a surrogate takes; none where it is no dataclass."""
+    """The names of a surrogate's options; empty if it is not a dataclass."""
     return {f.name for f in fields(surrogate)} if is_dataclass(surrogate) else set()

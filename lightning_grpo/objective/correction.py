@@ -1,6 +1,6 @@
-"""Rollout correction: reweighting for the engine's probabilities not being the trainer's.
+"""Rollout correction: importance weights for the difference between the engine's and the trainer's probabilities.
 
-ρ = π_old/π_rollout, where π_rollout are the log-probs that the engine reports for what it sampled.
+ρ = π_old/π_rollout, with π_rollout from the log-probs that the engine reports for the tokens it sampled.
 """
 
 from dataclasses import dataclass
@@ -15,42 +15,41 @@ from lightning_grpo.ranges import check_ranges
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutCorrection:
-    """How ρ is formed and bounded.
+    """Computes ρ and keeps it within bounds.
 
     Truncated importance sampling (TIS) is level token, mode truncate, bounds (none, 2); IcePop (Ring-1T,
     arXiv:2510.18855) is level token, mode mask, bounds (0.5, 5); masked sequence importance sampling is level sequence,
-    mode mask. A token whose rollout log-prob is NaN (the engine could not score it) has ρ = 1.
+    mode mask. A token that the engine could not score (its rollout log-prob is NaN) has ρ = 1.
     """
 
     level: Literal["token", "sequence", "geometric"] = "token"
-    """Ratio of each token, of the whole completion (its product), or the completion's geometric mean."""
+    """The ratio of each token, their product over the completion, or their geometric mean over the completion."""
     mode: Literal["truncate", "mask"] = "truncate"
-    """What happens outside the bounds: ρ is clamped to them, or the token or completion is dropped (ρ = 0)."""
+    """Outside the bounds, clamp ρ to them (truncate), or drop the token or completion by setting ρ = 0 (mask)."""
     lower: float | None = None
-    """Lower bound of ρ; None: none."""
+    """Lower bound of ρ. None: no bound."""
     upper: float | None = 2.0
-    """Upper bound of ρ; None: none."""
+    """Upper bound of ρ. None: no bound."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"lower": "[0, 1]", "upper": "[1, inf)"}, prefix="rollout_correction.")
 
+    def weight(self, old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
+        """Return ρ within its bounds: [N, T] at token level, else [N, 1].
 
-def rollout_ratio(
-    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, level: Literal["token", "sequence", "geometric"]
-) -> Tensor:
-    """ρ before any bound: [N, T] at token level, else [N, 1]. The log-probs are equal at masked positions."""
-    log_rho = (old_logprobs - rollout_logprobs).masked_fill(rollout_logprobs.isnan(), 0.0)
-    if level == "sequence":
-        log_rho = log_rho.sum(1, keepdim=True)
-    elif level == "geometric":
-        log_rho = sequence_mean(log_rho, mask)
-    return log_rho.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
-
-
-def bound(ratio: Tensor, correction: RolloutCorrection) -> Tensor:
-    """The rollout weight, shaped as ``ratio``."""
-    lower = 0.0 if correction.lower is None else correction.lower
-    upper = float("inf") if correction.upper is None else correction.upper
-    if correction.mode == "truncate":
-        return ratio.clamp(lower, upper)
-    return torch.where((ratio >= lower) & (ratio <= upper), ratio, 0.0)
+        Args:
+            old_logprobs: [N, T], of the trainer; equal to ``rollout_logprobs`` at masked positions.
+            rollout_logprobs: [N, T], of the engine; NaN for tokens that it could not score.
+            mask: [N, T] bool.
+        """
+        log_ratio = (old_logprobs - rollout_logprobs).masked_fill(rollout_logprobs.isnan(), 0.0)
+        if self.level == "sequence":
+            log_ratio = log_ratio.sum(1, keepdim=True)
+        elif self.level == "geometric":
+            log_ratio = sequence_mean(log_ratio, mask)
+        ratio = log_ratio.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
+        lower = 0.0 if self.lower is None else self.lower
+        upper = float("inf") if self.upper is None else self.upper
+        if self.mode == "truncate":
+            return ratio.clamp(lower, upper)
+        return torch.where((ratio >= lower) & (ratio <= upper), ratio, 0.0)

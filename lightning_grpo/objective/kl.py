@@ -1,4 +1,4 @@
-"""Distance from the reference policy: estimators of KL(π‖π_ref) from the sampled tokens' log-probs.
+"""Estimators of KL(π‖π_ref), the distance from the reference policy, from the log-probs of the sampled tokens.
 
 http://joschu.net/blog/kl-approx.html; x = log π_ref − log π.
 """
@@ -13,12 +13,12 @@ KLEstimator = Literal["k1", "abs", "k2", "k3"]
 
 
 def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator = "k3") -> Tensor:
-    """Per token, [N, T].
+    """Return the estimate for each token, [N, T].
 
-    - k1: −x. Unbiased; right in the reward, while in a loss its expected gradient is zero.
+    - k1: −x. Unbiased. For the reward; in a loss its expected gradient is zero.
     - abs: |x|.
-    - k2: x²/2. Biased in value; in a loss, on-policy, its gradient is the true one.
-    - k3: eˣ − x − 1. Unbiased, never negative; in a loss its gradient is that of the forward KL (arXiv:2512.21852).
+    - k2: x²/2. Biased; in a loss, on-policy, its gradient is that of the true KL.
+    - k3: eˣ − x − 1. Unbiased and never negative; in a loss its gradient is that of the forward KL (arXiv:2512.21852).
     """
     x = ref_logprobs - logprobs
     if estimator == "k1":
@@ -33,12 +33,12 @@ def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator
 def kl_penalty(
     logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, beta: float, estimator: KLEstimator = "k1"
 ) -> Tensor:
-    """β · Σ_t KL_t, [N]: subtract it from the rewards where the KL belongs to the reward (RLHF, arXiv:2203.02155).
+    """Return β · Σ_t KL_t, [N], to be subtracted from the rewards (RLHF, arXiv:2203.02155).
 
     Args:
-        logprobs: [N, T], those of the policy that sampled.
-        ref_logprobs: [N, T].
-        mask: [N, T]; masked positions may hold anything.
+        logprobs: [N, T], of the sampling policy.
+        ref_logprobs: [N, T], of the reference.
+        mask: [N, T]; masked positions may hold any value.
     """
     mask = mask.bool()
     kl = kl_divergence(fill(logprobs, mask), fill(ref_logprobs, mask), estimator)

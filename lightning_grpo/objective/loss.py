@@ -1,4 +1,7 @@
-"""The objective: surrogate × masks × rollout weight + β·KL, aggregated, less the entropy bonus."""
+"""The policy loss: surrogate × masks × rollout weight + β·KL, aggregated, minus the entropy bonus.
+
+Shapes: N completions, T tokens. Log-probs and entropies are in nats.
+"""
 
 import torch
 from torch import Tensor
@@ -7,11 +10,10 @@ from lightning_grpo.errors import UserError
 from lightning_grpo.metrics import Metric, Percentile99
 from lightning_grpo.objective.aggregation import aggregate
 from lightning_grpo.objective.config import ObjectiveConfig
-from lightning_grpo.objective.correction import bound, rollout_ratio
 from lightning_grpo.objective.kl import kl_divergence
 from lightning_grpo.objective.masks import off_policy_mask, top_entropy_mask
 from lightning_grpo.objective.surrogate import Surrogate, Terms
-from lightning_grpo.objective.tensors import exp, extremes, fill, mean_metric, rows, sequence_mean
+from lightning_grpo.objective.tensors import exp, extremes, fill, has_tokens, mean_metric, sequence_mean
 
 
 def policy_loss(
@@ -23,92 +25,76 @@ def policy_loss(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
-    rollout_weight: Tensor | None = None,
     entropy: Tensor | None = None,
     num_tokens: Tensor | float | None = None,
     num_sequences: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """The loss of one micro-batch, and its metrics in a form that merges over micro-batches and ranks.
+    """Return the loss of one micro-batch, and metrics that can be merged over micro-batches and ranks.
 
-    Shapes: N completions, T tokens; log-probs in nats. Masked positions may hold anything, NaN included.
+    Masked positions may hold any value, including NaN.
 
     Args:
         config: The objective.
         logprobs: [N, T], with gradient.
-        advantages: [N], or [N, T] where tokens differ.
-        mask: [N, T] bool or 0/1: the policy's own tokens (no padding, no tool output).
-        old_logprobs: [N, T], those at the rollout's start. None: the step is on-policy, old = sg[logprobs].
-        ref_logprobs: [N, T], needed where β ≠ 0 and the KL is in the loss; the KL is reported whenever they are given.
-        rollout_logprobs: [N, T], the engine's; NaN where it could not score a token. For the rollout correction, the
-            off-policy mask and DPPO; the latter two fall back on old_logprobs.
-        rollout_weight: [N, T], [N, 1] or [N]: takes the place of the computed correction.
-        entropy: [N, T], needed for the entropy bonus (with gradient) and the top-entropy mask; reported when given.
-        num_tokens: Divisor of the global token mean and of the entropy bonus: the tokens of the optimizer step over all
-            ranks, divided by the number of losses that the trainer averages (micro-batches · ranks). None: the tokens
-            given here.
-        num_sequences: Divisor of sequence means, likewise. None: N. Larger than N where rows with A = 0 were left out.
+        advantages: [N], or [N, T] if they differ between the tokens of a completion.
+        mask: [N, T] bool or 0/1: tokens that the policy sampled (no padding, no tool output).
+        old_logprobs: [N, T], of the policy at the start of the rollout. None: on-policy, old = sg[logprobs].
+        ref_logprobs: [N, T], of the reference. Required if β ≠ 0 and the KL is in the loss; the KL is reported whenever
+            they are given.
+        rollout_logprobs: [N, T], of the engine; NaN for tokens that it could not score. Used by the rollout correction,
+            the off-policy mask and DPPO; without them the latter two use old_logprobs.
+        entropy: [N, T]. Required by the entropy bonus (with gradient) and the top-entropy mask; its mean is reported
+            whenever it is given.
+        num_tokens: Divisor of the global token mean and the entropy bonus: loss tokens in the optimizer step, summed
+            over ranks, divided by the number of losses that the trainer averages (micro-batches × ranks). None: the
+            tokens in ``mask``.
+        num_sequences: Divisor of means over completions, computed in the same way. None: N. It may exceed N if
+            completions with A = 0 were skipped.
 
     Returns:
-        The scalar loss, and metrics by name: means over tokens (over completions, where the ratio is per sequence).
+        The scalar loss, and metrics by name: means over tokens, or over completions for a ratio per completion.
 
     Raises:
-        ValueError: An input that the objective needs is missing or misshapen.
+        UserError: An input that the objective needs is missing or has the wrong shape.
     """
+    check_inputs(config, logprobs, advantages, mask, old_logprobs, ref_logprobs, rollout_logprobs, entropy)
     parts = config.resolved
-    given = {
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "rollout_logprobs": rollout_logprobs,
-        "entropy": entropy,
-    }
-    check_inputs(config, logprobs, advantages, mask, given, rollout_weight)
     mask = mask.bool()
     logprobs = fill(logprobs, mask)
     old = logprobs.detach() if old_logprobs is None else fill(old_logprobs, mask).detach()
     engine = None if rollout_logprobs is None else fill(rollout_logprobs, mask).detach()
-    A = fill(advantages[:, None], rows(mask)) if advantages.dim() == 1 else fill(advantages, mask)
-
-    log_ratio = logprobs - old
-    if parts.importance_sampling_level == "sequence":
-        log_ratio = sequence_mean(log_ratio, mask)
-    ratio = exp(log_ratio)
-    if rollout_weight is not None:
-        weight = rollout_weight[:, None] if rollout_weight.dim() == 1 else rollout_weight
-        weight = fill(weight, mask if weight.shape[1] == mask.shape[1] else rows(mask), 1.0).detach()
-    elif config.rollout_correction is not None:
-        weight = bound(rollout_ratio(old, engine, mask, config.rollout_correction.level), config.rollout_correction)
-    else:
-        weight = None
-
+    A = fill(advantages[:, None], has_tokens(mask)) if advantages.dim() == 1 else fill(advantages, mask)
+    correction = config.rollout_correction
     terms = Terms(
         logprobs=logprobs,
         old_logprobs=old,
         behavior_logprobs=old if engine is None else engine,
-        ratio=ratio,
+        ratio=importance_ratio(logprobs, old, mask, parts.importance_sampling_level),
         advantages=A.to(logprobs.dtype),
         mask=mask,
-        rollout_weight=weight,
+        rollout_weight=None if correction is None else correction.weight(old, engine, mask),
     )
-    loss = parts.surrogate(terms)
-    metrics = mismatch_metrics(old, engine, weight, mask) | ratio_metrics(parts.surrogate, terms)
+    metrics = mismatch_metrics(old, engine, terms.rollout_weight, mask) | ratio_metrics(parts.surrogate, terms)
 
-    keep = mask
+    loss = parts.surrogate(terms)
     if config.off_policy_mask_threshold is not None:
-        near = off_policy_mask(logprobs, terms.behavior_logprobs, A, mask, config.off_policy_mask_threshold)
-        loss = loss * near
-        metrics["off_policy_kept"] = mean_metric(near.to(loss.dtype), mask)
+        kept = off_policy_mask(logprobs, terms.behavior_logprobs, A, mask, config.off_policy_mask_threshold)
+        loss = loss * kept
+        metrics["off_policy_kept"] = mean_metric(kept.to(loss.dtype), mask)
+    bonus_mask = mask
     if entropy is not None:
         entropy = fill(entropy, mask)
         metrics["entropy"] = mean_metric(entropy, mask)
     if config.top_entropy_quantile < 1:
-        keep = top_entropy_mask(entropy.detach(), mask, config.top_entropy_quantile)
-        loss = loss * keep
-    if weight is not None and not parts.surrogate.applies_rollout_weight:
-        loss = loss * weight
+        bonus_mask = top_entropy_mask(entropy.detach(), mask, config.top_entropy_quantile)
+        loss = loss * bonus_mask
+    if terms.rollout_weight is not None and not parts.surrogate.applies_rollout_weight:
+        loss = loss * terms.rollout_weight
+
     if ref_logprobs is not None:
         kl = kl_divergence(logprobs, fill(ref_logprobs, mask).detach(), parts.kl_estimator)
         if config.use_bias_correction_kl:
-            kl = kl * ratio
+            kl = kl * terms.ratio
         metrics["kl"] = mean_metric(kl, mask)
         if config.kl_in_loss:
             loss = loss + parts.beta * kl
@@ -125,36 +111,42 @@ def policy_loss(
         max_completion_length=config.max_completion_length,
     )
     if config.entropy_coef != 0:
-        mean_entropy = (entropy * keep).sum() / keep.sum().clamp(min=1)
+        mean_entropy = (entropy * bonus_mask).sum() / bonus_mask.sum().clamp(min=1)
         total = total - config.entropy_coef * mean_entropy * tokens / num_tokens
     return total, metrics
 
 
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str) -> Tensor:
+    """π/π_old: [N, T] of each token, or [N, 1] as the geometric mean over a completion (``level`` sequence)."""
+    log_ratio = logprobs - old_logprobs
+    return exp(sequence_mean(log_ratio, mask) if level == "sequence" else log_ratio)
+
+
 def ratio_metrics(surrogate: Surrogate, terms: Terms) -> dict[str, Metric]:
-    """How far the policy has moved, and the share of tokens that the surrogate no longer moves."""
+    """The distribution of the ratio, and the share of tokens whose gradient the surrogate clips to 0."""
     lowest, highest = extremes(terms.ratio, terms.mask)
     metrics: dict[str, Metric] = {
         "ratio/mean": mean_metric(terms.ratio, terms.mask),
         "ratio/min": lowest,
         "ratio/max": highest,
     }
-    if (cut := surrogate.clipped(terms)) is not None:
-        low, high = (side.to(terms.logprobs.dtype) for side in cut)
+    if (clipped := surrogate.clipped(terms)) is not None:
+        low, high = (side.to(terms.logprobs.dtype) for side in clipped)
         metrics["clip_ratio/low_mean"] = mean_metric(low, terms.mask)
         metrics["clip_ratio/high_mean"] = mean_metric(high, terms.mask)
         metrics["clip_ratio/region_mean"] = mean_metric(low + high, terms.mask)
-        metrics["clip_ratio/low_min"] = extremes(per_sequence(low, terms.mask), terms.mask)[0]
-        metrics["clip_ratio/high_max"] = extremes(per_sequence(high, terms.mask), terms.mask)[1]
+        metrics["clip_ratio/low_min"] = extremes(_per_completion(low, terms.mask), terms.mask)[0]
+        metrics["clip_ratio/high_max"] = extremes(_per_completion(high, terms.mask), terms.mask)[1]
     return metrics
 
 
-def per_sequence(x: Tensor, mask: Tensor) -> Tensor:
-    """[N, 1]: the mean over each row's tokens, or ``x`` itself where it is one value a row."""
+def _per_completion(x: Tensor, mask: Tensor) -> Tensor:
+    """[N, 1]: the mean of ``x`` [N, T] over each completion's tokens; ``x`` itself if it is [N, 1]."""
     return x if x.shape[1] == 1 else sequence_mean(x, mask)
 
 
 def mismatch_metrics(old: Tensor, engine: Tensor | None, weight: Tensor | None, mask: Tensor) -> dict[str, Metric]:
-    """How far the engine's probabilities are from the trainer's, and the weights in force for it."""
+    """The difference between the trainer's and the engine's log-probs, and the weights that correct for it."""
     metrics: dict[str, Metric] = {}
     if engine is not None:
         scored = mask & ~engine.isnan()
@@ -176,35 +168,46 @@ def check_inputs(
     logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    given: dict[str, Tensor | None],
-    rollout_weight: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    entropy: Tensor | None,
 ) -> None:
-    """Everything that the objective needs is there and fits [N, T]."""
+    """Raise `UserError` unless every input that the objective needs is given and has the shape [N, T]."""
     if logprobs.dim() != 2:
-        raise UserError(f"logprobs is shaped {list(logprobs.shape)}; give [N, T]")
-    N, T = shape = logprobs.shape
-    for name, x in {"mask": mask, **given}.items():
-        if x is not None and x.shape != shape:
-            raise UserError(f"{name} is shaped {list(x.shape)}, but logprobs {[N, T]}; give the same shape")
+        raise UserError(f"logprobs has shape {list(logprobs.shape)}; give [N, T]")
+    N, T = logprobs.shape
+    given = {
+        "mask": mask,
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+        "entropy": entropy,
+    }
+    for name, x in given.items():
+        if x is not None and x.shape != logprobs.shape:
+            raise UserError(f"{name} has shape {list(x.shape)}, but logprobs has {[N, T]}; give both the same shape")
     if advantages.shape not in ((N,), (N, T)):
-        raise UserError(f"advantages is shaped {list(advantages.shape)}; give [N] = {[N]} or [N, T] = {[N, T]}")
-    if rollout_weight is not None and rollout_weight.shape not in ((N,), (N, 1), (N, T)):
-        raise UserError(f"rollout_weight is shaped {list(rollout_weight.shape)}; give {[N]}, {[N, 1]} or {[N, T]}")
+        raise UserError(f"advantages has shape {list(advantages.shape)}; give [N] = {[N]} or [N, T] = {[N, T]}")
     if config.resolved.aggregation == "constant" and config.max_completion_length is None:
         raise UserError(
             f"objective.max_completion_length is not set, but loss_type {config.loss_type!r} divides by it; set it to"
-            " the generation limit in tokens"
+            " the largest number of tokens in a completion"
         )
-    weighted = config.rollout_correction is not None and rollout_weight is None
-    for name, needed, why in (
-        ("ref_logprobs", config.kl_in_loss, f"beta is {config.resolved.beta}; set it to 0 to do without"),
-        ("rollout_logprobs", weighted, "rollout_correction is set; set it to null to do without"),
-        ("entropy", config.entropy_coef != 0, f"entropy_coef is {config.entropy_coef}; set it to 0 to do without"),
+    beta, quantile = config.resolved.beta, config.top_entropy_quantile
+    for name, needed, reason in (
+        ("ref_logprobs", config.kl_in_loss, f"beta is {beta}; give them, or set beta to 0"),
+        (
+            "rollout_logprobs",
+            config.rollout_correction is not None,
+            "rollout_correction is set; give them, or set it to null",
+        ),
         (
             "entropy",
-            config.top_entropy_quantile < 1,
-            f"top_entropy_quantile is {config.top_entropy_quantile}; set it to 1",
+            config.entropy_coef != 0,
+            f"entropy_coef is {config.entropy_coef}; give it, or set the coefficient to 0",
         ),
+        ("entropy", quantile < 1, f"top_entropy_quantile is {quantile}; give it, or set the quantile to 1"),
     ):
         if needed and given[name] is None:
-            raise UserError(f"{name} is None, but objective.{why}")
+            raise UserError(f"{name} is None, but objective.{reason}")

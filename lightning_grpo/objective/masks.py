@@ -1,4 +1,4 @@
-"""Which tokens and completions take part in the policy term. Shapes: N completions, T tokens."""
+"""Masks that select the tokens and completions of the policy term. Shapes: N completions, T tokens."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,13 @@ from lightning_grpo.objective.tensors import sequence_mean
 
 
 def loss_mask(completion_mask: Tensor, truncated: Tensor, *, drop_truncated: bool) -> Tensor:
-    """[N, T] bool: the tokens that the loss is about.
+    """[N, T] bool: the tokens in the loss.
 
     Args:
-        completion_mask: [N, T], the policy's own tokens: no padding, no tool output.
-        truncated: [N] bool, True where the completion ended for its length.
-        drop_truncated: leave those completions out (overlong filtering, arXiv:2503.14476, §3.4): what they would have
-            come to is unknown. They still count in means over completions.
+        completion_mask: [N, T], the tokens that the policy sampled: no padding, no tool output.
+        truncated: [N] bool, True if the completion was cut off at the length limit.
+        drop_truncated: exclude those completions, whose result is unknown (overlong filtering, arXiv:2503.14476, §3.4).
+            They still count in means over completions.
     """
     mask = completion_mask.bool()
     return mask & ~truncated[:, None] if drop_truncated else mask
@@ -22,11 +22,11 @@ def loss_mask(completion_mask: Tensor, truncated: Tensor, *, drop_truncated: boo
 def top_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
     """[N, T] bool: the ``quantile`` of tokens with the highest entropy (arXiv:2506.01939; 0.2 there).
 
-    Local by intent: the threshold is that of the tokens given, here one micro-batch.
+    The threshold is taken over the tokens given, by design those of one micro-batch.
     """
     if not mask.any():
         return mask
-    # both sides of the comparison in one precision: a token that is the threshold itself stays
+    # Compare in one precision, so that a token whose entropy equals the threshold is kept.
     entropy = entropy.float()
     threshold = torch.quantile(entropy[mask], 1 - quantile)
     return (entropy >= threshold) & mask
@@ -35,11 +35,12 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
 def off_policy_mask(
     logprobs: Tensor, behavior_logprobs: Tensor, advantages: Tensor, mask: Tensor, threshold: float
 ) -> Tensor:
-    """Bool, shaped as ``advantages`` ([N, 1] or [N, T]): keep A ≥ 0, or completions still near their sampler.
+    """Bool, shaped like ``advantages`` ([N, 1] or [N, T]): True if A ≥ 0 or the policy is near the sampling policy.
 
-    Near: the completion's mean of (log π_rollout − log π) is at most ``threshold`` (DeepSeek-V3.2, arXiv:2512.02556).
+    It is near if the mean of (log π_rollout − log π) over the completion is at most ``threshold`` (DeepSeek-V3.2,
+    arXiv:2512.02556).
     """
-    # a token that the engine could not score (NaN) is no evidence of drift
+    # A token that the engine could not score (NaN) counts as unchanged.
     drift = (behavior_logprobs - logprobs.detach()).masked_fill(behavior_logprobs.isnan(), 0.0)
     distance = sequence_mean(drift, mask)
     return (advantages >= 0) | (distance <= threshold)

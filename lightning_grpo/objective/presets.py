@@ -1,4 +1,4 @@
-"""The names users know, each a choice of parts with its published numbers. ``table.py`` prints this page."""
+"""Published objectives by name: each combines parts with the values of its paper. docs/objectives.md lists them."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,7 +12,7 @@ RatioLevel = Literal["token", "sequence"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """An objective's parts, and where they come from."""
+    """The parts of a published objective, and its source."""
 
     surrogate: Surrogate = field(default_factory=Clipped)
     importance_sampling_level: RatioLevel = "token"
@@ -21,14 +21,14 @@ class Preset:
     kl_estimator: KLEstimator = "k3"
     paper: str
     use: str
-    """When to use it, in a line."""
+    """When to use it, in one line."""
 
 
 PRESETS: dict[str, Preset] = {
     "dr_grpo": Preset(
         aggregation="constant",
         paper="Dr. GRPO, arXiv:2503.20783",
-        use="The default. No bias towards short or long completions; steady step sizes.",
+        use="The default. No bias towards short or long completions; step sizes are stable.",
     ),
     "grpo": Preset(
         aggregation="sequence_mean",
@@ -39,20 +39,20 @@ PRESETS: dict[str, Preset] = {
     "bnpo": Preset(
         aggregation="local_tokens",
         paper="TRL's token mean over the micro-batch",
-        use="To match runs that used it. Local by intent: depends on how a step is split into micro-batches.",
+        use="To match runs that used it. Local by intent: the loss depends on the split into micro-batches.",
     ),
     "dapo": Preset(
         surrogate=Clipped(epsilon=0.2, epsilon_high=0.28),
         aggregation="global_tokens",
         paper="DAPO, arXiv:2503.14476",
-        use="Long reasoning with many completions: every token counts alike, rare tokens may grow.",
+        use="Long reasoning: every token has the same weight, and unlikely tokens can become likely.",
     ),
     "gspo": Preset(
         surrogate=Clipped(epsilon=3e-4, epsilon_high=4e-4),
         importance_sampling_level="sequence",
         aggregation="sequence_mean",
         paper="GSPO, arXiv:2507.18071",
-        use="Mixture-of-experts policies and several updates per rollout; pointless at one.",
+        use="Mixture-of-experts policies with several updates per rollout; no effect with one.",
     ),
     "luspo": Preset(
         surrogate=Clipped(epsilon=2e-3, epsilon_high=2.5e-3),
@@ -65,37 +65,37 @@ PRESETS: dict[str, Preset] = {
         surrogate=CISPO(),
         aggregation="global_tokens",
         paper="MiniMax-M1, arXiv:2506.13585; cap of ScaleRL, arXiv:2510.13786",
-        use="Off-policy steps at scale: wild ratios are capped, no token loses its gradient.",
+        use="Large off-policy runs: large ratios are capped, and no token loses its gradient.",
     ),
     "sapo": Preset(
         surrogate=SAPO(),
         aggregation="sequence_mean",
         paper="SAPO, arXiv:2511.20347",
-        use="Where hard clipping wastes or destabilises: the gate fades smoothly.",
+        use="If hard clipping discards too much or destabilises: the gate decays smoothly.",
     ),
     "vespo": Preset(
         surrogate=VESPO(),
         aggregation="global_tokens",
         paper="VESPO, arXiv:2602.10693",
-        use="Stale or asynchronous rollouts: whole sequences weighted by how far they have drifted.",
+        use="Stale or asynchronous rollouts: completions are weighted by how far the policy has moved.",
     ),
     "gmpo": Preset(
         surrogate=GMPO(),
         importance_sampling_level="sequence",
         aggregation="sequence_mean",
         paper="GMPO, arXiv:2507.20673",
-        use="Outlier tokens: the geometric mean hardly sees them.",
+        use="Robustness to outlier tokens, which hardly change a geometric mean.",
     ),
     "dppo": Preset(
         surrogate=DPPO(),
         aggregation="global_tokens",
         paper="DPPO, arXiv:2602.04879",
-        use="Large vocabularies: trust region on probabilities, so that rare tokens may learn.",
+        use="Large vocabularies: a trust region on probabilities does not bind rare tokens harder.",
     ),
     "reinforce": Preset(
         surrogate=Reinforce(),
         aggregation="global_tokens",
         paper="Williams 1992; with group baselines, GPG, arXiv:2504.02546",
-        use="Strictly on-policy steps: nothing to clip, no old log-probs.",
+        use="Strictly on-policy steps: no clipping and no old log-probs.",
     ),
 }

@@ -1,7 +1,7 @@
-"""Surrogates: per-token losses whose gradient is the policy gradient, each with its own guard against large steps.
+"""Surrogates: per-token losses whose gradient is the policy gradient, each with its own limit on large steps.
 
 Shapes: N completions, T tokens. w = π/π_old is the ratio, [N, T] at token level and [N, 1] at sequence level; A are the
-advantages, [N, 1] or [N, T]; sg[·] stops the gradient. Everything is finite at masked positions (w = 1 there).
+advantages, [N, 1] or [N, T]; sg[·] stops the gradient. All inputs are finite at masked positions (w = 1 there).
 """
 
 from abc import ABC, abstractmethod
@@ -18,14 +18,14 @@ from lightning_grpo.ranges import check_ranges
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What a surrogate may use."""
+    """The inputs of a surrogate."""
 
     logprobs: Tensor
     """[N, T], with gradient."""
     old_logprobs: Tensor
-    """[N, T], no gradient: those of the policy that the ratio starts from."""
+    """[N, T], no gradient: of the policy in the denominator of the ratio."""
     behavior_logprobs: Tensor
-    """[N, T], no gradient: the engine's where there is one (NaN where it could not score), else old_logprobs."""
+    """[N, T], no gradient: the engine's (NaN for tokens that it could not score) if given, else old_logprobs."""
     ratio: Tensor
     """w: [N, T] (token level) or [N, 1] (sequence level), with gradient."""
     advantages: Tensor
@@ -42,46 +42,46 @@ class Terms:
 
 
 class Surrogate(ABC):
-    """Per-token loss before masks, rollout correction, KL and aggregation.
+    """The per-token loss, before masks, rollout correction, KL and aggregation.
 
-    To bring your own: subclass (a frozen keyword-only dataclass holds its numbers), implement ``__call__``, and name it
-    in YAML by class path under ``objective.surrogate``. The loss of a token whose A is 0 must have no gradient.
+    To define your own, write a subclass that is a frozen keyword-only dataclass with its options as fields, implement
+    ``__call__``, and set ``objective.surrogate`` to its class path. The loss of a token with A = 0 must have no
+    gradient.
     """
 
     uses_ratio: ClassVar[bool] = True
-    """Whether the loss looks at old log-probs at all."""
-    token_wise: ClassVar[bool] = True
-    """Whether a token's loss depends on that token alone (given a token-level ratio)."""
+    """Whether the loss depends on old log-probs."""
     applies_rollout_weight: ClassVar[bool] = False
-    """Whether the loss already contains ρ; otherwise it is multiplied in afterwards."""
+    """Whether the loss already contains ρ; otherwise it is multiplied by ρ afterwards."""
 
     @abstractmethod
     def __call__(self, terms: Terms) -> Tensor:
-        """The loss, [N, T] or broadcastable to it."""
+        """Return the loss, [N, T] or broadcastable to it."""
 
     def clipped(self, terms: Terms) -> tuple[Tensor, Tensor] | None:
-        """Where the guard cut the gradient for a ratio too low and too high, bool [N, T] or [N, 1]; None: no guard."""
+        """Return where the gradient is clipped for a low and for a high ratio, bool [N, T] or [N, 1]; None: never."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clipped(Surrogate):
-    """−min(min(w, δ)·A, clip(w, 1−ε, 1+ε_high)·A), of PPO (arXiv:1707.06347, eq. 7) and GRPO (arXiv:2402.03300, eq. 3).
+    """−min(min(w, δ)·A, clip(w, 1−ε, 1+ε_high)·A) of PPO (arXiv:1707.06347, eq. 7) and GRPO (arXiv:2402.03300, eq. 3).
 
     With ``dual_clip`` = c the loss of a negative advantage is at most −c·A (arXiv:1912.09729).
     """
 
     epsilon: float = 0.2
-    """The ratio counts down to 1 − epsilon."""
+    """The lower clip bound of the ratio is 1 − epsilon."""
     epsilon_high: float | None = None
-    """The ratio counts up to 1 + epsilon_high. None: as epsilon."""
+    """The upper clip bound of the ratio is 1 + epsilon_high. None: epsilon."""
     delta: float | None = None
-    """Upper bound of the unclipped branch's ratio (INTELLECT-2's two-sided clipping, arXiv:2505.07291). None: none."""
+    """Upper bound of the ratio in the unclipped branch (two-sided clipping of INTELLECT-2, arXiv:2505.07291). None: no
+    bound."""
     dual_clip: float | None = None
     """c > 1 of the dual clip, usually 3. None: off."""
 
     def __post_init__(self) -> None:
-        # at 1 and below, delta and dual_clip would clip unchanged tokens
+        # At 1 or below, delta and dual_clip would clip tokens whose ratio is 1.
         ranges = {"epsilon": "[0, inf)", "epsilon_high": "[0, inf)", "delta": "(1, inf)", "dual_clip": "(1, inf)"}
         check_ranges(self, ranges, prefix="Clipped.")
 
@@ -105,7 +105,7 @@ class Clipped(Surrogate):
 
 @dataclass(frozen=True, kw_only=True)
 class Reinforce(Surrogate):
-    """−A·log π (Williams 1992): no ratio, no guard. Right for on-policy steps."""
+    """−A·log π (Williams 1992), without a ratio or a clip. For on-policy steps."""
 
     uses_ratio: ClassVar[bool] = False
 
@@ -115,10 +115,10 @@ class Reinforce(Surrogate):
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(Surrogate):
-    """−sg[min(w, ε_high)]·A·log π (MiniMax-M1, arXiv:2506.13585): no token loses its gradient."""
+    """−sg[min(w, ε_high)]·A·log π (MiniMax-M1, arXiv:2506.13585). No token loses its gradient."""
 
     epsilon_high: float = 5.0
-    """The largest weight itself, not an offset from 1 (5 in ScaleRL, arXiv:2510.13786)."""
+    """The largest weight itself, not its distance from 1 (5 in ScaleRL, arXiv:2510.13786)."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"epsilon_high": "(0, inf)"}, prefix="CISPO.")
@@ -132,18 +132,18 @@ class CISPO(Surrogate):
 
 
 def by_sign(A: Tensor, positive: Tensor, above: float, below: float) -> Tensor:
-    """``above`` where ``positive`` holds, else ``below``, in A's precision."""
+    """``above`` where ``positive`` is True, ``below`` elsewhere, in the precision of ``A``."""
     return torch.where(positive, A.new_tensor(above), A.new_tensor(below))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SAPO(Surrogate):
-    """−(4/τ)·σ(τ·(w − 1))·A, a soft gate in place of the clip (arXiv:2511.20347)."""
+    """−(4/τ)·σ(τ·(w − 1))·A, a soft gate instead of a clip (arXiv:2511.20347)."""
 
     temperature_positive: float = 1.0
-    """τ where A > 0."""
+    """τ if A > 0."""
     temperature_negative: float = 1.05
-    """τ elsewhere; the larger, the faster an off-policy token's gradient decays."""
+    """τ otherwise. The larger τ is, the faster the gradient of an off-policy token decays."""
 
     def __post_init__(self) -> None:
         ranges = {"temperature_positive": "(0, inf)", "temperature_negative": "(0, inf)"}
@@ -157,22 +157,21 @@ class SAPO(Surrogate):
 
 @dataclass(frozen=True, kw_only=True)
 class VESPO(Surrogate):
-    """−sg[φ(w_s)]·A·log π with φ(w) = w^k · e^(λ·(1−w)) of the whole sequence's ratio w_s (arXiv:2602.10693).
+    """−sg[φ(w_s)]·A·log π with φ(w) = w^k · e^(λ·(1−w)) of the completion's ratio w_s (arXiv:2602.10693).
 
-    log w_s = Σ (log π − log π_old) + Σ log ρ: the rollout weight is inside.
+    log w_s = Σ (log π − log π_old) + Σ log ρ, which includes the rollout weight.
     """
 
-    token_wise: ClassVar[bool] = False
     applies_rollout_weight: ClassVar[bool] = True
 
     k_positive: float = 2.0
-    """k where A ≥ 0."""
+    """k if A ≥ 0."""
     lambda_positive: float = 3.0
-    """λ where A ≥ 0."""
+    """λ if A ≥ 0."""
     k_negative: float = 3.0
-    """k where A < 0."""
+    """k if A < 0."""
     lambda_negative: float = 2.0
-    """λ where A < 0."""
+    """λ if A < 0."""
 
     def __post_init__(self) -> None:
         names = ("k_positive", "lambda_positive", "k_negative", "lambda_negative")
@@ -183,12 +182,12 @@ class VESPO(Surrogate):
 
     @torch.no_grad()
     def weight(self, terms: Terms) -> Tensor:
-        """φ(w_s) by the sign of A, shaped as the advantages."""
+        """φ(w_s) with the options for the sign of A, shaped like the advantages."""
         lowest = log(1e-8)
         log_w = (terms.log_ratio.clamp(-LOG_LIMIT, LOG_LIMIT) * terms.mask).sum(1, keepdim=True)
         if terms.rollout_weight is not None:
             log_rho = terms.rollout_weight.log().clamp(lowest, LOG_LIMIT)
-            # a weight per sequence counts once, weights per token add up
+            # A weight per completion is added once; weights per token are summed.
             log_w = log_w + (log_rho if log_rho.shape[1] == 1 else (log_rho * terms.mask).sum(1, keepdim=True))
         log_w = log_w.clamp(lowest, LOG_LIMIT)
         A = terms.advantages
@@ -199,17 +198,15 @@ class VESPO(Surrogate):
 
 @dataclass(frozen=True, kw_only=True)
 class GMPO(Surrogate):
-    """−A · geometric mean over the sequence of the clipped token ratios (arXiv:2507.20673).
+    """−A · geometric mean of the clipped token ratios over the completion (arXiv:2507.20673).
 
-    The clip is in log space and one-sided by the sign of A: log w ≤ ε_high where A > 0, log w ≥ −ε where A < 0.
+    The clip is in log space, and on one side depending on the sign of A: log w ≤ ε_high if A > 0, log w ≥ −ε if A < 0.
     """
 
-    token_wise: ClassVar[bool] = False
-
     epsilon: float = 0.4
-    """Bound of −log w for negative advantages: ratios from e^−0.4."""
+    """Bound of −log w for negative advantages: by default ratios from e^−0.4."""
     epsilon_high: float | None = None
-    """Bound of log w for positive advantages: ratios to e^0.4. None: as epsilon."""
+    """Bound of log w for positive advantages. None: epsilon, by default ratios up to e^0.4."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"epsilon": "[0, inf)", "epsilon_high": "[0, inf)"}, prefix="GMPO.")
@@ -230,14 +227,14 @@ class GMPO(Surrogate):
 
 @dataclass(frozen=True, kw_only=True)
 class DPPO(Surrogate):
-    """−w·A, dropped where the step has left the trust region |π − μ| ≤ δ in the direction that A asks for.
+    """−w·A, or 0 if π has left the trust region |π − μ| ≤ δ in the direction of A's gradient (arXiv:2602.04879).
 
-    The binary total-variation form of arXiv:2602.04879: unlike a ratio clip it doesn't bind rare tokens harder than
-    common ones. μ is the engine's probability where it is known, else the old policy's.
+    This is the binary total-variation form. Unlike a ratio clip it does not bind rare tokens harder than common ones. μ
+    is the engine's probability if it is known, else that of the old policy.
     """
 
     threshold: float = 0.2
-    """Largest difference of a token's probability."""
+    """δ, the largest difference of a token's probability."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"threshold": "(0, 1]"}, prefix="DPPO.")
