@@ -7,8 +7,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_grpo import GRPOModule, PromptDataModule
+from lightning_grpo.objective import ObjectiveConfig, RolloutCorrection
 from lightning_grpo.rewards import PrefixMatch
-from lightning_grpo.rollout import HFRollout, RolloutCallback
+from lightning_grpo.rollout import Completion, HFRollout, Rollout, RolloutCallback
+from lightning_grpo.training.experience import Experience
 
 
 class Record(Callback):
@@ -31,6 +33,13 @@ class Record(Callback):
 def checksum(completion_ids: list[list[int]]) -> list[float]:
     """A reward with spread in nearly every group."""
     return [sum(ids) % 7 / 6 for ids in completion_ids]
+
+
+AHEAD = {
+    "rollout_ahead": 1,
+    "objective": ObjectiveConfig(rollout_correction=RolloutCorrection()),
+    "rewards": [checksum],
+}
 
 
 def module(model: str, kind: type[GRPOModule] = GRPOModule, **changes: Any) -> GRPOModule:
@@ -81,6 +90,20 @@ def fit(
         policy, datamodule=prompts or data(), ckpt_path=ckpt_path
     )
     return record
+
+
+def done(*ids):
+    return Completion(token_ids=list(ids), logprobs=[-1.0] * len(ids), finish_reason="stop", versions=[0] * len(ids))
+
+
+def experience(lengths, advantages, G):
+    """Prompt i has i + 1 tokens of id i + 10; a completion of n tokens has n ids of 5."""
+    prompts = [[i + 10] * (i + 1) for i in range(len(lengths) // G)]
+    groups = [[done(*[5] * n) for n in lengths[i * G : (i + 1) * G]] for i in range(len(prompts))]
+    rollout = Rollout.collate(prompts, groups, pad_id=0)
+    return Experience(
+        **vars(rollout), number=0, rewards=torch.zeros(len(lengths), 1), advantages=torch.tensor(advantages)
+    )
 
 
 def parameters(policy: GRPOModule) -> dict[str, torch.Tensor]:

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import torch
+from engines import CopyEngine
 from fitting import Record, checksum, data, fit, module, parameters
 from lightning.pytorch.strategies import ModelParallelStrategy
-from test_ahead import CopyEngine
 
 from lightning_grpo import GRPOModule
 from lightning_grpo.monitor.checkpoint import Checkpoint

@@ -1,62 +1,17 @@
 """Sampling one rollout ahead: what is overlapped, how old samples get, and that a resumed run goes on exactly."""
 
-import copy
 import threading
 import time
 
 import pytest
 import torch
-from fitting import checksum, data, fit, largest_difference, module, parameters
+from engines import CopyRollout
+from fitting import AHEAD, data, fit, largest_difference, module, parameters
 
 from lightning_grpo.data import DifficultySampler
 from lightning_grpo.monitor.checkpoint import Checkpoint
-from lightning_grpo.objective import ObjectiveConfig, RolloutCorrection
-from lightning_grpo.rollout import HFRollout, RolloutCallback
-from lightning_grpo.rollout.callback import eos_token_ids
-from lightning_grpo.rollout.hf.engine import HFEngine
-
-AHEAD = {
-    "rollout_ahead": 1,
-    "objective": ObjectiveConfig(rollout_correction=RolloutCorrection()),
-    "rewards": [checksum],
-}
-
-
-class CopyEngine(HFEngine):
-    """Samples from weights of its own, in whatever thread asks; notes when."""
-
-    runs_in_background = updates_in_flight = True
-
-    def __init__(self, policy, **settings):
-        super().__init__(copy.deepcopy(policy), **settings)
-        self.held, self.calls, self.gate = [], [], threading.Event()
-        self.gate.set()
-
-    def update_weights(self, weights, version, in_flight=False):
-        own = dict(self.policy.named_parameters())
-        with torch.no_grad():
-            for name, tensor in weights:
-                own[name].copy_(tensor)
-        self.version = version
-        self.calls.append(("update", version, in_flight))
-
-    def generate(self, request, on_group=None):
-        name = threading.current_thread().name.rsplit("_")[0]
-        self.gate.wait(10)
-        self.calls.append(("generate", self.version, name))
-        return super().generate(request, on_group)
-
-
-class CopyRollout(RolloutCallback):
-    """An engine apart from the trainer, without the cost of starting one."""
-
-    engine_class = CopyEngine
-
-    def build_engine(self, trainer, pl_module):
-        self.engine = CopyEngine(
-            pl_module.policy, eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer), pad_id=0
-        )
-        return self.engine
+from lightning_grpo.objective import ObjectiveConfig
+from lightning_grpo.rollout import HFRollout
 
 
 def run(root, model, *, steps=6, resume=None, prompts=None, rollout=None, accumulate=2, changes=None, callbacks=()):

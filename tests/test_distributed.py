@@ -40,7 +40,7 @@ def smoke(root: Path, *options: str, ranks: int = 1) -> tuple[dict[str, torch.Te
 
 
 AHEAD = [
-    "--rollout", "test_ahead.CopyRollout", "--model.rollout_ahead", "1",
+    "--rollout", "engines.CopyRollout", "--model.rollout_ahead", "1",
     "--model.objective.rollout_correction", "{level: token, mode: truncate, upper: 2.0}",
 ]  # fmt: skip
 BATCH = ["--model.advantage.estimator", "reinforce_pp_baseline", "--model.optimizer.lr", "1.0"]

@@ -4,23 +4,14 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from fitting import done, experience
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_grpo.rollout import Completion, Rollout
+from lightning_grpo.rollout import Rollout
 from lightning_grpo.rollout.types import COMPLETION_TOKENS, PROMPT_TOKENS, extents
 from lightning_grpo.training.dynamic_sampling import flat_groups, replace_groups
 from lightning_grpo.training.experience import Experience, cut_windows, redistribute
-
-
-def experience(lengths, advantages, G):
-    """Prompt i has i + 1 tokens of id i + 10; a completion of n tokens has n ids of 5."""
-    prompts = [[i + 10] * (i + 1) for i in range(len(lengths) // G)]
-    groups = [[done(*[5] * n) for n in lengths[i * G : (i + 1) * G]] for i in range(len(prompts))]
-    rollout = Rollout.collate(prompts, groups, pad_id=0)
-    return Experience(
-        **vars(rollout), number=0, rewards=torch.zeros(len(lengths), 1), advantages=torch.tensor(advantages)
-    )
 
 
 @given(
@@ -163,10 +154,6 @@ def test_groups_are_replaced_with_their_padding():
         [7], [7], [2, 2], [2, 2],
     ]  # fmt: skip
     assert replace_groups(ready, [], other, [], 2) is ready
-
-
-def done(*ids):
-    return Completion(token_ids=list(ids), logprobs=[-1.0] * len(ids), finish_reason="stop", versions=[0] * len(ids))
 
 
 @pytest.mark.parametrize(

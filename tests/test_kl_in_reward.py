@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from engines import CopyRollout
 from fitting import checksum, fit, module
-from test_ahead import CopyRollout
 
 from lightning_grpo import GRPOModule
 from lightning_grpo.objective import ObjectiveConfig, RolloutCorrection

@@ -50,7 +50,7 @@ def test_every_seed_learns(tmp_path, seed):
 
 @pytest.mark.slow
 def test_samples_of_an_older_policy_teach_it_too(tmp_path):
-    options = ["--rollout", "test_ahead.CopyRollout", "--model.rollout_ahead", "1"]
+    options = ["--rollout", "engines.CopyRollout", "--model.rollout_ahead", "1"]
     options += ["--model.objective.rollout_correction", "{level: token, mode: truncate, upper: 2.0}"]
     rows = smoke(tmp_path, *options)
     rewards, ages = ([float(row[name]) for row in rows] for name in ("reward", "staleness"))

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from fitting import data, fit, largest_difference, module, parameters
+from fitting import data, experience, fit, largest_difference, module, parameters
 from lightning import Trainer
-from test_experience import experience
 
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.objective import ObjectiveConfig

@@ -1,30 +1,17 @@
 """Two ranks go on where one stopped and the other way round, and sharded weights from either kind of checkpoint."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from fitting import largest_difference, parameters
+from launching import on_two_ranks
 from ranks import LOGGED, STEPS, run, saved
-from test_distributed import free_port
-
-TESTS = Path(__file__).parent
 
 
 @pytest.mark.slow
 def test_another_number_of_ranks_and_sharded_weights(tmp_path, tiny_model_path):
     one, policy = run(tmp_path / "one", tiny_model_path, micro_batch_size=8, accumulate=2)
     ended = parameters(policy)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    done = subprocess.run(
-        [*launcher, str(TESTS / "ranks.py"), str(tmp_path), tiny_model_path],
-        env=environment, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
+    on_two_ranks("tests/ranks.py", str(tmp_path), tiny_model_path)
 
     def check(step, logged, its_parameters):
         for name in LOGGED:

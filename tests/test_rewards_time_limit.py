@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
-from fitting import fit, module
-from test_ahead import AHEAD, CopyRollout
+from engines import CopyRollout
+from fitting import AHEAD, fit, module
 
 from lightning_grpo.rewards import FunctionReward, compute_rewards, time_limit
 

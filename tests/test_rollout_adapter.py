@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from engines import PROMPTS, SEEDS, SETTINGS, adapted, load, move
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo.policy.load import LoRA
@@ -19,32 +19,7 @@ from lightning_grpo.rollout.vllm import engine as vllm_engine
 from lightning_grpo.rollout.vllm.adapter import adapter_settings
 from lightning_grpo.rollout.vllm.callback import adapter_engine_args
 
-PROMPTS = [[4, 60, 16, 5], [4, 60, 16, 5, 8, 9, 10], [7]]
-SEEDS = [[11, 12], [13, 14], [15, 16]]
 LAYERS = [f"layers.0.{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-SETTINGS = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "block_size": 32,
-    "kv_cache_memory_bytes": 64 << 20,
-    "max_num_seqs": 64,
-    "max_model_len": 128,
-}
-
-
-def adapted(path, **settings):
-    """A LoRA policy whose adapter does something; alpha / r is 3."""
-    settings = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"} | settings
-    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), LoraConfig(**settings))
-    move(policy, seed=0)
-    return policy
-
-
-def move(policy, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in policy.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +139,7 @@ def test_a_layer_that_takes_no_adapter_is_refused(engine, policy):
 
 def test_base_and_streamed_adapter_make_the_policy(tiny_model_path):
     policy = adapted(tiny_model_path, use_rslora=True)
-    base = dict(policy_weights(AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)))
+    base = dict(policy_weights(load(tiny_model_path)))
     merged, adapter = dict(policy_weights(policy)), dict(adapter_weights(policy))
     for name in (n for n in adapter if "lora_A" in n):
         A, B = adapter[name], adapter[name.replace("lora_A", "lora_B")]

@@ -2,17 +2,15 @@
 
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from engines import Sampler, loader, trainer_with
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightning_grpo.rollout import (
     HFEngine,
     HFRollout,
     RolloutCallback,
-    SampleRequest,
     Sampling,
     SyncedEngine,
     VLLMProcessRollout,
@@ -21,79 +19,9 @@ from lightning_grpo.rollout import (
     WeightSyncError,
     eos_token_ids,
     mismatch,
-    policy_weights,
-    rollout_seeds,
 )
 from lightning_grpo.rollout.vllm import callback as vllm_rollout
 from lightning_grpo.rollout.vllm import engine as vllm_engine
-
-PROMPTS = [[4, 60, 16, 5], [7, 8]]
-
-
-class Sampler(L.LightningModule):
-    """The least module that an engine needs: it samples before each step and then moves its policy."""
-
-    max_prompt_length, max_completion_length, num_generations = 16, 24, 2
-
-    def __init__(self, path, lr=0.05, fail_at=None):
-        super().__init__()
-        self.model_path, self.lr, self.fail_at = path, lr, fail_at
-        self.sampling, self.seed = Sampling(), 0
-        self.policy = self.engine = None
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.rounds = []
-
-    def configure_model(self):
-        if self.policy is None:
-            self.policy = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32)
-
-    @property
-    def policy_version(self):
-        return self.trainer.global_step
-
-    def policy_weights(self):
-        return policy_weights(self.policy)
-
-    @torch.no_grad()
-    def score_tokens(self, sequences):
-        return HFEngine(self.policy, eos_token_ids=[1], pad_id=0).logprobs(sequences)
-
-    def on_train_batch_start(self, batch, batch_idx):
-        if batch_idx == self.fail_at:
-            raise RuntimeError("a fault in training")
-        seeds = [[rollout_seeds(self.seed, batch_idx, i, g) for g in range(2)] for i in range(len(PROMPTS))]
-        groups = self.engine.generate(
-            SampleRequest(prompts=PROMPTS, seeds=seeds, max_tokens=24, sampling=self.sampling)
-        )
-        self.rounds.append((self.engine.last_sync, groups))
-
-    def training_step(self, batch, batch_idx):
-        ids = torch.tensor(PROMPTS[:1])
-        return self.policy(input_ids=ids, labels=ids).loss
-
-    def validation_step(self, batch, batch_idx):
-        self.on_train_batch_start(batch, batch_idx)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
-
-
-def trainer_with(callback, tmp_path, steps=3, **settings):
-    return L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
-
-
-def loader():
-    return DataLoader(range(8))
 
 
 @pytest.fixture(params=["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
@@ -124,7 +52,7 @@ def test_the_mismatch_of_a_bfloat16_engine_is_that_of_rounding(tiny_model_path, 
     module = Sampler(tiny_model_path, lr=0.0)
     trainer_with(VLLMRollout(max_num_seqs=8, dtype="bfloat16"), tmp_path, steps=1).fit(module, loader())
     ((_, groups),) = module.rounds
-    rows = [(prompt, c) for prompt, group in zip(PROMPTS, groups, strict=True) for c in group]
+    rows = [(prompt, c) for prompt, group in zip(Sampler.prompts, groups, strict=True) for c in group]
     scored = module.score_tokens([prompt + c.token_ids for prompt, c in rows])
     policy = torch.cat([s[len(prompt) - 1 :] for s, (prompt, _) in zip(scored, rows, strict=True)])
     seen = mismatch(torch.tensor([logprob for _, c in rows for logprob in c.logprobs]), policy)

@@ -14,7 +14,7 @@ RANK_PROGRAM = """
 import sys
 import torch
 sys.path.insert(0, {tests!r})
-from test_rollout_callback import Sampler, loader, trainer_with
+from engines import Sampler, loader, trainer_with
 from lightning_grpo.rollout import HFRollout, VLLMRollout
 
 
@@ -45,7 +45,7 @@ SHARED_PROGRAM = """
 import sys
 import torch
 sys.path.insert(0, {tests!r})
-from test_rollout_callback import Sampler, loader, trainer_with
+from engines import Sampler, loader, trainer_with
 from lightning_grpo.rollout import HFEngine, SampleRequest, VLLMRollout, WeightSyncError, rollout_seeds
 from lightning_grpo.rollout.vllm import weights as vllm_weights
 

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_rollout_callback import Sampler, trainer_with
+from engines import Sampler, trainer_with
 
 from lightning_grpo.rollout import HFEngine, SampleRequest, SyncedEngine, VLLMProcessRollout, VLLMServerRollout
 from lightning_grpo.rollout.server import buckets as gpu_buckets

@@ -15,9 +15,8 @@ import psutil
 import pytest
 import torch
 from conftest import tiny_llama
-from test_ahead import AHEAD
-from test_rollout_adapter import adapted
-from test_rollout_callback import Sampler, loader, trainer_with
+from engines import EOS, PROMPTS, SEEDS, Sampler, adapted, loader, trainer_with
+from fitting import AHEAD
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo.policy.load import LoRA
@@ -30,7 +29,6 @@ from lightning_grpo.rollout import (
     VLLMServerRollout,
     WeightSyncError,
     policy_weights,
-    rollout_seeds,
 )
 from lightning_grpo.rollout.server.checks import as_flags
 from lightning_grpo.rollout.server.cutoff import Tail
@@ -41,11 +39,8 @@ from lightning_grpo.rollout.server.tcp import WeightOffer
 from lightning_grpo.rollout.server.transfer import TCPTransfer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-EOS = 1
 KEY = "the key of the two servers"
 LONG = 3000
-PROMPTS = [[4, 60, 16, 5], [4, 60, 16, 5, 8, 9, 10], [7]]
-SEEDS = [[rollout_seeds(1, 0, i, g) for g in range(4)] for i in range(len(PROMPTS))]
 
 
 def sample_request(max_tokens, sampling=Sampling()):

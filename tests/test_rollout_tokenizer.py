@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import char_tokenizer
-from test_rollout_callback import Sampler, loader, trainer_with
+from engines import Sampler, loader, trainer_with
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 

@@ -9,8 +9,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from engines import EOS, PROMPTS, SEEDS, SETTINGS, load, perturb, sample_request
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from lightning_grpo.rollout import (
     HFEngine,
@@ -19,37 +19,11 @@ from lightning_grpo.rollout import (
     SyncedEngine,
     WeightSyncError,
     policy_weights,
-    rollout_seeds,
 )
 from lightning_grpo.rollout.vllm import weights as vllm_weights
 from lightning_grpo.rollout.vllm.engine import VLLMEngine
 
 pytestmark = pytest.mark.vllm
-EOS = 1
-PROMPTS = [[4, 60, 16, 5], [4, 60, 16, 5, 8, 9, 10], [7]]
-SEEDS = [[rollout_seeds(1, 0, i, g) for g in range(4)] for i in range(len(PROMPTS))]
-SETTINGS = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "block_size": 32,
-    "kv_cache_memory_bytes": 64 << 20,
-    "max_num_seqs": 64,
-    "max_model_len": 128,
-}
-
-
-def sample_request(max_tokens, sampling=Sampling()):
-    return SampleRequest(prompts=PROMPTS, seeds=SEEDS, max_tokens=max_tokens, sampling=sampling)
-
-
-def load(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-def perturb(policy, scale=0.02):
-    generator = torch.Generator().manual_seed(0)
-    for parameter in policy.parameters():
-        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
 
 
 def process_state():
@@ -329,7 +303,7 @@ def test_a_change_too_small_for_the_canary_is_still_seen(synced, policy, engine,
     name = "model.layers.1.self_attn.v_proj.weight"
     update = engine.update_weights
 
-    def faulty(weights, version):
+    def faulty(weights, version, in_flight=False):
         update(((n, stale[n] if n == name else w) for n, w in weights), version)
 
     monkeypatch.setattr(engine, "update_weights", faulty)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_rollout_vllm import EOS, PROMPTS, SEEDS, SETTINGS, load, perturb, sample_request
+from engines import EOS, PROMPTS, SEEDS, SETTINGS, load, perturb, sample_request
 
 from lightning_grpo.rollout import HFEngine, SampleRequest, Sampling, SyncedEngine, policy_weights
 from lightning_grpo.rollout.vllm import isolation as guest_module

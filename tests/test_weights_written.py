@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from engines import CopyRollout
 from fitting import checksum, data, fit, module
 from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from test_ahead import CopyRollout
 
 from lightning_grpo.policy.weights import write_counters
 
