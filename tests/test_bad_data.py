@@ -81,33 +81,33 @@ def test_files_with_the_same_rows(read, name, content):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", GOOD.encode("utf-16"), r"a\.jsonl: this file is UTF-16, not UTF-8; convert it"),
-        ("a.jsonl", GOOD.encode("utf-16-le"), r"a\.jsonl: this file is UTF-16"),
-        ("a.csv", "prompt\nb".encode("utf-16"), r"a\.csv: this file is UTF-16"),
-        ("a.jsonl", b"\0" * 99, r"a\.jsonl: this file is binary or compressed"),
-        ("a.jsonl", gzip.compress(GOOD.encode()), r"a\.jsonl: this file is binary or compressed"),
+        ("a.jsonl", GOOD.encode("utf-16"), r"a\.jsonl: the file is UTF-16, not UTF-8; convert it"),
+        ("a.jsonl", GOOD.encode("utf-16-le"), r"a\.jsonl: the file is UTF-16"),
+        ("a.csv", "prompt\nb".encode("utf-16"), r"a\.csv: the file is UTF-16"),
+        ("a.jsonl", b"\0" * 99, r"a\.jsonl: the file is binary or compressed"),
+        ("a.jsonl", gzip.compress(GOOD.encode()), r"a\.jsonl: the file is binary or compressed"),
         ("a.jsonl", GOOD.encode() + '{"prompt": "größer"}'.encode("latin-1"), r"line 2: the byte 0xf6 in column 15"),
         ("a.json", '[\n{"prompt": "größer"}]'.encode("latin-1"), r"a\.json, line 2: the byte 0xf6"),
         ("a.jsonl", GOOD + '{"prompt": "\\ud83d", "answer": "2"}', r"line 2: \\ud83d is half of a surrogate pair"),
         ("a.jsonl", GOOD + '{"prompt": "b", "answer": ["\\uDE00"]}', r"line 2: \\ude00 is half of a surrogate pair"),
         ("a.jsonl", GOOD.encode() + b'{"prompt": "\xed\xa0\xbd"}', r"line 2: the byte 0xed"),
-        ("a.jsonl", GOOD + f'{{"prompt": "b", "answer": {"9" * 5000}}}', r"line 2: it holds an integer of thousands"),
-        ("a.jsonl", GOOD + '{"prompt": ' + "[" * 100_000, r"line 2: (its objects and lists are nested too|not JSON)"),
-        ("a.jsonl", "", "which holds no rows"),
-        ("a.json", "[]", "which holds no rows"),
-        ("a.csv", "prompt,answer\n", "which holds no rows"),
-        ("a.json", '[{"prompt": "b"}, 3]', r"row 1: a row is an object with a prompt, not int"),
+        ("a.jsonl", GOOD + f'{{"prompt": "b", "answer": {"9" * 5000}}}', r"line 2: an integer has thousands"),
+        ("a.jsonl", GOOD + '{"prompt": ' + "[" * 100_000, r"line 2: (objects and lists are nested too|not JSON)"),
+        ("a.jsonl", "", "which has no rows"),
+        ("a.json", "[]", "which has no rows"),
+        ("a.csv", "prompt,answer\n", "which has no rows"),
+        ("a.json", '[{"prompt": "b"}, 3]', r"row 1: a row must be an object with a prompt, not int"),
         ("a.json", '[{"prompt": "b"}', r"a\.json: not JSON"),
         ("a.json", '{\n "rows": []}', r"a\.json, line 1: not JSON"),
-        ("a.csv", "prompt,answer\nb,1\nc,2,3\n", r"line 3: it has 3 values for the 2 columns"),
+        ("a.csv", "prompt,answer\nb,1\nc,2,3\n", r"line 3: the line has 3 values for the 2 columns"),
         ("a.csv", "prompt,prompt\nb,1\n", "two columns have the same name"),
         ("a.csv", 'prompt\n"b"c\n', r"line 2: not CSV"),
-        ("a.csv", 'prompt\n"[{\'role\': \'user\'}]"\n', r"line 2: the prompt is text that spells out chat messages"),
-        ("a.parquet", b"garbage", r"a\.parquet: it can't be read as parquet"),
-        ("a.parquet", b"", r"a\.parquet: it can't be read as parquet"),
-        ("a.txt", GOOD, r"a\.txt is no \.jsonl, \.json, \.csv or \.parquet file"),
-        ("a.jsonl.gz", GOOD, r"a\.jsonl\.gz is no \.jsonl"),
-        ("noending", GOOD, r"noending is no \.jsonl"),
+        ("a.csv", 'prompt\n"[{\'role\': \'user\'}]"\n', r"line 2: the prompt is text that contains chat messages"),
+        ("a.parquet", b"garbage", r"a\.parquet: the file can't be read as parquet"),
+        ("a.parquet", b"", r"a\.parquet: the file can't be read as parquet"),
+        ("a.txt", GOOD, r"a\.txt is not a \.jsonl, \.json, \.csv or \.parquet file"),
+        ("a.jsonl.gz", GOOD, r"a\.jsonl\.gz is not a \.jsonl"),
+        ("noending", GOOD, r"noending is not a \.jsonl"),
     ],
     ids=lambda value: repr(value)[:30],
 )  # fmt: skip
@@ -156,14 +156,14 @@ def test_shards_and_patterns(tmp_path, tokenizer, monkeypatch):
     assert len(prompts("data/train-*.parquet", size=2).train) == 2
     assert [p.messages for p in prompts("data/t*").train] == ["d", "a", "b", "c"]
     for source, message in {
-        "data/train.json": "'data/train.json', and there is no such file",
+        "data/train.json": "'data/train.json', but there is no such file",
         "data/none-*": "no file matches it",
         "data": r"set data/\*\.jsonl",
         "data/nothing/here": "there is no such folder",
     }.items():
         with pytest.raises(UserError, match=message):
             prompts(source)
-    with pytest.raises(UserError, match=r"data\.validation_source is 'no\.jsonl', and there is no such file"):
+    with pytest.raises(UserError, match=r"data\.validation_source is 'no\.jsonl', but there is no such file"):
         prompts("data/test.jsonl", validation_source="no.jsonl")
 
 
@@ -195,16 +195,16 @@ def test_a_data_set_that_cannot_be_reached_is_refused_after_one_request(monkeypa
     ("row", "message"),
     [
         ({"prompt": "", "answer": "10"}, "line 2: the prompt is empty"),
-        ({"prompt": "b", "answer": "14", "hint": "x"}, "line 2: differs from the first row in the columns hint"),
-        ({"prompt": "b"}, "line 2: differs from the first row in the columns answer"),
-        ({"prompt": [{"role": "user", "content": " "}], "answer": ""}, "line 2: .*none of its messages has any text"),
+        ({"prompt": "b", "answer": "14", "hint": "x"}, "line 2: .* differs from the first row in the columns hint"),
+        ({"prompt": "b"}, "line 2: .* differs from the first row in the columns answer"),
+        ({"prompt": [{"role": "user", "content": " "}], "answer": ""}, "line 2: .*none of its messages has text"),
         ({"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "answer": ""},
          "line 2: a message has a part of type 'image_url'; only parts of type 'text'"),
         ({"prompt": [{"role": "user", "content": [7]}], "answer": ""}, "line 2: a message has a part of type 'int'"),
-        ({"prompt": [{"role": "assistant", "content": None}], "answer": ""}, "line 2: a message's content is text"),
+        ({"prompt": [{"role": "assistant", "content": None}], "answer": ""}, "line 2: the content of a message must"),
         ({"prompt": HISTORY[:2], "answer": ""}, "line 2: the last message calls tools"),
-        ({"prompt": [HISTORY[0] | {"tool_calls": ["add"]}], "answer": ""}, "line 2: a tool call is an object with"),
-        ({"prompt": '[{"role": "user", "content": "b"}]', "answer": ""}, "line 2: the prompt is text that spells out"),
+        ({"prompt": [HISTORY[0] | {"tool_calls": ["add"]}], "answer": ""}, "line 2: a tool call must be an object"),
+        ({"prompt": '[{"role": "user", "content": "b"}]', "answer": ""}, "line 2: the prompt is text that contains"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used(read, row, message):
@@ -250,7 +250,7 @@ def test_tokens_that_the_embedding_lacks_are_named_with_the_row(tmp_path, tiny_m
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "a", "answer": "a"}\n{"prompt": "<new>", "answer": "b"}')
     data = PromptDataModule(str(path), prompts_per_rollout=1)
-    with pytest.raises(UserError, match=r"line 2: the prompt has the token '<new>', whose id is 106, .* has 106 rows"):
+    with pytest.raises(UserError, match=r"line 2: the prompt has the token '<new>' with the id 106, .* has 106 rows"):
         fit(tmp_path / "run", module(str(tmp_path / "model"), micro_batch_size=4), data)
 
 
@@ -265,15 +265,15 @@ PREFILL = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "<
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (NO_SYSTEM, SYSTEM, r"takes no system message \(TemplateError: No system message\)"),
+        (NO_SYSTEM, SYSTEM, r"accepts no system message \(TemplateError: No system message\)"),
         ("{{ raise_exception('Roles must alternate') }}", SYSTEM, r"can't render this prompt \(TemplateError: Roles"),
         ("{{ messages.__class__.__mro__ }}", SYSTEM, r"can't render this prompt \(SecurityError"),
         ("{% for m in messages %}", SYSTEM, r"can't render this prompt \(TemplateSyntaxError"),
         ("{{ messages[5]['content'] + '' }}", SYSTEM, r"can't render this prompt \(UndefinedError"),
         ("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}", PREFILL,
          r"can't render this prompt \(ValueError: continue_final_message is set but the final message does not appear"),
-        (LOOP, HISTORY, r"leaves out the assistant's tool calls \(that of add\)"),
-        ("no messages {{ '' }}", HISTORY, r"leaves out the assistant's tool calls"),
+        (LOOP, HISTORY, r"omits the assistant's tool calls \(such as that of add\)"),
+        ("no messages {{ '' }}", HISTORY, r"omits the assistant's tool calls"),
     ],
 )  # fmt: skip
 def test_templates_that_refuse_a_prompt(read, template, messages, message):
@@ -320,9 +320,9 @@ def test_tools_and_template_arguments_of_a_row(read, spelled):
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("tools", ["add"], "line 1: the column tools holds a list of JSON schemas"),
+        ("tools", ["add"], "line 1: the column tools must be a list of JSON schemas"),
         ("tools", "{", "line 1: the text in the column tools is not JSON"),
-        ("chat_template_kwargs", [1], "line 1: the column chat_template_kwargs holds an object"),
+        ("chat_template_kwargs", [1], "line 1: the column chat_template_kwargs must be an object"),
         ("chat_template_kwargs", {"tokenize": True}, "line 1: .*tokenize"),
     ],
 )
@@ -335,13 +335,13 @@ def test_tools_and_template_arguments_that_are_none(read, column, value, message
     ("rows", "options", "said"),
     [
         ([{"prompt": [*HISTORY[:1], {"role": "assistant", "content": "It is 0."}]}] * 2, {},
-         "2 prompts end with a message of the assistant, which the completion goes on with"),
-        ([{"prompt": HISTORY[:1], "tools": [TOOL]}] * 2, {}, "the chat template leaves out the row's tools (add)"),
+         "2 prompts end with an assistant message, which the completion will continue"),
+        ([{"prompt": HISTORY[:1], "tools": [TOOL]}] * 2, {}, "the chat template omits the tools of the row (add)"),
         ([{"prompt": "b", "tools": [TOOL]}] * 2, {}, "the prompt is plain text, so its tools"),
         ([{"prompt": HISTORY[:1]}] * 2, {"chat_template_args": {"enable_thinking": False}},
          "the chat template has no variable 'enable_thinking'"),
         ([{"prompt": SYSTEM}] * 2, {"chat_template": "{{ messages[-1]['content'] }}"},
-         "leaves out or changes a message of the role 'system'"),
+         "omits or changes a message with the role 'system'"),
     ],
 )  # fmt: skip
 def test_what_is_probably_not_meant_is_said_once(read, caplog, rows, options, said):

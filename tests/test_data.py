@@ -66,13 +66,16 @@ def test_jsonl(write, load):
     ("row", "message"),
     [
         ('{"prompt": "b", "answer": ', "not JSON"),
-        ('["b"]', "a row is an object with a prompt, not list"),
+        ('["b"]', "a row must be an object with a prompt, not list"),
         ({"question": "b", "answer": "2"}, "no column 'prompt'; set data.columns.prompt to one of question, answer"),
         ({"prompt": "", "answer": "2"}, "the prompt is empty"),
-        ({"prompt": 5, "answer": "2"}, "a prompt is a string or a list of messages, not 5"),
-        ({"prompt": [], "answer": "2"}, "a prompt is a string or a list of messages"),
-        ({"prompt": ["hi"], "answer": "2"}, "a message is an object with role and content, not 'hi'"),
-        ({"prompt": [{"role": "user", "content": None}], "answer": "2"}, "a message's content is text, not None"),
+        ({"prompt": 5, "answer": "2"}, "a prompt must be a string or a list of messages, not 5"),
+        ({"prompt": [], "answer": "2"}, "a prompt must be a string or a list of messages"),
+        ({"prompt": ["hi"], "answer": "2"}, "a message must be an object with role and content, not 'hi'"),
+        (
+            {"prompt": [{"role": "user", "content": None}], "answer": "2"},
+            "the content of a message must be text, not None",
+        ),
         ({"prompt": "b", "anwser": "2"}, "differs from the first row in the columns answer, anwser"),
         ({"prompt": "b", "answer": "2", "completions": 1}, "'completions' has the name of an argument"),
     ],
@@ -110,7 +113,7 @@ def test_parquet_of_verls_convention(tmp_path, load):
 def test_bad_parquet_row_names_file_and_row(tmp_path, load):
     path = str(tmp_path / "train.parquet")
     pa.parquet.write_table(pa.table({"prompt": ["a", None]}), path)
-    with pytest.raises(ValueError, match=f"{path}, row 1: a prompt is a string"):
+    with pytest.raises(ValueError, match=f"{path}, row 1: a prompt must be a string"):
         load(path)
 
 
@@ -127,7 +130,7 @@ def test_saved_dataset(tmp_path, load):
     assert [(p.messages, p.columns) for p in tested.train] == [("b", {"answer": "2"})]
     with pytest.raises(ValueError, match=r"no split 'val'; set source_args.split to one of train, test"):
         load(str(tmp_path / "dict"), source_args={"split": "val"})
-    with pytest.raises(ValueError, match=r"which datasets.save_to_disk did not write"):
+    with pytest.raises(ValueError, match=r"which was not written by datasets.save_to_disk"):
         load(str(tmp_path))
 
 
@@ -153,10 +156,14 @@ def test_hub_name_goes_to_load_dataset(monkeypatch, load):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"source": "nowhere.jsonl"}, ValueError, "data.source is 'nowhere.jsonl', and there is no such file"),
-        ({"source": "/no/folder"}, ValueError, "data.source is '/no/folder', and there is no such folder; set"),
+        ({"source": "nowhere.jsonl"}, ValueError, "data.source is 'nowhere.jsonl', but there is no such file"),
+        ({"source": "/no/folder"}, ValueError, "data.source is '/no/folder', but there is no such folder; set"),
         ({"source": "arithmetics"}, ValueError, "data.source is 'arithmetics'; set"),
-        ({"source": "arithmetic", "source_args": {"hi": 1}}, ValueError, "'hi'; it takes: low, high, operator"),
+        (
+            {"source": "arithmetic", "source_args": {"hi": 1}},
+            ValueError,
+            "'hi'; its arguments are: low, high, operator",
+        ),
         ({"source": "arithmetic", "source_args": {"operator": "/"}}, ValueError, r"operator is '/'; set one of \+, -"),
         ({"source": "arithmetic", "source_args": {"low": 5, "high": 4}}, ValueError, "high is 4, below low = 5"),
         ({"source": ""}, ValueError, "data.source is empty; set"),
@@ -167,9 +174,13 @@ def test_hub_name_goes_to_load_dataset(monkeypatch, load):
         (
             {"source": "letters", "size": 30, "source_args": {"alphabet": "a"}, "validation_size": 1},
             ValueError,
-            "equals a",
+            "is also a held-out",
         ),
-        ({"source": "arithmetic", "source_args": {"high": 2}, "size": 5}, ValueError, "size is 5 and only 4 questions"),
+        (
+            {"source": "arithmetic", "source_args": {"high": 2}, "size": 5},
+            ValueError,
+            "size is 5, but only 4 questions",
+        ),
         ({"source": "arithmetic", "source_args": {"high": 999}}, ValueError, "998,001 questions .*; set data.size"),
         ({"source": "reasoning_gym:sums"}, ValueError, "the reasoning-gym task 'sums'; set one of ab, acre"),
         ({"source": "reasoning_gym:lcm"}, ValueError, "data.size is unset"),
@@ -179,9 +190,13 @@ def test_hub_name_goes_to_load_dataset(monkeypatch, load):
             "'terms'; it takes min_numbers, max_numbers",
         ),
         ({"source": "reasoning_gym:lcm", "size": 1, "source_args": {"min_numbers": -1}}, ValueError, "min_numbers"),
-        ({"source": "letters", "validation_size": 26}, ValueError, "validation_size is 26 and 'letters' has 26"),
-        ({"source": "letters", "prompts_per_rollout": 27}, ValueError, "is 27 and 26 training prompts .*set it to 26"),
-        ({"source": "letters", "system_prompt": "Hi"}, ValueError, "system_prompt is set .*; set data.chat to true"),
+        ({"source": "letters", "validation_size": 26}, ValueError, "validation_size is 26, but 'letters' has 26"),
+        (
+            {"source": "letters", "prompts_per_rollout": 27},
+            ValueError,
+            "is 27, but .* 26 training prompts; set .* to 26",
+        ),
+        ({"source": "letters", "system_prompt": "Hi"}, ValueError, "system_prompt is set, .*; set data.chat to true"),
         (
             {"source": "letters", "chat_template": "none.jinja"},
             ValueError,
@@ -190,12 +205,16 @@ def test_hub_name_goes_to_load_dataset(monkeypatch, load):
         (
             {"source": "letters", "columns": {"prompt": "quest"}},
             ValueError,
-            "no column 'quest', which data.columns.prom",
+            "data.columns.prompt is 'quest', but the row has no such column",
         ),
         ({"source": "letters", "size": 0}, ValueError, "data.size is 0; set 1 or more"),
         ({"source": "letters", "seed": -1}, ValueError, "data.seed is -1; set 0 or more"),
-        ({"source": "letters", "overlong": "cut"}, ValueError, "overlong is 'cut'; set 'drop' or 'error'"),
-        ({"source": "letters", "validation_args": {"a": 1}}, ValueError, "without data.validation_source"),
+        ({"source": "letters", "overlong": "cut"}, ValueError, "overlong is 'cut'; set it to drop or error"),
+        (
+            {"source": "letters", "validation_args": {"a": 1}},
+            ValueError,
+            "validation_args is set, but data.validation_source is not",
+        ),
     ],
 )
 def test_options_that_cannot_work(load, options, error, message):
@@ -276,7 +295,7 @@ def test_missing_chat_template(write, tokenizer, tmp_path):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     path = write({"prompt": "a"}, {"prompt": CHAT})
-    with pytest.raises(ValueError, match=r"line 2: .*no chat template; set data.chat_template to one"):
+    with pytest.raises(ValueError, match=r"line 2: .*no chat template; set data.chat_template to a"):
         PromptDataModule(path, tokenizer=bare, prompts_per_rollout=1).setup()
     template = tmp_path / "chat.jinja"
     template.write_text("{{ mark }}{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
@@ -304,7 +323,7 @@ def test_one_beginning_and_no_end_of_sequence(write, tokenizer):
 
 
 def test_no_tokenizer():
-    with pytest.raises(ValueError, match="no tokenizer: the module needs a `tokenizer` attribute"):
+    with pytest.raises(ValueError, match="no tokenizer: give the module a `tokenizer` attribute"):
         PromptDataModule("letters").setup()
 
 
@@ -313,12 +332,10 @@ def test_overlong_prompts_are_dropped_with_a_count_or_refused(write, load, caplo
     with caplog.at_level(logging.WARNING):
         data = load(path, max_prompt_length=4)
     assert [p.index for p in data.train] == [0, 2]
-    assert f"2 of 4 prompts of {path} have more than 4 tokens (max_prompt_length) and are dropped" in caplog.text
+    assert f"dropped 2 of 4 prompts of {path}, which have more than max_prompt_length = 4 tokens" in caplog.text
     with pytest.raises(ValueError, match=r"line 2: the prompt has 5 tokens, above max_prompt_length = 4"):
         load(path, max_prompt_length=4, overlong="error")
-    with pytest.raises(
-        ValueError, match=r"4 of 4 prompts of .* have more than 1 tokens: none is left; raise max_prompt_length"
-    ):
+    with pytest.raises(ValueError, match=r"all 4 prompts of .* have more than max_prompt_length = 1 tokens; raise it"):
         load(write(*[{"prompt": "long"}] * 4), max_prompt_length=1)
 
 
@@ -331,7 +348,7 @@ def test_held_out_prompts_are_not_trained_on(load, caplog):
     asked = {p.messages for p in data.validation}
     assert len(data.validation) == 5 and asked.isdisjoint(p.messages for p in data.train)
     assert len(data.train) == 52 - 2 * len(asked)
-    assert "training prompts equal a held-out one and are dropped" in caplog.text
+    assert "training prompts that are also held-out prompts" in caplog.text
     again = load("letters", size=52, validation_size=5, seed=3)
     assert (again.train, again.validation) == (data.train, data.validation)
     assert load("letters", size=52, validation_size=5, seed=4).validation != data.validation
@@ -466,8 +483,8 @@ def test_any_number_of_ranks_sees_the_same_windows(load, sampler):
             for rank in range(W)
         ]
         windows, extras = [], []
-        for batches in zip(*(data.train_dataloader() for data in ranks), strict=True):
-            if batches[0].step:
+        for number, batches in enumerate(zip(*(data.train_dataloader() for data in ranks), strict=True)):
+            if number % 3:
                 continue
             for k in range(K):
                 part = slice(k * B // K // W, (k + 1) * B // K // W)
@@ -493,7 +510,8 @@ def test_every_rank_gets_as_many_further_prompts(load, count, share):
 
 def test_prompts_that_ranks_cannot_share(load):
     with pytest.raises(
-        ValueError, match="prompts_per_rollout is 8, which 3 data-parallel ranks can't share; set 6 or 9"
+        ValueError,
+        match="prompts_per_rollout is 8, which can't be divided among 3 data-parallel ranks; set it to 6 or 9",
     ):
         attach(load("letters", prompts_per_rollout=8), W=3).train_dataloader()
 
@@ -527,16 +545,17 @@ class Recorder(lightning.LightningModule):
 
     def on_train_batch_start(self, batch, batch_idx):
         extra = []
-        if batch.step == 0:
+        step = batch_idx % self.steps_per_rollout
+        if step == 0:
             extra = self.trainer.datamodule.more_prompts(2).prompt_indices
             indices = batch.prompt_indices + extra
-            self.trainer.datamodule.observe(indices, [(i * 7 + batch.rollout) % 5 / 4 for i in indices])
-        if self.fail == ("start", batch.rollout, batch.step):
+            self.trainer.datamodule.observe(indices, [(i * 7 + batch.rollout_number) % 5 / 4 for i in indices])
+        if self.fail == ("start", batch.rollout_number, step):
             raise RuntimeError("stopped here")
-        self.noted = (batch.rollout, batch.step, batch.prompt_indices, extra, batch_idx)
+        self.noted = (batch.rollout_number, step, batch.prompt_indices, extra, batch_idx)
 
     def training_step(self, batch, batch_idx):
-        if self.fail == ("step", batch.rollout, batch.step):
+        if self.fail == ("step", batch.rollout_number, batch_idx % self.steps_per_rollout):
             raise RuntimeError("stopped here")
         return self.weight * 1.0
 
@@ -626,7 +645,7 @@ def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(whole, toke
 
 def test_resuming_with_other_prompts_is_refused(whole, tokenizer, tmp_path):
     _, folder, sampler = whole
-    with pytest.raises(ValueError, match=r"saved with 10 training prompts, and the 10 .* are not the same"):
+    with pytest.raises(ValueError, match=r"saved with 10 training prompts, but the 10 .* are not the same"):
         fit(tokenizer, tmp_path, ckpt_path=folder / "step=3.ckpt", sampler=sampler, seed=2)
 
 
@@ -667,7 +686,7 @@ def test_longest_prompt_is_the_modules_where_unset(write, tokenizer):
 
 def test_resuming_within_a_rollout_with_other_batch_sizes_is_refused(whole, tokenizer, tmp_path):
     _, folder, sampler = whole
-    with pytest.raises(ValueError, match="within a rollout of 3 micro-batches, this run has 2"):
+    with pytest.raises(ValueError, match="within a rollout of 3 micro-batches, but this run has 2"):
         fit(tokenizer, tmp_path, ckpt_path=folder / "step=4.ckpt", sampler=sampler, steps_per_rollout=2)
 
 

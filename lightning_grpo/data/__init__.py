@@ -1,4 +1,4 @@
-"""Prompts: where they come from, how they are encoded, and in which order they are served."""
+"""Prompts: their sources, their encoding, and the order in which they are served."""
 
 from lightning_grpo.data.module import PromptDataModule
 from lightning_grpo.data.prompts import Prompt, PromptBatch

@@ -1,4 +1,4 @@
-"""From rows to prompts: columns named, messages through the chat template, token ids once and for all."""
+"""Rows to prompts: rename columns, apply the chat template to messages, and encode the text once."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +15,11 @@ from lightning_grpo.errors import UserError
 warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 CHUNK = 1000
-"""Rows that are encoded in one call: a fast tokenizer shares them out over the cores."""
+"""Rows to encode per call; a fast tokenizer distributes them over the CPU cores."""
 
 
 class Rendered(NamedTuple):
-    """A row whose prompt is text, to be encoded."""
+    """A row whose prompt has been rendered as text."""
 
     index: int
     where: str
@@ -42,13 +42,14 @@ def encode_rows(
     overlong: Literal["drop", "error"],
     vocab_size: int | None = None,
 ) -> list[Prompt]:
-    """Rows, each with its place for error messages, as prompts; without those that are too long, or refusing them.
+    """Return the encoded prompts of rows; drop those that are too long, or raise an error, depending on ``overlong``.
 
-    Text is taken as it is, after the beginning-of-sequence token that the tokenizer adds. Messages go through the chat
-    template, with the row's ``tools`` and ``chat_template_kwargs``.
+    Text is used unchanged, after the beginning-of-sequence token that the tokenizer adds. Messages are rendered by the
+    chat template, with the row's ``tools`` and ``chat_template_kwargs``.
 
     Args:
-        vocab_size: rows of the model's embedding; a prompt with a token beyond them is refused.
+        rows: each with its location, for messages ("train.jsonl, line 7").
+        vocab_size: number of rows of the model's embedding. A prompt with a token id beyond it raises an error.
     """
     template = ChatTemplate(tokenizer, chat_template, chat_template_args)
     rendered = render_rows(rows, template, columns=columns, chat=chat, system_prompt=system_prompt)
@@ -62,7 +63,7 @@ def encode_rows(
             elif overlong == "error":
                 raise UserError(
                     f"{row.where}: the prompt has {len(ids)} tokens, above max_prompt_length = {max_prompt_length}; "
-                    "raise it, or set data.overlong to drop"
+                    "raise max_prompt_length, or set data.overlong to drop"
                 )
     return prompts
 
@@ -75,7 +76,7 @@ def render_rows(
     chat: bool,
     system_prompt: str | None,
 ) -> Iterator[Rendered]:
-    """The text of each row's prompt, and the other columns; warns of what is probably not meant."""
+    """Yield each row with its prompt as text; log a warning about rows that are probably mistakes."""
     names: set[str] | None = None
     answered: list[tuple[str, list[Message]]] = []
     toolless = ""
@@ -85,8 +86,8 @@ def render_rows(
         if set(named) != names:
             odd = ", ".join(sorted(names.symmetric_difference(named)))
             raise UserError(
-                f"{where}: differs from the first row in the columns {odd}; give every row the same columns "
-                "(null where it has no value)"
+                f"{where}: the row differs from the first row in the columns {odd}; give every row the same columns "
+                "(null if it has no value)"
             )
         messages = as_messages(where, named.pop("prompt"), chat=chat, system_prompt=system_prompt)
         if isinstance(messages, str):
@@ -102,25 +103,25 @@ def render_rows(
     if answered:
         where, messages = answered[0]
         warn(
-            f"{len(answered)} prompts end with a message of the assistant, which the completion goes on with ({where}: "
-            f"{messages[-1]['content'][-60:]!r}). If it is the answer, as in data for supervised fine-tuning, take it "
-            "out of the prompt and into a column for the rewards"
+            f"{len(answered)} prompts end with an assistant message, which the completion will continue ({where}: "
+            f"{messages[-1]['content'][-60:]!r}). If it is the answer, as in data for supervised fine-tuning, move it "
+            "from the prompt to a column for the rewards"
         )
     if toolless:
         warn(
-            f"{toolless}: the prompt is plain text, so its tools and chat_template_kwargs are left out of it; set "
-            "data.chat to true to make it a user's message"
+            f"{toolless}: the prompt is plain text, so its tools and chat_template_kwargs are ignored; set data.chat "
+            "to true to turn the text into a user message"
         )
 
 
 def _plain(text: str, bos_token: str | None) -> tuple[str, bool]:
-    """The text to encode, and whether the tokenizer is to put a beginning-of-sequence token before it."""
-    begun = bool(bos_token) and text.lstrip().startswith(bos_token)
-    return (text.lstrip(), False) if begun else (text, True)
+    """Return the text to encode, and whether the tokenizer should add special tokens to it."""
+    has_bos = bool(bos_token) and text.lstrip().startswith(bos_token)
+    return (text.lstrip(), False) if has_bos else (text, True)
 
 
 def encode(rows: Sequence[Rendered], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each row: the same as of each row alone, in a fraction of the time."""
+    """Return the token ids of each row. Encoding rows together gives the same ids in a fraction of the time."""
     ids: list[list[int]] = [[] for _ in rows]
     for special in (False, True):
         places = [place for place, row in enumerate(rows) if row.add_special_tokens is special]
@@ -130,9 +131,9 @@ def encode(rows: Sequence[Rendered], tokenizer: Any) -> list[list[int]]:
             for place, row_ids in zip(places, encoded, strict=True):
                 ids[place] = list(row_ids)
     for row, row_ids in zip(rows, ids, strict=True):
-        # some tokenizers close what they encode; a prompt stays open
-        closed = row.add_special_tokens and row_ids and row_ids[-1] == tokenizer.eos_token_id
-        if closed and not row.text.endswith(tokenizer.eos_token):
+        # Some tokenizers append an end-of-sequence token, after which a completion could not continue.
+        ended = row.add_special_tokens and row_ids and row_ids[-1] == tokenizer.eos_token_id
+        if ended and not row.text.endswith(tokenizer.eos_token):
             row_ids.pop()
     return ids
 
@@ -143,7 +144,7 @@ def _check_tokens(row: Rendered, ids: list[int], tokenizer: Any, vocab_size: int
     if vocab_size is not None and (highest := max(ids)) >= vocab_size:
         token = tokenizer.convert_ids_to_tokens(highest)
         raise UserError(
-            f"{row.where}: the prompt has the token {token!r}, whose id is {highest}, "
-            f"and the model's embedding has {vocab_size} rows: tokens were added to the tokenizer without resizing it; "
-            "call model.resize_token_embeddings(len(tokenizer)) and save both again"
+            f"{row.where}: the prompt has the token {token!r} with the id {highest}, but the model's embedding has "
+            f"{vocab_size} rows: tokens were added to the tokenizer without resizing the embedding; call "
+            "model.resize_token_embeddings(len(tokenizer)) and save both again"
         )

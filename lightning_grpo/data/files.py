@@ -1,4 +1,4 @@
-"""Rows of data files, each with its place ("train.jsonl, line 7"). UTF-8, with or without a byte order mark."""
+"""Readers of data files, which yield each row with its location ("train.jsonl, line 7"), from UTF-8 text."""
 
 import csv
 import json
@@ -11,23 +11,25 @@ from typing import Any
 from lightning_grpo.data.rows import Row
 from lightning_grpo.errors import UserError
 
-# a code unit of UTF-16 that is no character alone, as JSON escapes it; in pairs they stand for emoji and the like
+# JSON's escape of a UTF-16 surrogate. A pair of them encodes one character, a single one is invalid.
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of a text file.
+    """Yield (line number, line) of a text file.
 
     Raises:
-        UserError: it is not UTF-8; names the line.
+        UserError: the file is not UTF-8; the message names the line.
     """
     with path.open("rb") as file:
         start = file.read(4096)
     zeros = [start[half::2].count(0) > len(start) // 4 for half in (0, 1)]
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or zeros[0] != zeros[1]:
-        raise UserError(f"{path}: this file is UTF-16, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
+        raise UserError(f"{path}: the file is UTF-16, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
     if b"\0" in start or start[:2] == b"\x1f\x8b":
-        raise UserError(f"{path}: this file is binary or compressed, not text; unpack it, or give it its own ending")
+        raise UserError(
+            f"{path}: the file is binary or compressed, not text; decompress it, or use the right file extension"
+        )
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         for number, line in enumerate(file, 1):
             if not line.isascii() and (escaped := re.search("[\udc80-\udcff]", line)):
@@ -39,32 +41,32 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def parse(where: str, text: str) -> Any:
-    """The value that JSON text stands for; ``where`` is its place, for messages."""
+    """Return the value of JSON text; ``where`` is its location, for messages."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error}") from error
     except ValueError as error:  # Python's limit for converting decimal digits
-        raise UserError(f"{where}: it holds an integer of thousands of digits; write it as text, in quotes") from error
+        raise UserError(f"{where}: an integer has thousands of digits; write it as text, in quotes") from error
     except RecursionError as error:
-        raise UserError(f"{where}: its objects and lists are nested too deeply") from error
+        raise UserError(f"{where}: objects and lists are nested too deeply") from error
     if SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = f"\\u{ord(error.object[error.start]):x}"
-            raise UserError(f"{where}: {half} is half of a surrogate pair and no character; remove it") from error
+            raise UserError(f"{where}: {half} is half of a surrogate pair, not a character; remove it") from error
     return value
 
 
 def _row(where: str, value: Any) -> tuple[str, Row]:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: a row is an object with a prompt, not {type(value).__name__}")
+        raise UserError(f"{where}: a row must be an object with a prompt, not {type(value).__name__}")
     return where, value
 
 
 def jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    """An object on each line that isn't blank."""
+    """Read an object from each line that is not blank."""
     for number, line in lines(path):
         if text := line.strip("\ufeff \t\r\n"):
             where = f"{path}, line {number}"
@@ -72,7 +74,7 @@ def jsonl(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def json_file(path: Path) -> Iterator[tuple[str, Row]]:
-    """A list of objects; or an object on each line, as in `jsonl`."""
+    """Read a list of objects, or an object from each line as in `jsonl`."""
     first = next((line.lstrip() for _, line in lines(path) if line.strip()), "")
     if not first.startswith("["):
         yield from jsonl(path)
@@ -82,7 +84,7 @@ def json_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def csv_file(path: Path) -> Iterator[tuple[str, Row]]:
-    """Comma-separated values under a line with the names of the columns; every value is text."""
+    """Read comma-separated values after a line with the column names; every value is text."""
     reader = csv.reader((line for _, line in lines(path)), strict=True)
     try:
         names = next(reader, [])
@@ -90,7 +92,7 @@ def csv_file(path: Path) -> Iterator[tuple[str, Row]]:
         for values in reader:
             where = f"{path}, line {reader.line_num}"
             if values and len(values) != len(names):
-                raise UserError(f"{where}: it has {len(values)} values for the {len(names)} columns of line 1")
+                raise UserError(f"{where}: the line has {len(values)} values for the {len(names)} columns of line 1")
             if values:
                 yield where, dict(zip(names, values, strict=True))
     except csv.Error as error:
@@ -103,7 +105,7 @@ def _require_distinct(where: str, names: list[str]) -> None:
 
 
 def parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows of a parquet file, counted from 0."""
+    """Read the rows of a parquet file, numbered from 0."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -116,7 +118,7 @@ def parquet(path: Path) -> Iterator[tuple[str, Row]]:
                     yield f"{path}, row {number}", row
                     number += 1
     except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: it can't be read as parquet: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: the file can't be read as parquet: {' '.join(str(error).split())}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, near row {number}: a text is not UTF-8: {error}") from error
 
@@ -128,49 +130,51 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
     ".parquet": parquet,
 }
 OTHER_SUFFIXES = (".ndjson", ".txt", ".tsv", ".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".arrow", ".xlsx", ".yaml")
-"""Endings of data files that aren't read; a source that ends in one is no name on the hub."""
+"""Extensions of data files without a reader; a source with one is a file, not a name on the hub."""
 
 
 def is_file_name(source: str) -> bool:
-    """Whether a source names a file, there or not, or a pattern of files such as ``data/train-*.parquet``."""
+    """Whether a source is a file name, existing or not, or a pattern of files such as ``data/train-*.parquet``."""
     suffix = Path(source).suffix.lower()
     return suffix in READERS or suffix in OTHER_SUFFIXES or glob_special(source) or Path(source).expanduser().is_file()
 
 
 def glob_special(source: str) -> bool:
-    """Whether a source is a pattern: it has one of ``*``, ``?`` and ``[``."""
+    """Whether a source is a pattern, which contains ``*``, ``?`` or ``[``."""
     return any(character in source for character in "*?[")
 
 
 def find_files(option: str, source: str) -> list[Path]:
-    """The file that a source names, or the files that its pattern matches, by name.
+    """Return the file that a source names, or the sorted files that match its pattern.
 
     Args:
-        option: that holds ``source``, for messages.
+        option: name of the option whose value is ``source``, for messages.
 
     Raises:
-        UserError: there is no such file, or it is of a kind that isn't read.
+        UserError: there is no such file, or its type is not supported.
     """
     path = Path(source).expanduser()
-    found = [path] if path.is_file() else []
-    if not found and glob_special(source):
-        found = [file for file in map(Path, sorted(glob(str(path), recursive=True))) if file.is_file()]
-    if not found:
+    files = [path] if path.is_file() else []
+    if not files and glob_special(source):
+        files = [file for file in map(Path, sorted(glob(str(path), recursive=True))) if file.is_file()]
+    if not files:
         what = "no file matches it" if glob_special(source) else "there is no such file"
-        raise UserError(f"{option} is {source!r}, and {what}; set a {_KINDS} file, or a pattern of such files")
-    for file in found:
+        raise UserError(f"{option} is {source!r}, but {what}; set a {_KINDS} file, or a pattern of such files")
+    for file in files:
         if file.suffix.lower() not in READERS:
-            raise UserError(f"{option} is {source!r}, and {file.name} is no {_KINDS} file; convert it to one of these")
-    return found
+            raise UserError(
+                f"{option} is {source!r}, but {file.name} is not a {_KINDS} file; convert it to one of these"
+            )
+    return files
 
 
 def read_files(option: str, source: str) -> Iterator[tuple[str, Row]]:
-    """The rows of all files that `find_files` finds, one file after the other."""
+    """Yield the rows of all files that `find_files` returns, one file after the other."""
     for path in find_files(option, source):
         try:
             yield from READERS[path.suffix.lower()](path)
         except OSError as error:
-            raise UserError(f"{option} is {source!r}, and {path} can't be read: {error}") from error
+            raise UserError(f"{option} is {source!r}, but {path} can't be read: {error}") from error
 
 
 _KINDS = ".jsonl, .json, .csv or .parquet"

@@ -1,4 +1,4 @@
-"""PromptDataModule: rows in, batches of encoded prompts out, with a position that checkpoints keep."""
+"""`PromptDataModule`: reads rows, encodes their prompts, and serves them in batches, resumable at any step."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +22,12 @@ from lightning_grpo.seed import seed_of_run
 
 warn = rank_zero_only(logging.getLogger(__name__).warning)
 
-# procedural sources seed row i with seed + i: far enough that no held-out row is a training row's twin
+# Procedural sources seed row i with seed + i. The offset keeps held-out rows distinct from training rows.
 VALIDATION_SEED = 1_000_000_000
 
 
 class Loader:
-    """A sized iterable whose iterator is lazy: the position is read at the first batch, after a checkpoint is."""
+    """A sized iterable that starts to iterate at the first batch, after a checkpoint has been loaded."""
 
     def __init__(self, length: int, batches: Callable[[], Iterator[PromptBatch]]) -> None:
         self.length = length
@@ -40,58 +40,60 @@ class Loader:
         return self.batches()
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the position is the data module's. Tells Lightning that this loader can be resumed."""
+        """Empty, as the data module stores the position. Its presence marks the loader as resumable for Lightning."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load."""
+        """Do nothing; the data module stores the position."""
 
 
 class PromptDataModule(lightning.LightningDataModule):
-    """Prompts for rollouts, the other columns going to the rewards.
+    """Serves prompts for rollouts, together with the columns that reward functions read.
 
-    A row has a ``prompt`` (text, taken as it is, or a list of chat messages, which go through the tokenizer's chat
-    template once) and any other columns. A message's content is text, or a list of text parts. The columns ``tools``
-    (JSON schemas) and ``chat_template_kwargs`` (an object), if there are any, go to the template, as objects or as
-    JSON text. Rows of verl's parquet convention are understood (``reward_model.ground_truth`` becomes the ``answer``
-    that is missing). A bad row is an error that names the file and the line.
+    A row has a ``prompt`` (text, which is used unchanged, or a list of chat messages, to which the chat template is
+    applied) and any other columns. The content of a message is text or a list of text parts. The columns ``tools``
+    (JSON schemas) and ``chat_template_kwargs`` (an object) are passed to the template if present, and can be given as
+    JSON text. In rows that follow verl's parquet convention, a missing ``answer`` is set to
+    ``reward_model.ground_truth``. An invalid row raises an error that names the file and the line.
 
-    The training loader gives each rollout's prompts ``steps_per_rollout`` times in a row (once per micro-batch; the
-    number is the module's, for this rank). An epoch is ⌊prompts / prompts_per_rollout⌋ rollouts; the prompts left over
-    begin the next one. With W data-parallel ranks, rank r gets every W-th prompt of the rollout from its r-th on, so
-    that with K updates a rollout, update k sees the prompts [k·B/K, (k+1)·B/K) whatever W is. No prompt comes twice in
-    one rollout.
+    The training loader yields the prompts of each rollout ``steps_per_rollout`` times in succession, once per
+    micro-batch of this rank; the LightningModule defines that number. An epoch has ⌊prompts / prompts_per_rollout⌋
+    rollouts, and the remaining prompts begin the next epoch. With W data-parallel ranks, rank r gets every W-th prompt
+    of the rollout, starting with prompt r. With K updates per rollout, update k thus sees the prompts
+    [k·B/K, (k+1)·B/K) for any W. A prompt occurs at most once in a rollout.
 
-    Order and position are kept in checkpoints: a run resumed at any step goes on with the same batches. A rollout that
-    was interrupted before its first step is drawn again as it was.
+    Checkpoints contain the order and the position: a run that is resumed at any step continues with the same batches.
+    A rollout that was interrupted before its first optimizer step is drawn again, with the same result.
 
     Args:
         source: A .jsonl, .json, .csv or .parquet file, a pattern of such files (``data/train-*.parquet``), a folder
             written by datasets.save_to_disk, a hub name (owner/name), ``reasoning_gym:TASK`` (procedural, offline),
             ``arithmetic`` or ``letters`` (procedural, built in).
-        source_args: Further arguments of the source: a reasoning-gym task's configuration; ``low``, ``high``,
+        source_args: Further arguments of the source: the configuration of a reasoning-gym task; ``low``, ``high``,
             ``operator``, ``template`` of arithmetic; ``alphabet``, ``repeats`` of letters; ``split`` of a folder;
             ``split``, ``name``, ``revision``, … of a hub data set.
-        size: Rows to make (procedural sources) or to read, from the first on. Unset: all there are.
-        validation_source: Where held-out prompts come from, as ``source``. Unset: they are taken from ``source``.
-        validation_args: As ``source_args``, for ``validation_source``.
-        validation_size: Held-out prompts. 0: none, or all of ``validation_source`` where it is set. Taken from
-            ``source`` at random. Training rows with the same prompt as a held-out one are dropped.
-        columns: New names: ``{prompt: question, answer: reward_model.ground_truth}`` takes the column ``question``
-            as the prompt and a nested value as ``answer``. Columns not named keep their names.
-        chat: Make a text prompt the message of a user, for models trained for chat.
-        system_prompt: Message put before every prompt that is a list of messages.
-        chat_template: Jinja template, or a file that holds one, in place of the tokenizer's own.
+        size: Number of rows to generate (procedural sources) or to read from the start. Unset: all.
+        validation_source: Source of the held-out prompts, in the same form as ``source``. Unset: held-out prompts are
+            taken from ``source``.
+        validation_args: Further arguments of ``validation_source``.
+        validation_size: Number of held-out prompts; from ``source`` they are drawn at random. 0: all rows of
+            ``validation_source``, or no held-out prompts if that is unset. Training rows with the same prompt as a
+            held-out row are dropped.
+        columns: New column names: ``{prompt: question, answer: reward_model.ground_truth}`` uses the column
+            ``question`` as the prompt and a nested value as ``answer``. Other columns keep their names.
+        chat: Turn a text prompt into a user message, for models trained for chat.
+        system_prompt: System message to put before every prompt that is a list of messages.
+        chat_template: Jinja template, or a file that contains one, to use instead of the tokenizer's.
         chat_template_args: Variables for the template, for example ``{enable_thinking: false}``.
-        prompts_per_rollout: Prompts of one rollout, over all ranks (B).
-        max_prompt_length: Longest prompt in tokens. Unset: the module's ``max_prompt_length``.
-        overlong: What to do with longer ones: ``drop`` them (their count is logged), or stop with an ``error``.
-        shuffle: A new order for every pass over the data, from (seed, pass). Not used where ``sampler`` is set.
-        sampler: Which prompts come next, for example ``DifficultySampler``. Unset: each once a pass.
-        validation_batch_size: Held-out prompts of a rank generated for at once.
-        seed: Seed of procedural sources, the choice of held-out prompts, and the order. Unset: that of
+        prompts_per_rollout: Prompts per rollout, over all ranks (B).
+        max_prompt_length: Longest prompt, in tokens. Unset: the module's ``max_prompt_length``.
+        overlong: What to do with longer prompts: ``drop`` them and log their number, or stop with an ``error``.
+        shuffle: Draw a new order from (seed, pass) for every pass over the data. Ignored if ``sampler`` is set.
+        sampler: Selects the next prompts, for example ``DifficultySampler``. Unset: each prompt once per pass.
+        validation_batch_size: Held-out prompts per rank to generate for at once.
+        seed: Seed of procedural sources, of the choice of held-out prompts, and of the order. Unset: that of
             --seed_everything (`lightning.seed_everything`), or 0.
-        tokenizer: A Hugging Face tokenizer. Unset: the module's ``tokenizer`` attribute, read in ``setup``.
+        tokenizer: A Hugging Face tokenizer. Unset: the module's ``tokenizer`` attribute, which is read in ``setup``.
     """
 
     def __init__(
@@ -122,9 +124,11 @@ class PromptDataModule(lightning.LightningDataModule):
         counts = ("size", "prompts_per_rollout", "max_prompt_length", "validation_batch_size")
         check_ranges(locals(), ranges | dict.fromkeys(counts, "[1, inf)"), prefix="data.")
         if overlong not in ("drop", "error"):
-            raise UserError(f"data.overlong is {overlong!r}; set 'drop' or 'error'")
+            raise UserError(f"data.overlong is {overlong!r}; set it to drop or error")
         if validation_args and validation_source is None:
-            raise UserError("data.validation_args is set without data.validation_source; set that too")
+            raise UserError(
+                "data.validation_args is set, but data.validation_source is not; set it too, or remove validation_args"
+            )
         self.source = source
         self.source_args = source_args or {}
         self.size = size
@@ -148,24 +152,27 @@ class PromptDataModule(lightning.LightningDataModule):
         self._tokenizer: Any = None
         self._stream: Stream | None = None
 
-    # Rows ---------------------------------------------------------------------------------------------------------
+    # ── Rows ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, check, split and encode all rows, once. Errors name the file and the line."""
+        """Read, check, encode and split all rows, once. Errors name the file and the line."""
         tokenizer = self.tokenizer or getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
         if tokenizer is None:
-            raise UserError("no tokenizer: the module needs a `tokenizer` attribute, or pass data.tokenizer")
+            raise UserError("there is no tokenizer: give the module a `tokenizer` attribute, or set data.tokenizer")
         if tokenizer is not self._tokenizer:
             self._tokenizer = tokenizer
             self._read()
         if stage not in (None, "fit"):
             return
         if not self.train:
-            raise UserError(f"every prompt of {self.source!r} equals a held-out one: none is left for training")
+            raise UserError(
+                f"every prompt of data.source = {self.source!r} is also a held-out prompt, so none is left for "
+                "training; set another data.validation_source"
+            )
         if len(self.train) < self.prompts_per_rollout:
             raise UserError(
-                f"data.prompts_per_rollout is {self.prompts_per_rollout} and {len(self.train)} training prompts are "
-                f"left of {self.source!r}; set it to {len(self.train)} or less, or give more prompts"
+                f"data.prompts_per_rollout is {self.prompts_per_rollout}, but {self.source!r} has {len(self.train)} "
+                f"training prompts; set prompts_per_rollout to {len(self.train)} or less, or add prompts"
             )
         if self.trainer is None or self.trainer.global_step == 0 or self._stream is None:
             self._stream = Stream(len(self.train), seed=self.seed, sampler=self.sampler)
@@ -183,16 +190,16 @@ class PromptDataModule(lightning.LightningDataModule):
         held_out = {tuple(prompt.ids) for prompt in self.validation}
         self.train = [prompt for prompt in rows if tuple(prompt.ids) not in held_out]
         if len(self.train) < len(rows):
-            warn(f"{len(rows) - len(self.train)} training prompts equal a held-out one and are dropped")
+            warn(f"dropped {len(rows) - len(self.train)} training prompts that are also held-out prompts")
         rank_zero_info(f"{len(self.train)} training and {len(self.validation)} held-out prompts from {self.source}")
-        self._place = {prompt.index: place for place, prompt in enumerate(self.train)}
+        self._row_of_index = {prompt.index: row for row, prompt in enumerate(self.train)}
         self._fingerprint = fingerprint(self.train)
 
     def _prompts(self, source: str, args: dict[str, Any], size: int | None, *, seed: int, option: str) -> list[Prompt]:
         module = self.trainer and self.trainer.lightning_module
-        longest = self.max_prompt_length
-        if longest is None:
-            longest = getattr(module, "max_prompt_length", None)
+        max_length = self.max_prompt_length
+        if max_length is None:
+            max_length = getattr(module, "max_prompt_length", None)
         rows = read(source, args=args, size=size, seed=seed, option=option)
         prompts = encode_rows(
             rows,
@@ -202,104 +209,111 @@ class PromptDataModule(lightning.LightningDataModule):
             system_prompt=self.system_prompt,
             chat_template=self.chat_template,
             chat_template_args=self.chat_template_args,
-            max_prompt_length=longest,
+            max_prompt_length=max_length,
             overlong=self.overlong,
             vocab_size=getattr(module, "vocab_size", None),
         )
         if len(prompts) < len(rows):
-            dropped = f"{len(rows) - len(prompts)} of {len(rows)} prompts of {source} have more than {longest} tokens"
             if not prompts:
-                raise UserError(f"{dropped}: none is left; raise max_prompt_length")
-            warn(f"{dropped} (max_prompt_length) and are dropped")
+                raise UserError(
+                    f"all {len(rows)} prompts of {source} have more than max_prompt_length = {max_length} tokens; "
+                    "raise it, or use shorter prompts"
+                )
+            warn(
+                f"dropped {len(rows) - len(prompts)} of {len(rows)} prompts of {source}, which have more than "
+                f"max_prompt_length = {max_length} tokens"
+            )
         return prompts
 
     def _hold_out(self, rows: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
         if self.validation_size >= len(rows):
             raise UserError(
-                f"data.validation_size is {self.validation_size} and {self.source!r} has {len(rows)} prompts; "
-                f"set it below {len(rows)}, or give a data.validation_source"
+                f"data.validation_size is {self.validation_size}, but {self.source!r} has {len(rows)} prompts; set it "
+                f"below {len(rows)}, or set data.validation_source"
             )
         order = np.random.default_rng((self.seed, len(rows))).permutation(len(rows))
-        held = set(order[: self.validation_size].tolist())
-        return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+        held_out = set(order[: self.validation_size].tolist())
+        return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
 
-    # Training -----------------------------------------------------------------------------------------------------
+    # ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def train_dataloader(self) -> Loader:
-        """⌊prompts / B⌋ · steps_per_rollout batches: each rollout's prompts steps_per_rollout times."""
+        """The loader of ⌊prompts / B⌋ · steps_per_rollout batches, steps_per_rollout of each rollout."""
         W, _ = self._shard
         B = self.prompts_per_rollout
         if B % W:
             nearest = sorted({max(B // W, 1) * W, (B // W + 1) * W})
             raise UserError(
-                f"data.prompts_per_rollout is {B}, which {W} data-parallel ranks can't share; "
-                f"set {' or '.join(map(str, nearest))}"
+                f"data.prompts_per_rollout is {B}, which can't be divided among {W} data-parallel ranks; "
+                f"set it to {' or '.join(map(str, nearest))}"
             )
         repeats = self.trainer.lightning_module.steps_per_rollout
         length = len(self.train) // B * repeats
 
         def batches() -> Iterator[PromptBatch]:
-            # Lightning 2.6 keeps counting a batch that an exception broke off, and would find itself one behind when
-            # it is resumed for the second time
+            # Lightning 2.6 counts a batch that an exception interrupted as started, and would be off by one when the
+            # run is resumed a second time.
             started = self.trainer.fit_loop.epoch_loop.batch_progress.total
             started.ready = started.started = started.processed
             for _ in range(length):
                 self._stream.advance(B, repeats)
-                yield self._share(self._stream.rows, step=self._stream.step - 1)
+                yield self._share(self._stream.rows)
 
         return Loader(length, batches)
 
     def next_prompts(self) -> PromptBatch:
-        """This rank's share of the next rollout, for sampling it ahead of its turn.
+        """Return this rank's share of the next rollout, so that it can be sampled before the current one is finished.
 
-        The train loader serves the same, as long as `more_prompts` and `observe` are not called before that.
+        The training loader serves the same prompts, unless `more_prompts` or `observe` is called in between.
         """
         W, rank = self._shard
         rows = self._stream.peek(self.prompts_per_rollout)
-        return PromptBatch([self.train[i] for i in rows[rank::W]], rollout=self._stream.rollout + 1)
+        return PromptBatch([self.train[i] for i in rows[rank::W]], rollout_number=self._stream.rollout + 1)
 
     def more_prompts(self, count: int) -> PromptBatch:
-        """This rank's share of ``count`` further prompts (over all ranks), none of which the rollout holds already.
+        """Return this rank's share of ``count`` further prompts (over all ranks) that are not in the rollout yet.
 
-        For dynamic sampling: in place of groups whose rewards are all equal. Every rank calls it with the same count,
-        and gets as many as every other, which may take up to W − 1 more in all; rank r has every W-th from its r-th
-        on. Fewer come back, down to none, where the data set has no others. They are drawn from the same order as the
-        rollouts, which go on after them.
+        Dynamic sampling uses them to replace groups whose rewards are all equal. Every rank must call this method with
+        the same count, which is rounded up to a multiple of W so that all ranks get the same number of prompts. There
+        are fewer, possibly none, if the data set has no others. They are taken from the same order as rollouts, which
+        continue after them.
         """
         W, _ = self._shard
-        return self._share(self._stream.more(count, multiple=W), step=self._stream.step - 1)
+        return self._share(self._stream.more(count, multiple=W))
 
     def observe(self, prompt_indices: Sequence[int], mean_rewards: Sequence[float] | Tensor) -> None:
-        """Tell a difficulty-aware sampler the mean reward of each group of a rollout, for the draws after it.
+        """Pass the mean reward of each group of a rollout to the sampler, for the draws that follow.
 
-        Call it on every rank, with the rank's own prompts: the ranks exchange what they saw. NaN (no reward applied)
-        is passed over.
+        Every rank must call this method with its own prompts; the ranks exchange the values. NaN (no reward applied) is
+        ignored.
         """
         if type(self.sampler).update is Sampler.update:
             return
         means = torch.as_tensor(mean_rewards, dtype=torch.float32, device="cpu").tolist()
-        seen = {self._place[i]: mean for i, mean in zip(prompt_indices, means, strict=True) if mean == mean}
+        rewards = {self._row_of_index[i]: mean for i, mean in zip(prompt_indices, means, strict=True) if mean == mean}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            shares: list[dict[int, float]] = [{}] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(shares, seen)
-            seen = {row: share[row] for share in shares for row in share}
-        self._stream.observe(seen)
+            gathered: list[dict[int, float]] = [{}] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, rewards)
+            rewards = {row: share[row] for share in gathered for row in share}
+        self._stream.observe(rewards)
 
     @property
     def _shard(self) -> tuple[int, int]:
-        """(number of data-parallel ranks, this one); tensor-parallel ranks have the same."""
+        """The number of data-parallel ranks and the index of this one; tensor-parallel ranks share an index."""
         kwargs = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         return kwargs["num_replicas"], kwargs["rank"]
 
-    def _share(self, rows: list[int], *, step: int) -> PromptBatch:
+    def _share(self, rows: list[int]) -> PromptBatch:
         W, rank = self._shard
-        return PromptBatch([self.train[i] for i in rows[rank::W]], rollout=self._stream.rollout, step=step)
+        return PromptBatch([self.train[i] for i in rows[rank::W]], rollout_number=self._stream.rollout)
 
-    # Held-out prompts ---------------------------------------------------------------------------------------------
+    # ── Held-out prompts ──────────────────────────────────────────────────────────────────────────────────────────
 
     def val_dataloader(self) -> Loader | list:
-        """This rank's held-out prompts. Every rank gets as many batches of the same sizes: prompts that fill up the
-        last ones are marked by ``real`` = False.
+        """The loader of this rank's held-out prompts.
+
+        All ranks get the same number of batches of the same sizes. Prompts that only pad the last ones have ``real`` =
+        False.
         """
         if not self.validation:
             return []
@@ -320,16 +334,16 @@ class PromptDataModule(lightning.LightningDataModule):
     def predict_dataloader(self) -> Loader | list:
         return self.val_dataloader()
 
-    # Checkpoints --------------------------------------------------------------------------------------------------
+    # ── Checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def state_dict(self, unfinished: int | None = None, *, draw_again: bool = True) -> dict[str, Any]:
-        """The position, and what it is a position in. Empty if training was never set up.
+        """Return the position, and a fingerprint of the prompts it refers to. Empty if training was never set up.
 
         Args:
-            unfinished: how many of the batches served last are to be served again. None is a batch fetched and not yet
-                trained, if there is one.
-            draw_again: draw a rollout whose first batch is to be served again once more, and forget what was drawn and
-                observed since. False serves it as it was drawn.
+            unfinished: number of the latest batches that are to be served again. None: 1 if a batch has been fetched
+                but not processed, else 0.
+            draw_again: if the first batch of a rollout is to be served again, discard its draw and all observations
+                since, and draw it again. False: serve the rollout as it was drawn.
         """
         if self._stream is None:
             return {}
@@ -340,21 +354,21 @@ class PromptDataModule(lightning.LightningDataModule):
         return {"prompts": len(self.train), "fingerprint": self._fingerprint} | position
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was, in ``fit``. Refuses other prompts than it was saved with."""
+        """In ``fit``, restore the position of the checkpoint. Raise `UserError` if it was saved with other prompts."""
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
         if state_dict["fingerprint"] != self._fingerprint:
             raise UserError(
-                f"the checkpoint was saved with {state_dict['prompts']} training prompts, and the {len(self.train)} "
-                f"that data.source = {self.source!r} now gives are not the same, or have other columns; restore the "
-                "file, the data options and the tokenizer, or begin a new run"
+                f"the checkpoint was saved with {state_dict['prompts']} training prompts, but the {len(self.train)} "
+                f"prompts of data.source = {self.source!r} or their columns are not the same; restore the file, the "
+                "data options and the tokenizer, or start a new run"
             )
         self._stream.load_state_dict(state_dict)
 
     def serve_again(self, rollout: int | None, step: int) -> bool:
-        """Serve ``rollout`` again from its ``step``-th micro-batch on, in a `fit` that goes on without a checkpoint.
+        """Serve ``rollout`` again from micro-batch ``step`` on, in a second `fit` that continues without a checkpoint.
 
-        False if that is not the rollout at hand: the one at hand, if it was begun, is then drawn again.
+        Return False if ``rollout`` is not the current one. The current one, if it is unfinished, is then drawn again.
         """
         stream = self._stream
         if rollout == stream.rollout:

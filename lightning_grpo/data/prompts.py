@@ -1,4 +1,4 @@
-"""Encoded prompts, one by one and as the batches that a rollout is made of."""
+"""Encoded prompts, and batches of them."""
 
 import hashlib
 import json
@@ -14,62 +14,71 @@ from lightning_grpo.data.rows import Message
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One row of the data set, encoded."""
+    """An encoded row of the data set."""
 
     index: int
-    """Row number in the source, from 0: stays the same whatever is dropped or held out."""
+    """Row number in the source, from 0. It does not depend on which rows are dropped or held out."""
     place: str
-    """Where the row stands, for messages: "train.jsonl, line 7"."""
+    """Location of the row, for messages: "train.jsonl, line 7"."""
     ids: list[int]
-    """Token ids, as the engine gets them."""
+    """Token ids, as passed to the engine."""
     messages: str | list[Message]
-    """The prompt as text or as chat messages: what reward functions see as ``prompts``."""
+    """The prompt as text or chat messages, as passed to reward functions under ``prompts``."""
     columns: dict[str, Any]
-    """All other columns, for the rewards."""
+    """All other columns, for reward functions."""
 
 
 class PromptBatch:
-    """This rank's prompts of one rollout (or of one validation batch). Not a dataclass, so that Lightning's
-    conversions of batches don't walk through every token id.
+    """This rank's prompts of one rollout, or of one validation batch.
 
-    prompts: token ids of each prompt; messages: the same as text or chat messages; columns: the other columns of each
-    row; prompt_indices: row numbers in the source, stable over runs; rollout: number of the rollout, from 0, counted
-    over the whole training; step: which repetition of the batch this is, in [0, steps_per_rollout); real: False for a
-    row that only fills up a validation shard, to be left out of every figure.
+    It is not a dataclass, because Lightning's batch conversions would then visit every token id.
+
+    Args:
+        rows: the prompts.
+        rollout_number: number of the rollout, from 0, counted over the whole training.
+        real: False for rows that only pad a validation batch, which are excluded from all metrics. None: all True.
     """
 
-    def __init__(self, rows: Sequence[Prompt], *, rollout: int = 0, step: int = 0, real: Sequence[bool] | None = None):
+    def __init__(self, rows: Sequence[Prompt], *, rollout_number: int = 0, real: Sequence[bool] | None = None) -> None:
         self.rows = list(rows)
-        self.rollout = rollout
-        self.step = step
+        self.rollout_number = rollout_number
         self.real = [True] * len(self.rows) if real is None else list(real)
 
     @property
+    def rollout(self) -> int:
+        """The former name of ``rollout_number``, until 0.3."""
+        return self.rollout_number
+
+    @property
     def prompts(self) -> list[list[int]]:
+        """Token ids of each prompt."""
         return [row.ids for row in self.rows]
 
     @property
     def messages(self) -> list[str | list[Message]]:
+        """Each prompt as text or chat messages."""
         return [row.messages for row in self.rows]
 
     @property
     def columns(self) -> list[dict[str, Any]]:
+        """The other columns of each row."""
         return [row.columns for row in self.rows]
 
     @property
     def prompt_indices(self) -> list[int]:
+        """Row numbers in the source, the same in every run."""
         return [row.index for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def to(self, device: torch.device) -> "PromptBatch":
-        """Itself: it holds no tensors (Lightning moves batches with this)."""
+        """Return the batch itself, which has no tensors. Lightning calls this to move batches."""
         return self
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Equal for equal rows in the same order: token ids, and all columns that rewards see."""
+    """Return a hash of the rows in their order: their token ids and all columns for reward functions."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(np.array([prompt.index, len(prompt.ids), *prompt.ids], dtype=np.int64).tobytes())
@@ -79,7 +88,7 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What stands for a value that JSON has no form for: the same in every process."""
+    """Return a representation of a value that JSON can't encode; it is the same in every process."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, set | frozenset):

@@ -1,4 +1,4 @@
-"""Which prompts come next: a pure function of the seed, a cursor and the pass rates seen so far."""
+"""Samplers choose the next prompts, as a pure function of the seed, a cursor and the pass rates observed so far."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Set
@@ -15,20 +15,23 @@ from lightning_grpo.ranges import check_ranges
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ABC):
-    """Base class of prompt samplers. A sampler has no state: what a draw depends on is passed in."""
+    """Base class of prompt samplers. A sampler has no state: a draw depends on its arguments only."""
 
     @abstractmethod
     def draw(
         self, count: int, *, size: int, seed: int, cursor: int, rates: Tensor, taken: Set[int]
     ) -> tuple[list[int], int]:
-        """Up to ``count`` of the rows 0 … size − 1, each once and none of ``taken``, and the next cursor.
+        """Return ``count`` distinct rows in 0 … size − 1 that are not in ``taken``, and the next cursor.
 
-        ``rates`` [size] holds the running pass rate of each row, NaN where it has not been seen. Fewer than ``count``
-        come back only when the rows outside ``taken`` are used up.
+        ``rates`` [size] has the running pass rate of each row, NaN if the row has not been observed. There are fewer
+        than ``count`` rows only if there are not as many outside ``taken``.
         """
 
     def update(self, rate: float, reward: float) -> float:
-        """The running pass rate after a prompt's mean reward, ``rate`` being NaN at first. This one keeps none."""
+        """Return the running pass rate of a prompt after another mean reward. The base class keeps no pass rates.
+
+        ``rate`` is NaN before the first observation.
+        """
         return rate
 
 
@@ -39,13 +42,13 @@ def _order(size: int, seed: int, number: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class PassSampler(Sampler):
-    """Every prompt once a pass; the cursor counts rows over all passes, so that nothing is lost between rollouts.
+    """Serves every prompt once per pass. The cursor counts rows over all passes.
 
-    A row that meets itself within one rollout (at the seam of two passes) is passed over the second time.
+    A row that would occur twice in a rollout, which can happen between two passes, is skipped the second time.
     """
 
     shuffle: bool = True
-    """A new order for every pass, from (seed, pass); false keeps the order of the source."""
+    """Draw a new order for every pass from (seed, pass). False keeps the order of the source."""
 
     def draw(
         self, count: int, *, size: int, seed: int, cursor: int, rates: Tensor, taken: Set[int]
@@ -64,22 +67,22 @@ class PassSampler(Sampler):
 
 @dataclass(frozen=True, kw_only=True)
 class DifficultySampler(Sampler):
-    """Prompts that are solved about half of the time come more often: there the rewards of a group differ most.
+    """Prefers prompts that are solved about half of the time, for which the rewards within a group differ most.
 
-    A row is drawn, without replacement, with weight floor + (1 − floor)·4p(1 − p), p being its running pass rate:
-    p(1 − p) is the variance of a 0/1 reward, to which the size of the gradient is tied (Foster et al. 2025,
-    arXiv:2502.12272). A row not seen yet weighs 1. The draw is an exponential race (Efraimidis & Spirakis 2006),
-    seeded with (seed, cursor); the cursor counts draws.
+    Rows are drawn without replacement with weight floor + (1 − floor)·4p(1 − p), where p is the running pass rate: the
+    size of the gradient depends on p(1 − p), the variance of a 0/1 reward (Foster et al. 2025, arXiv:2502.12272). A row
+    that has not been observed has weight 1. The draw is an exponential race (Efraimidis & Spirakis 2006) seeded with
+    (seed, cursor); the cursor counts draws.
     """
 
     floor: float = 0.05
-    """Least weight, in (0, 1]: how often a prompt that is always or never solved is tried again. 1 is uniform."""
+    """Smallest weight, in (0, 1], given to prompts that are always or never solved. 1 is uniform sampling."""
     smoothing: float = 0.5
-    """Share of the newest observation in the running pass rate, in (0, 1]. 1 keeps the newest alone."""
+    """Weight of the newest observation in the running pass rate, in (0, 1]. 1 uses only the newest."""
     low: float = 0.0
-    """Mean reward that counts as never solved; lower ones too."""
+    """Mean reward at or below which a prompt counts as never solved."""
     high: float = 1.0
-    """Mean reward that counts as always solved; higher ones too."""
+    """Mean reward at or above which a prompt counts as always solved."""
 
     def __post_init__(self) -> None:
         ranges = {"floor": "(0, 1]", "smoothing": "(0, 1]", "low": "(-inf, inf)", "high": "(-inf, inf)"}
@@ -88,7 +91,7 @@ class DifficultySampler(Sampler):
             raise UserError(f"sampler.high is {self.high}; set it above sampler.low, which is {self.low}")
 
     def weights(self, rates: Tensor) -> Tensor:
-        """[size] → [size], in [floor, 1]."""
+        """Return the weight of each row, in [floor, 1], from pass rates [size]."""
         variance = torch.where(rates.isnan(), 1.0, 4 * rates * (1 - rates))
         return self.floor + (1 - self.floor) * variance
 

@@ -1,4 +1,4 @@
-"""Where rows come from: files, saved data sets, the hub, and questions made on the spot."""
+"""Sources of rows: files, saved data sets, the hub, and procedural generators."""
 
 import inspect
 import random
@@ -19,7 +19,7 @@ KINDS = (
     "a .jsonl, .json, .csv or .parquet file or a pattern of such files, a folder written by datasets.save_to_disk, a "
     "hub name (owner/name), reasoning_gym:TASK, arithmetic, or letters"
 )
-MOST_ENUMERATED = 100_000
+MAX_ENUMERATED = 100_000
 
 
 def arithmetic(
@@ -31,9 +31,9 @@ def arithmetic(
     operator: str = "+",
     template: str = "What is {a} {operator} {b}? Answer with just the number.",
 ) -> Iterator[Row]:
-    """Distinct questions over integers a, b in [low, high], with column ``answer``; all of them where size is None.
+    """Yield distinct questions about integers a, b in [low, high] and their ``answer``; all of them if size is None.
 
-    ``operator`` is ``+``, ``-`` or ``*`` (written ×); ``template`` holds {a}, {b} and, if wanted, {operator}.
+    ``operator`` is ``+``, ``-`` or ``*`` (written ×); ``template`` contains {a}, {b} and, optionally, {operator}.
     """
     compute = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
     _require_whole({"low": low, "high": high})
@@ -46,14 +46,14 @@ def arithmetic(
     except (LookupError, ValueError, AttributeError) as error:
         raise UserError(
             f"data.source_args.template is {template!r}, which can't be filled in ({type(error).__name__}: {error}); "
-            "its fields are {a}, {b} and {operator}, other braces are doubled"
+            "its fields are {a}, {b} and {operator}; double all other braces"
         ) from error
     width = high - low + 1
-    if size is None and width**2 > MOST_ENUMERATED:
-        raise UserError(f"data.size is unset and there are {width**2:,} questions of {low} to {high}; set data.size")
+    if size is None and width**2 > MAX_ENUMERATED:
+        raise UserError(f"data.size is unset, but there are {width**2:,} questions of {low} to {high}; set data.size")
     count = width**2 if size is None else size
     if count > width**2:
-        raise UserError(f"data.size is {count} and only {width**2} questions of {low} to {high} exist; set {width**2}")
+        raise UserError(f"data.size is {count}, but only {width**2} questions of {low} to {high} exist; set {width**2}")
     for pair in random.Random(f"arithmetic {seed}").sample(range(width**2), count):
         a, b = low + pair // width, low + pair % width
         prompt = template.format(a=a, b=b, operator=operator.replace("*", "×"))
@@ -61,13 +61,14 @@ def arithmetic(
 
 
 def letters(size: int | None, seed: int, *, alphabet: str = ascii_lowercase, repeats: int = 6) -> Iterator[Row]:
-    """One letter as the prompt, the letter ``repeats`` times as ``answer``: learnt from random weights in seconds.
+    """Yield rows with a letter as the prompt and the letter ``repeats`` times as ``answer``.
 
-    The letters of ``alphabet`` in turn, in an order drawn from the seed; one of each where size is None.
+    A model learns this from random weights in seconds. The letters of ``alphabet`` are cycled in an order drawn from
+    the seed, once if size is None.
     """
     _require_whole({"repeats": repeats}, least=1)
     if not isinstance(alphabet, str) or not alphabet:
-        raise UserError(f"data.source_args.alphabet is {alphabet!r}; set a text with at least one letter")
+        raise UserError(f"data.source_args.alphabet is {alphabet!r}; set a text of one or more letters")
     order = random.Random(f"letters {seed}").sample(alphabet, len(alphabet))
     for i in range(len(order) if size is None else size):
         letter = order[i % len(order)]
@@ -82,9 +83,9 @@ def _require_whole(arguments: dict[str, Any], least: int | None = None) -> None:
 
 
 def reasoning_gym(task: str, size: int | None, seed: int, args: dict[str, Any]) -> Iterator[Row]:
-    """Questions of a reasoning-gym task, with columns ``answer``, ``task``, ``task_args`` and ``entry`` (for scoring).
+    """Yield questions of a reasoning-gym task, with ``answer``, ``task``, ``task_args`` and ``entry`` for scoring.
 
-    ``args`` configure the task (its difficulty).
+    ``args`` configure the task, such as its difficulty.
     """
     import reasoning_gym as gym
     from reasoning_gym.factory import DATASETS
@@ -92,7 +93,9 @@ def reasoning_gym(task: str, size: int | None, seed: int, args: dict[str, Any]) 
     if task not in DATASETS:
         raise UserError(f"data.source names the reasoning-gym task {task!r}; set one of {', '.join(sorted(DATASETS))}")
     if size is None:
-        raise UserError(f"data.size is unset; reasoning_gym:{task} makes as many prompts as you want: set a number")
+        raise UserError(
+            f"data.size is unset, but reasoning_gym:{task} can generate any number of prompts; set data.size"
+        )
     try:
         dataset = gym.create_dataset(task, **args, size=size, seed=seed)
     except (TypeError, ValueError, AssertionError) as error:
@@ -104,7 +107,7 @@ def reasoning_gym(task: str, size: int | None, seed: int, args: dict[str, Any]) 
 
 
 def saved(option: str, source: str, /, split: str = "train") -> Iterable[Row]:
-    """A folder written by ``datasets.save_to_disk``; ``split`` picks one where it holds several."""
+    """Read a folder written by ``datasets.save_to_disk``; ``split`` selects one of several splits."""
     from datasets import DatasetDict, load_from_disk
 
     path = Path(source).expanduser()
@@ -112,9 +115,9 @@ def saved(option: str, source: str, /, split: str = "train") -> Iterable[Row]:
         dataset = load_from_disk(str(path))
     except FileNotFoundError as error:
         kinds = sorted({file.suffix for file in path.iterdir()} & set(READERS))
-        advice = f"; for the files in it set {source.rstrip('/')}/*{kinds[0]}" if kinds else ""
+        advice = f"; set {source.rstrip('/')}/*{kinds[0]} to read the files in it" if kinds else ""
         raise UserError(
-            f"{option} is the folder {source}, which datasets.save_to_disk did not write{advice}"
+            f"{option} is the folder {source}, which was not written by datasets.save_to_disk{advice}"
         ) from error
     except Exception as error:
         raise UserError(f"{option} is the folder {source}, which can't be loaded ({_reason(error)})") from error
@@ -126,9 +129,9 @@ def saved(option: str, source: str, /, split: str = "train") -> Iterable[Row]:
 
 
 def hub(option: str, source: str, /, split: str = "train", **args: Any) -> Iterable[Row]:
-    """A data set of the Hugging Face hub; ``args`` as of ``datasets.load_dataset`` (``name``, ``revision``, …).
+    """Load a data set from the Hugging Face hub, or from the local cache if the hub can't be reached.
 
-    If the hub can't be reached, its cache on this machine is used.
+    ``args`` are arguments of ``datasets.load_dataset`` (``name``, ``revision``, …).
     """
     from datasets import load_dataset
 
@@ -145,19 +148,19 @@ def hub(option: str, source: str, /, split: str = "train", **args: Any) -> Itera
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Let ``datasets`` look into its cache alone, instead of asking the hub six times for each file."""
+    """Make ``datasets`` use only its cache, instead of trying the hub six times per file."""
     import datasets
     import huggingface_hub
 
-    holders = (datasets.config, huggingface_hub.constants)
-    before = [holder.HF_HUB_OFFLINE for holder in holders]
+    modules = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in modules]
     try:
-        for holder in holders:
-            holder.HF_HUB_OFFLINE = True
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
         yield
     finally:
-        for holder, value in zip(holders, before, strict=True):
-            holder.HF_HUB_OFFLINE = value
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _reason(error: Exception) -> str:
@@ -169,18 +172,18 @@ def _call(source: str, make: Callable[..., Iterable[Row]], *fixed: Any, args: di
         inspect.signature(make).bind(*fixed, **args)
     except TypeError as error:
         known = list(inspect.signature(make).parameters)[len(fixed) :]
-        takes = ", ".join(known) if known else "none"
-        raise UserError(f"source_args of {source}: {error}; it takes: {takes}") from error
+        options = ", ".join(known) if known else "none"
+        raise UserError(f"source_args of {source}: {error}; its arguments are: {options}") from error
     return make(*fixed, **args)
 
 
 def read(
     source: str, *, args: dict[str, Any], size: int | None, seed: int, option: str = "data.source"
 ) -> list[tuple[str, Row]]:
-    """All rows, or the first ``size``, each with the place it comes from ("train.jsonl, line 7").
+    """Return all rows, or the first ``size``, each with its location ("train.jsonl, line 7").
 
     Args:
-        option: that holds ``source``, for messages.
+        option: name of the option whose value is ``source``, for messages.
     """
     if not source:
         raise UserError(f"{option} is empty; set {KINDS}")
@@ -195,11 +198,11 @@ def read(
     elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
         rows = _numbered(source, _call(source, hub, option, source, args=args))
     else:
-        why = ", and there is no such folder" if "/" in source else ""
+        why = ", but there is no such folder" if "/" in source else ""
         raise UserError(f"{option} is {source!r}{why}; set {KINDS}")
     taken = list(islice(rows, size))
     if not taken:
-        raise UserError(f"{option} is {source!r}, which holds no rows; set another, or write prompts into it")
+        raise UserError(f"{option} is {source!r}, which has no rows; add prompts to it, or set another source")
     return taken
 
 

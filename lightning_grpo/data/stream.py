@@ -1,4 +1,4 @@
-"""The order in which prompts are served, and the position in it."""
+"""The order in which prompts are served, and the current position."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +11,17 @@ from lightning_grpo.errors import UserError
 
 
 class Stream:
-    """An endless run of rollouts over ``size`` rows, each served for a number of steps.
+    """An endless sequence of rollouts over ``size`` rows, each of which is served for a number of steps.
 
-    Everything that a rollout changes (rows drawn further, pass rates observed) counts from the next rollout on, and
-    only once a step of it has been trained: state taken before that draws the same rollout again.
+    Pass rates that are observed and rows that are drawn during a rollout take effect from the next rollout on, and only
+    after a step of the rollout has been trained: a state saved before that draws the same rollout again.
+
+    Attributes:
+        rollout: number of the current rollout; −1 before the first.
+        rows: rows of the current rollout.
+        repeats: steps for which each rollout is served.
+        step: steps for which the current rollout has been served.
+        rates: [size], running pass rates before the current rollout; NaN if not observed.
     """
 
     def __init__(self, size: int, *, seed: int, sampler: Sampler) -> None:
@@ -32,8 +39,8 @@ class Stream:
         self._before = self.state_dict()
 
     def advance(self, count: int, repeats: int) -> None:
-        """Serve one more step: of the rollout at hand while it has been served less than ``repeats`` times, else of
-        the next one, of ``count`` rows.
+        """Advance by one step: of the current rollout until it has been served ``repeats`` times, then of the next
+        rollout, which has ``count`` rows.
         """
         if not self.rows or self.step == self.repeats:
             self._begin(count)
@@ -50,17 +57,18 @@ class Stream:
         self.rows = self.more(count)
 
     def _divide_into(self, repeats: int) -> None:
-        """Go on at the same place of the rollout, which now takes ``repeats`` steps."""
-        step, between = divmod(self.step * repeats, self.repeats)
-        if between:
+        """Keep the position within the rollout, which now takes ``repeats`` steps."""
+        step, remainder = divmod(self.step * repeats, self.repeats)
+        if remainder:
             raise UserError(
-                f"the checkpoint was saved within a rollout of {self.repeats} micro-batches, this run has {repeats}; "
-                "resume with the same batch sizes and number of ranks, or from a checkpoint between two rollouts"
+                f"the checkpoint was saved within a rollout of {self.repeats} micro-batches, but this run has "
+                f"{repeats} per rollout; resume with the same batch sizes and number of ranks, or from a checkpoint "
+                "between two rollouts"
             )
         self.step, self.repeats = step, repeats
 
     def peek(self, count: int) -> list[int]:
-        """The ``count`` rows that the next rollout begins with, if no more is drawn or observed in this one."""
+        """Return the first ``count`` rows of the next rollout, if `more` and `observe` are not called before."""
         rates = self._rates_observed()
         draw = self.sampler.draw
         return draw(count, size=self.size, seed=self.seed, cursor=self._cursor, rates=rates, taken=set())[0]
@@ -72,12 +80,12 @@ class Stream:
         return rates
 
     def more(self, count: int, *, multiple: int = 1) -> list[int]:
-        """``count`` further rows, rounded up to a ``multiple``, that this rollout doesn't hold yet; where there aren't
-        as many, the largest multiple there is.
+        """Draw ``count`` rows, rounded up to a ``multiple``, that are not in this rollout yet; if there are not as
+        many, the largest multiple that is available.
         """
-        left = self.size - len(self._taken)
+        available = self.size - len(self._taken)
         rows, self._cursor = self.sampler.draw(
-            min(-(-count // multiple), left // multiple) * multiple,
+            min(-(-count // multiple), available // multiple) * multiple,
             size=self.size,
             seed=self.seed,
             cursor=self._cursor,
@@ -88,13 +96,13 @@ class Stream:
         return rows
 
     def observe(self, rewards: Mapping[int, float]) -> None:
-        """Take note of the mean reward of each row."""
+        """Record the mean reward of each row."""
         self._observed.update(rewards)
 
     def state_dict(self, unfinished: int = 0, *, draw_again: bool = True) -> dict[str, Any]:
-        """The position, ``unfinished`` steps before the last one served. Tensors, lists and numbers only.
+        """Return the position ``unfinished`` steps before the current one, as tensors, lists and numbers.
 
-        If that is the rollout's start, ``draw_again`` gives the position before the rollout was drawn.
+        If that is the start of a rollout and ``draw_again`` is True, it is the position before the rollout was drawn.
         """
         step = self.step - unfinished
         if unfinished and step == 0 and draw_again and self._before["rollout"] < self.rollout:

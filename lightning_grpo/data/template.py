@@ -1,4 +1,4 @@
-"""Chat messages as the text that a model's chat template makes of them."""
+"""Rendering of chat messages by a model's chat template."""
 
 import logging
 from pathlib import Path
@@ -13,18 +13,18 @@ warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 
 class ChatTemplate:
-    """Renders chat messages, and says what the template leaves out or refuses.
+    """Renders chat messages, and reports what the template omits or rejects.
 
     Args:
-        tokenizer: whose template is used, if no other is given.
-        template: a Jinja template, or a file that holds one.
+        tokenizer: provides the template unless another is given.
+        template: a Jinja template, or a file that contains one.
         args: variables for the template.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None, args: dict[str, Any] | None = None) -> None:
         if template is not None and "{" not in template:
             if not Path(template).is_file():
-                raise UserError(f"data.chat_template is {template!r}, neither a file nor a Jinja template")
+                raise UserError(f"data.chat_template is {template!r}, which is neither a file nor a Jinja template")
             try:
                 template = Path(template).read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
@@ -32,34 +32,36 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.template = template
         self.args = args or {}
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def render(
         self, where: str, messages: list[Message], *, tools: list[dict[str, Any]] | None, args: dict[str, Any]
     ) -> str:
-        """The text of a prompt: with the opening of the assistant's turn added, or with the assistant's last message
-        left open, to the character, if the messages end in one.
+        """Return the text of a prompt.
+
+        It ends with the start of the assistant's turn; or, if the last message is the assistant's, with exactly the
+        text of that message, so that the completion continues it.
 
         Args:
-            where: the row's place, for messages.
+            where: location of the row, for messages.
             messages: the prompt.
-            tools: JSON schemas of what may be called.
-            args: further variables for the template, of this row.
+            tools: JSON schemas of the tools that can be called.
+            args: further variables for the template, from this row.
 
         Raises:
-            UserError: there is no template, it refuses the messages, or it leaves out or changes what the completion
-                is to go on from.
+            UserError: there is no template, it rejects the messages, or it omits tool calls or changes the message that
+                the completion continues.
         """
         if self.template is None and not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
-                f"{where}: the prompt is a list of messages, and the tokenizer {self.tokenizer.name_or_path!r} has no "
-                "chat template; set data.chat_template to one (a file or its text), or use a model trained for chat"
+                f"{where}: the prompt is a list of messages, but the tokenizer {self.tokenizer.name_or_path!r} has no "
+                "chat template; set data.chat_template to a template or its file, or use a model trained for chat"
             )
         try:
             text = self._apply(messages, tools, args)
-        except Exception as error:  # whatever a template raises is about the template and this row
+        except Exception as error:  # templates can raise any exception
             raise UserError(f"{where}: {self._why(error, messages, tools, args)}") from error
-        self._say_what_is_left_out(where, text, messages, tools, args)
+        self._check_omissions(where, text, messages, tools, args)
         return text
 
     def _apply(self, messages: list[Message], tools: list[dict[str, Any]] | None, args: dict[str, Any]) -> str:
@@ -81,14 +83,14 @@ class ChatTemplate:
         except TypeError:
             if all(message["content"] is not None for message in messages):
                 raise
-            # beside tool calls, templates test for none, or for an empty text
+            # Beside tool calls, some templates expect the content None, others an empty text.
             text = apply([message | {"content": message["content"] or ""} for message in messages])
         if not open_ended:
             return text
         beginning = messages[-1]["content"]
         if not text.rstrip().endswith(beginning.strip()):
-            raise ValueError("it changes the assistant's last message, so that a completion can't go on from it")
-        # some trim messages, but a completion goes on after "<think>\n", not after "<think>"
+            raise ValueError("it changes the assistant's last message, so that a completion can't continue it")
+        # Some templates strip messages, but the completion has to continue after "<think>\n", not after "<think>".
         return text.rstrip() + beginning[len(beginning.rstrip()) :] if beginning.strip() else text
 
     def _why(
@@ -103,12 +105,12 @@ class ChatTemplate:
                 pass
             else:
                 return (
-                    f"the chat template takes no system message ({reason}); leave it out or put its text into the "
-                    "user's message, or set data.chat_template to another"
+                    f"the chat template accepts no system message ({reason}); remove it, move its text to the user "
+                    "message, or set data.chat_template to another template"
                 )
-        return f"the chat template can't render this prompt ({reason}); mend the row, or set data.chat_template"
+        return f"the chat template can't render this prompt ({reason}); correct the row, or set data.chat_template"
 
-    def _say_what_is_left_out(
+    def _check_omissions(
         self,
         where: str,
         text: str,
@@ -121,24 +123,26 @@ class ChatTemplate:
                 name = call.get("function", call)["name"]
                 if name not in text:
                     raise UserError(
-                        f"{where}: the chat template leaves out the assistant's tool calls (that of {name}); set "
+                        f"{where}: the chat template omits the assistant's tool calls (such as that of {name}); set "
                         "data.chat_template to one that renders them, or use a model trained with tools"
                     )
             content = message["content"] or ""
             if message["role"] in ("system", "user", "tool") and content.strip() not in text:
                 self._warn_once(
                     f"messages of role {message['role']}",
-                    f"{where}: the chat template leaves out or changes a message of the role {message['role']!r}",
+                    f"{where}: the chat template omits or changes a message with the role {message['role']!r}",
                 )
         names = [str(tool.get("function", tool).get("name")) for tool in tools or ()]
         if any(name not in text for name in names):
-            self._warn_once("tools", f"{where}: the chat template leaves out the row's tools ({', '.join(names)})")
+            self._warn_once("tools", f"{where}: the chat template omits the tools of the row ({', '.join(names)})")
         source = self.template or str(self.tokenizer.chat_template)
         for name in self.args | args:
             if name not in source:
-                self._warn_once(name, f"{where}: the chat template has no variable {name!r}; setting it does nothing")
+                self._warn_once(
+                    name, f"{where}: the chat template has no variable {name!r}, so setting it has no effect"
+                )
 
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+    def _warn_once(self, subject: str, message: str) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
             warn(message)
