@@ -33,15 +33,17 @@ from lightning_grpo.rollout.server.gpu_transfer import IPCTransfer, NCCLTransfer
 from lightning_grpo.rollout.server.pool import Pool
 from lightning_grpo.rollout.server.tcp import own_address
 from lightning_grpo.rollout.server.transfer import TCPTransfer, go_on, name_adapter, pause
-from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest, Sampling
+from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
 from lightning_grpo.rollout.verify import Held, WeightSyncError, place_of
 from lightning_grpo.rollout.vllm.adapter import ADAPTER_NAME
+from lightning_grpo.rollout.vllm.params import finish_reason, sampling_params
 from lightning_grpo.rollout.vllm.tokenizer import require_same_tokenizer, tokenizer_facts
 
 MAX_DROPS = 3
 """Connections that a completion may lose to endpoints that are well."""
-TOKENS_A_MESSAGE = 100
-"""A server tells of a completion's first token and then after this many, which also shows that it is alive."""
+STREAM_INTERVAL = 100
+"""A server sends a completion's first token by itself and then this many at a time. Each message also shows that the
+server is alive."""
 
 
 class ServerEngine(Engine):
@@ -147,7 +149,7 @@ class ServerEngine(Engine):
     async def _generate(
         self, request: SampleRequest, finished: Callable[[tuple[int, list[Completion]]], None]
     ) -> list[list[Completion]]:
-        params = self._params(request.sampling, request.max_tokens)
+        params = self._params(request)
         tail = Tail(request.count, request.spare)
 
         async def group(i: int, prompt: Sequence[int], seeds: Sequence[int]) -> list[Completion]:
@@ -203,7 +205,7 @@ class ServerEngine(Engine):
         return Completion(
             token_ids=token_ids,
             logprobs=logprobs,
-            finish_reason=reason if reason in ("stop", "length") else "abort",
+            finish_reason=finish_reason(reason),
             versions=versions,
         )
 
@@ -229,23 +231,10 @@ class ServerEngine(Engine):
     def _tag(self, version: int) -> str:
         return f"{self._run}.{version}"
 
-    def _params(self, sampling: Sampling, max_tokens: int) -> dict[str, Any]:
-        check_stop(self._infos, sampling.stop)
-        return {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "stop": sampling.stop,
-            "stop_token_ids": self.eos_token_ids,
-            "ignore_eos": True,
-            "max_tokens": max_tokens,
-            "logprobs": 0,
-            "detokenize": bool(sampling.stop),
-            "skip_special_tokens": False,
-            "stream_interval": TOKENS_A_MESSAGE,
-        } | self.sampling_args
+    def _params(self, request: SampleRequest) -> dict[str, Any]:
+        check_stop(self._infos, request.sampling.stop)
+        params = sampling_params(request.sampling, max_tokens=request.max_tokens, eos_token_ids=self.eos_token_ids)
+        return params | {"stream_interval": STREAM_INTERVAL} | self.sampling_args
 
     # ── Weights ───────────────────────────────────────────────────────────────────────────────────────────────────
 

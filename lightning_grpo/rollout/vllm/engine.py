@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.errors import OutOfMemoryError, UserError
 from lightning_grpo.rollout.engine import Engine
-from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, SampleRequest, Sampling
+from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
 from lightning_grpo.rollout.verify import Held, WeightSyncError
 from lightning_grpo.rollout.vllm.adapter import adapter_request, load_adapter
 from lightning_grpo.rollout.vllm.isolation import guest, noise_to
+from lightning_grpo.rollout.vllm.params import finish_reason, sampling_params
 from lightning_grpo.rollout.vllm.tokenizer import require_same_tokenizer, tokenizer_facts
 from lightning_grpo.rollout.vllm.weights import load_weights, replace_functions
 
@@ -136,7 +137,7 @@ class VLLMEngine(Engine):
                 for i, (prompt, group) in enumerate(zip(request.prompts, request.seeds, strict=True)):
                     for g, seed in enumerate(group):
                         request_id = str(next(self._request_ids))
-                        params = self._params(request.sampling, request.max_tokens, seed)
+                        params = self._params(request, seed)
                         internal_id = engine.add_request(
                             request_id, {"prompt_token_ids": list(prompt)}, params, lora_request=self._lora_request
                         )
@@ -225,37 +226,19 @@ class VLLMEngine(Engine):
     def _worker(self) -> Any:
         return self.llm.llm_engine.model_executor.driver_worker.worker
 
-    def _params(self, sampling: Sampling, max_tokens: int, seed: int) -> Any:
+    def _params(self, request: SampleRequest, seed: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        return SamplingParams(
-            **{
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "min_p": sampling.min_p,
-                "repetition_penalty": sampling.repetition_penalty,
-                "stop": list(sampling.stop) or None,
-                "stop_token_ids": self.eos_token_ids,
-                "ignore_eos": True,
-                "max_tokens": max_tokens,
-                "seed": seed,
-                "logprobs": 0,
-                "flat_logprobs": True,
-                "detokenize": bool(sampling.stop),
-                "skip_special_tokens": False,
-                "output_kind": RequestOutputKind.FINAL_ONLY,
-            }
-            | self.sampling_args
-        )
+        params = sampling_params(request.sampling, max_tokens=request.max_tokens, eos_token_ids=self.eos_token_ids)
+        params |= {"seed": seed, "flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}
+        return SamplingParams(**(params | self.sampling_args))
 
     def _completion(self, output: Any) -> Completion:
-        reason: FinishReason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
         return Completion(
             token_ids=list(output.token_ids),
             logprobs=list(output.logprobs.logprobs),
-            finish_reason=reason,
+            finish_reason=finish_reason(output.finish_reason),
             versions=[self.version] * len(output.token_ids),
         )
 
