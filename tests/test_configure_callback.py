@@ -207,3 +207,17 @@ def test_the_engine_is_counted_where_and_as_it_is(rollout, expected, monkeypatch
         assert weights == 2 * w.shape.params / w.engine_shards
     if w.engine_process:
         assert all(lever.pull(w) is None for lever in LEVERS if lever.name in ("engine sleep", "split engine"))
+
+
+def test_the_cache_of_an_engine_on_a_cpu_is_the_one_that_it_allocates(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shape = find_model("SmolLM2-135M-Instruct")
+    module = SimpleNamespace(
+        model_path=shape.name,
+        max_prompt_length=64,
+        max_completion_length=64,
+        policy=SimpleNamespace(config=shape.config),
+    )
+    trainer = SimpleNamespace(callbacks=[VLLMRollout(max_num_seqs=4)], lightning_module=module)
+    w = _with_engine(run(), trainer, find_gpu("cpu"))
+    assert w.engine_cache == 4 * 2 * shape.cache_bytes * (129 + 128)

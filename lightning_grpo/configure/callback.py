@@ -230,10 +230,8 @@ def _with_engine(w: Workload, trainer: Trainer, hardware: Hardware) -> Workload:
     )
     cache = rollout.kv_cache_memory_bytes
     if cache is None and hardware.is_cpu:
-        # As VLLMRollout reckons it: four bytes an element, blocks rounded up.
-        row = 2 * w.shape.cache_bytes * (w.prompt_length + w.completion_length + 128)
-        cache = min(rollout.max_num_seqs * row, hardware.memory / 2)
-    elif cache is None:
+        cache = rollout.settings(trainer.lightning_module).get("kv_cache_memory_bytes")
+    if cache is None:
         weights = w.engine_bytes * w.shape.params / shards
         cache = max(0.0, rollout.engine_args["gpu_memory_utilization"] * hardware.memory - weights)
     return replace(w, engine_cache=float(cache))
