@@ -31,7 +31,7 @@ from lightning_grpo.monitor.checkpoint_files import require_same_weights
 from lightning_grpo.monitor.observe import observe_completions, observe_rewards
 from lightning_grpo.policy import adapters
 from lightning_grpo.policy.attention import NAME as ATTENTION
-from lightning_grpo.policy.checks import require_end_token
+from lightning_grpo.policy.checks import require_context, require_end_token
 from lightning_grpo.policy.load import (
     LoRA,
     frozen_copy,
@@ -240,16 +240,7 @@ class PolicyModule(LightningModule):
             )
         config = load_config(self.model_path)
         require_end_token(self.model_path, self.tokenizer, config, load_generation_config(self.model_path, config))
-        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-        needed = self.max_prompt_length + self.max_completion_length
-        if longest is not None and needed > longest:
-            room = longest - self.max_prompt_length
-            shorter = f"set max_completion_length to {room} or less, or " if room > 0 else ""
-            raise UserError(
-                f"max_prompt_length {self.max_prompt_length} + max_completion_length {self.max_completion_length} = "
-                f"{needed} tokens, but {self.model_path} was made for {longest}; {shorter}set max_prompt_length to "
-                f"{max(longest - self.max_completion_length, longest // 2)} or less"
-            )
+        require_context(self.model_path, config, self.max_prompt_length, self.max_completion_length)
 
     def _build_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         try:

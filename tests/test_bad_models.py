@@ -250,8 +250,13 @@ def test_an_end_token_in_the_generation_config_alone_will_do(broken, tmp_path):
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        ({"max_prompt_length": 500}, r"was made for 256; set max_prompt_length to 250 or less$"),
-        ({"max_completion_length": 300}, r"set max_completion_length to 248 or less, or set max_prompt_length to 128"),
+        ({"max_prompt_length": 500}, r"supports 256; set max_prompt_length to 250 or less$"),
+        ({"max_completion_length": 300}, r"supports 256; set max_completion_length to 248 or less$"),
+        (
+            {"max_completion_length": 250},
+            r"set max_completion_length to 248 or less or max_prompt_length to 6 or",
+        ),
+        ({"max_prompt_length": 500, "max_completion_length": 300}, r"supports 256; set each to 128 or less$"),
     ],
 )
 def test_lengths_beyond_the_model(tiny_model_path, tmp_path, lengths, message):

@@ -112,7 +112,7 @@ BAD = [
     ({"pins": {"accumulate_grad_batches": 7}}, "accumulate_grad_batches is 7, but"),
     ({"pins": {"precision": "bf16-true", "dtype": "float32"}}, "contradict each other"),
     ({"pins": {"lora_rank": 0}, "lora": True}, "contradict each other"),
-    ({"pins": {"max_completion_length": 10**6}}, "holds 32768; lower one"),
+    ({"pins": {"max_completion_length": 10**6}}, "supports 32768; set max_completion_length to"),
     ({"model": "Qwen/Qwen2.5-32B-Instruct", "gpu": "t4"}, "cannot fit T4"),
     ({"reward": "Nope"}, "--reward Nope: unknown; set one of ExactMatch, "),
     ({"reward": "Reward"}, "--reward Reward: unknown"),

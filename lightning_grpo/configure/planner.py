@@ -23,6 +23,7 @@ from lightning_grpo.configure.shape import ModelShape, find_model
 from lightning_grpo.configure.summary import REFUSE_ABOVE, refusal
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.errors import UserError
+from lightning_grpo.policy.checks import require_context
 from lightning_grpo.processor import GAIN
 from lightning_grpo.training.batching import check_batch_arithmetic, divisors
 
@@ -290,12 +291,7 @@ def _workload(
         rollout_class={"vllm": "VLLMRollout", "hf": "HFRollout"}[value["engine"]],
         ranks_per_node=max(n for n in divisors(ranks) if n <= NODE),
     )
-    positions = getattr(shape.config, "max_position_embeddings", None)
-    if positions and length > positions:
-        raise UserError(
-            f"max_prompt_length {run.prompt_length} + max_completion_length {run.completion_length} = {length} tokens, "
-            f"but {shape.name} holds {positions}; lower one of them"
-        )
+    require_context(shape.name, shape.config, run.prompt_length, run.completion_length)
     return replace(run, engine_cache=value.get("engine_cache") or _engine_cache(run, hardware))
 
 

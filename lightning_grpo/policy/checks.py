@@ -102,3 +102,24 @@ def require_end_token(
             f"the model's embedding has {rows} rows: tokens were added without resizing it; call "
             "model.resize_token_embeddings(len(tokenizer)) and save both again"
         )
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The number of positions that the model supports; None if its configuration sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_context(model: str, config: PreTrainedConfig, max_prompt_length: int, max_completion_length: int) -> None:
+    """Refuse a prompt and a completion that together are longer than the model supports."""
+    limit, needed = context_length(config), max_prompt_length + max_completion_length
+    if limit is None or needed <= limit:
+        return
+    ways = []
+    if max_prompt_length < limit:
+        ways.append(f"max_completion_length to {limit - max_prompt_length} or less")
+    if max_completion_length < limit:
+        ways.append(f"max_prompt_length to {limit - max_completion_length} or less")
+    raise UserError(
+        f"max_prompt_length {max_prompt_length} + max_completion_length {max_completion_length} = {needed} tokens, but "
+        f"{model} supports {limit}; set {' or '.join(ways) or f'each to {limit // 2} or less'}"
+    )

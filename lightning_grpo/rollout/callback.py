@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.policy.checks import context_length, require_context
 from lightning_grpo.policy.weights import write_counters
 from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.hf.engine import HFEngine, eval_mode
@@ -161,12 +162,9 @@ def compute_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dty
 
 
 def max_model_len(pl_module: L.LightningModule) -> int:
-    """Prompt and completion; one more where the model has room, so that a full sequence can be scored."""
-    wanted = pl_module.max_prompt_length + pl_module.max_completion_length
-    limit = getattr(pl_module.policy.config.get_text_config(), "max_position_embeddings", None) or wanted + 1
-    if wanted > limit:
-        raise UserError(
-            f"max_prompt_length {pl_module.max_prompt_length} + max_completion_length "
-            f"{pl_module.max_completion_length} = {wanted} tokens, but the model holds {limit}; lower one of them"
-        )
-    return min(wanted + 1, limit)
+    """Prompt and completion together, and one token more if the model supports it: vLLM scores a sequence by sampling
+    one token after it."""
+    config, lengths = pl_module.policy.config, (pl_module.max_prompt_length, pl_module.max_completion_length)
+    require_context(pl_module.model_path, config, *lengths)
+    wanted = sum(lengths) + 1
+    return min(wanted, context_length(config) or wanted)
