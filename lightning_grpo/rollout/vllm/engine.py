@@ -1,10 +1,7 @@
 """vLLM in the trainer's process."""
 
-import gc
 import itertools
-import logging
 import os
-import socket
 import weakref
 from collections.abc import Iterable, Sequence
 from importlib import metadata, util
@@ -20,13 +17,12 @@ from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
 from lightning_grpo.rollout.verify import Held, WeightSyncError
 from lightning_grpo.rollout.vllm.adapter import adapter_request, load_adapter
-from lightning_grpo.rollout.vllm.isolation import guest, noise_to
+from lightning_grpo.rollout.vllm.isolation import guest, noise_to, on_this_device, release_process_group, shutdown
 from lightning_grpo.rollout.vllm.params import finish_reason, sampling_params
 from lightning_grpo.rollout.vllm.tokenizer import require_same_tokenizer, tokenizer_facts
 from lightning_grpo.rollout.vllm.weights import load_weights, replace_functions
 
 VLLM_SERIES = "0.32."
-log = logging.getLogger(__name__)
 
 
 def vllm_version() -> str | None:
@@ -109,13 +105,13 @@ class VLLMEngine(Engine):
             replace_functions()
             self._host_group = torch.distributed.is_initialized()
             if torch.cuda.is_available() or settings.get("tensor_parallel_size", 1) > 1:
-                settings |= _on_this_device(self._host_group)
+                settings |= on_this_device(self._host_group)
             try:
                 self.llm = LLM(model, **settings)
             except Exception as error:
-                _release_process_group(self._host_group)
+                release_process_group(self._host_group)
                 raise _explained(error, settings, log_file) from error
-        self._finalizer = weakref.finalize(self, _shutdown, self.llm, self._host_group)
+        self._finalizer = weakref.finalize(self, shutdown, self.llm, self._host_group)
         self._takes_adapter = bool(settings.get("enable_lora"))
         # None until there is an adapter: vLLM would look for it on disk.
         self._lora_request = None
@@ -253,62 +249,6 @@ def _cut(engine: Any, spare: int) -> list[Any]:
     outputs = [state.make_request_output([], None, FinishReason.ABORT, None) for state in running.values()]
     engine.abort_request(list(running), internal=True)
     return outputs
-
-
-def _on_this_device(host_group: bool) -> dict[str, Any]:
-    """Place the engine on this rank's GPU, in the trainer's process group: vLLM's own choice in process is the first
-    GPU, on every rank."""
-    rank = torch.distributed.get_rank() if host_group else 0
-    os.environ["RANK"] = str(rank)
-    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if torch.cuda.is_available() else rank)
-    if not host_group:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            os.environ |= {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    return {"distributed_executor_backend": "external_launcher"}
-
-
-def _shutdown(llm: Any, host_group: bool) -> None:
-    """Stop the engine, but leave the trainer's default process group alive: vLLM would destroy it with its own."""
-    from vllm.v1.engine import core
-
-    original = core.cleanup_dist_env_and_memory
-    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: _release_process_group(host_group)
-    client = llm.llm_engine.engine_core
-    client._finalizer.detach()
-    try:
-        with guest():
-            _wake_for_shutdown(llm)
-            client.engine_core.shutdown()
-    finally:
-        core.cleanup_dist_env_and_memory = original
-
-
-def _wake_for_shutdown(llm: Any) -> None:
-    """Map a sleeping engine's memory again: vLLM's allocator unmaps all of it at the end, and unmapping twice is an
-    error of CUDA's that every later allocation in the process would meet."""
-    if llm.llm_engine.is_sleeping():
-        try:
-            llm.wake_up()
-        except Exception as error:
-            log.warning("the sleeping vLLM engine could not be woken up before its end: %s", error)
-
-
-def _release_process_group(host_group: bool) -> None:
-    """Destroy the engine's groups; the default group only if the engine made it."""
-    from vllm.distributed import parallel_state
-
-    destroy = torch.distributed.destroy_process_group
-
-    def destroy_own(group: Any = None) -> None:
-        if group is not None or not host_group:
-            destroy(group)
-
-    torch.distributed.destroy_process_group = destroy_own
-    try:
-        parallel_state.cleanup_dist_env_and_memory()
-    finally:
-        torch.distributed.destroy_process_group = destroy
-    gc.collect()
 
 
 def _explained(error: Exception, settings: dict[str, Any], log_file: Path) -> Exception:

@@ -5,15 +5,20 @@ float32 products, and logs to the terminal. Inside `guest()` all that is its own
 as it left it.
 """
 
+import gc
 import logging
 import os
 import random
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+
+log = logging.getLogger(__name__)
 
 # Replaced by vllm.v1.worker.cpu.shm and the CPU worker, for the process's lifetime.
 _REPLACED = [
@@ -122,15 +127,15 @@ def noise_to(log_file: Path) -> Iterator[None]:
     """Send what is printed and what vLLM logs to `log_file`; afterwards its logger stays there."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     # Once for what an earlier engine left, once for what the first import sets up.
-    route_logger(log_file)
+    _route_logger(log_file)
     with log_file.open("a", buffering=1) as stream, redirect_stdout(stream), redirect_stderr(stream):
         try:
             yield
         finally:
-            route_logger(log_file)
+            _route_logger(log_file)
 
 
-def route_logger(log_file: Path) -> None:
+def _route_logger(log_file: Path) -> None:
     """Make vLLM's logger write to `log_file` only."""
     logger = logging.getLogger("vllm")
     for handler in list(logger.handlers):
@@ -140,3 +145,62 @@ def route_logger(log_file: Path) -> None:
     handler = logging.FileHandler(log_file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
+
+
+# ── Process groups ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def on_this_device(host_group: bool) -> dict[str, Any]:
+    """Place the engine on this rank's GPU, in the trainer's process group: vLLM's own choice in process is the first
+    GPU, on every rank."""
+    rank = torch.distributed.get_rank() if host_group else 0
+    os.environ["RANK"] = str(rank)
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if torch.cuda.is_available() else rank)
+    if not host_group:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            os.environ |= {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    return {"distributed_executor_backend": "external_launcher"}
+
+
+def shutdown(llm: Any, host_group: bool) -> None:
+    """Stop the engine, but leave the trainer's default process group alive: vLLM would destroy it with its own."""
+    from vllm.v1.engine import core
+
+    original = core.cleanup_dist_env_and_memory
+    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: release_process_group(host_group)
+    client = llm.llm_engine.engine_core
+    client._finalizer.detach()
+    try:
+        with guest():
+            _wake_forshutdown(llm)
+            client.engine_core.shutdown()
+    finally:
+        core.cleanup_dist_env_and_memory = original
+
+
+def _wake_forshutdown(llm: Any) -> None:
+    """Map a sleeping engine's memory again: vLLM's allocator unmaps all of it at the end, and unmapping twice is an
+    error of CUDA's that every later allocation in the process would meet."""
+    if llm.llm_engine.is_sleeping():
+        try:
+            llm.wake_up()
+        except Exception as error:
+            log.warning("the sleeping vLLM engine could not be woken up before its end: %s", error)
+
+
+def release_process_group(host_group: bool) -> None:
+    """Destroy the engine's groups; the default group only if the engine made it."""
+    from vllm.distributed import parallel_state
+
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_own(group: Any = None) -> None:
+        if group is not None or not host_group:
+            destroy(group)
+
+    torch.distributed.destroy_process_group = destroy_own
+    try:
+        parallel_state.cleanup_dist_env_and_memory()
+    finally:
+        torch.distributed.destroy_process_group = destroy
+    gc.collect()
