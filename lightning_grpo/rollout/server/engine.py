@@ -5,10 +5,8 @@ is asked again at another, with the same seed. Weights are fetched by the endpoi
 """
 
 import asyncio
-import itertools
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import aclosing
 from queue import SimpleQueue
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -27,20 +25,18 @@ from lightning_grpo.rollout.server.checks import (
     check_stop,
     choose_transfer,
 )
-from lightning_grpo.rollout.server.cutoff import Tail
-from lightning_grpo.rollout.server.endpoint import ConnectionDropped, Endpoint, EndpointLost, EventLoop
+from lightning_grpo.rollout.server.endpoint import Endpoint, EndpointLost, EventLoop
 from lightning_grpo.rollout.server.gpu_transfer import IPCTransfer, NCCLTransfer
 from lightning_grpo.rollout.server.pool import Pool
+from lightning_grpo.rollout.server.sampling import GENERATE, Sampler, WeightVersions
 from lightning_grpo.rollout.server.tcp import own_address
 from lightning_grpo.rollout.server.transfer import TCPTransfer, go_on, name_adapter, pause
 from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
 from lightning_grpo.rollout.verify import Held, WeightSyncError, place_of
 from lightning_grpo.rollout.vllm.adapter import ADAPTER_NAME
-from lightning_grpo.rollout.vllm.params import finish_reason, sampling_params
+from lightning_grpo.rollout.vllm.params import sampling_params
 from lightning_grpo.rollout.vllm.tokenizer import require_same_tokenizer, tokenizer_facts
 
-MAX_DROPS = 3
-"""Connections that a completion may lose to endpoints that are well."""
 STREAM_INTERVAL = 100
 """A server sends a completion's first token by itself and then this many at a time. Each message also shows that the
 server is alive."""
@@ -88,15 +84,13 @@ class ServerEngine(Engine):
             raise UserError(f"urls {list(urls)} name a server more than once")
         self.eos_token_ids = list(eos_token_ids)
         self.sampling_args = sampling_args or {}
-        self.version = 0
         self.held: list[Held] = []
-        self._run = run or secrets.token_hex(4)
-        self._synced = False
+        self._versions = WeightVersions(run or secrets.token_hex(4))
         self._adapter = adapter
         self._pushes = pushes
         self._barrier = barrier
-        self._request_ids = (f"{secrets.token_hex(8)}-{n}" for n in itertools.count())
         self._pool = Pool([Endpoint(url, api_key, room=max_in_flight) for url in urls])
+        self._sampler = Sampler(self._pool, self._versions)
         self._loop = EventLoop()
         try:
             self._infos: list[ServerInfo] = self._loop.wait(self._pool.each(check_server))
@@ -110,6 +104,11 @@ class ServerEngine(Engine):
             endpoint.room = min(endpoint.room, info.copies * room)
         host = weights_host or own_address([urlsplit(info.url).hostname for info in self._infos])
         self._transfer = IPCTransfer() if chosen == "ipc" else {"tcp": TCPTransfer, "nccl": NCCLTransfer}[chosen](host)
+
+    @property
+    def version(self) -> int:
+        """The policy's version in the latest `update_weights`."""
+        return self._versions.current
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,8 +134,11 @@ class ServerEngine(Engine):
     # ── Sampling ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def generate(self, request: SampleRequest, on_group: OnGroup | None = None) -> list[list[Completion]]:
+        check_stop(self._infos, request.sampling.stop)
+        params = sampling_params(request.sampling, max_tokens=request.max_tokens, eos_token_ids=self.eos_token_ids)
+        body = self._body(params | {"stream_interval": STREAM_INTERVAL} | self.sampling_args)
         finished: SimpleQueue[tuple[int, list[Completion]] | None] = SimpleQueue()
-        call = self._loop.start(self._generate(request, finished.put))
+        call = self._loop.start(self._sampler.sample(request, body, finished.put))
         call.add_done_callback(lambda _: finished.put(None))
         try:
             while (group := finished.get()) is not None:
@@ -146,95 +148,10 @@ class ServerEngine(Engine):
         finally:
             call.cancel()
 
-    async def _generate(
-        self, request: SampleRequest, finished: Callable[[tuple[int, list[Completion]]], None]
-    ) -> list[list[Completion]]:
-        params = self._params(request)
-        tail = Tail(request.count, request.spare)
-
-        async def group(i: int, prompt: Sequence[int], seeds: Sequence[int]) -> list[Completion]:
-            done = list(await asyncio.gather(*(self._sample(prompt, params | {"seed": seed}, tail) for seed in seeds)))
-            finished((i, done))
-            return done
-
-        pairs = zip(request.prompts, request.seeds, strict=True)
-        tasks = [asyncio.ensure_future(group(i, prompt, seeds)) for i, (prompt, seeds) in enumerate(pairs)]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _sample(self, prompt: Sequence[int], params: dict[str, Any], tail: Tail) -> Completion:
-        """One completion from the endpoint with the most room; another endpoint's where that one fails."""
-        drops = 0
-        while True:
-            request_id = next(self._request_ids)
-            body = self._body(prompt, params) | {"request_id": request_id, "stream": True}
-            async with self._pool.room() as endpoint:
-                try:
-                    return await self._ask(endpoint, body, tail)
-                except EndpointLost as error:
-                    tail.lost(request_id)
-                    drops += isinstance(error, ConnectionDropped)
-                    if not isinstance(error, ConnectionDropped) or drops > MAX_DROPS or not await endpoint.is_well():
-                        self._pool.lose(endpoint, error)
-
-    def _body(self, prompt: Sequence[int], params: dict[str, Any]) -> dict[str, Any]:
-        body = {"token_ids": list(prompt), "sampling_params": params}
-        return body | {"model": ADAPTER_NAME} if self._synced and self._adapter is not None else body
-
-    async def _ask(self, endpoint: Endpoint, body: dict[str, Any], tail: Tail) -> Completion:
-        request_id, oldest = body["request_id"], self.version
-        token_ids: list[int] = []
-        logprobs: list[float] = []
-        choice: dict[str, Any] = {}
-        async with aclosing(endpoint.stream("/inference/v1/generate", body)) as events:
-            async for event in events:
-                for choice in event["choices"]:
-                    if choice["token_ids"] and not token_ids:
-                        await tail.begun(request_id, endpoint)
-                    token_ids += choice["token_ids"]
-                    logprobs += [token["logprob"] for token in choice["logprobs"]["content"]]
-        reason = choice.get("finish_reason")
-        if reason is None or (reason == "abort" and not tail.has_cut(request_id)):
-            raise EndpointLost(f"{endpoint.url} ended a request before its end")
-        versions = self._versions(endpoint, choice["weight_versions"], oldest)
-        await tail.ended(request_id)
-        return Completion(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            finish_reason=finish_reason(reason),
-            versions=versions,
-        )
-
-    def _versions(self, endpoint: Endpoint, spans: Sequence[dict[str, Any]], oldest: int) -> list[int]:
-        """Of every token, from the spans that the server tells.
-
-        Raises:
-            EndpointLost: where weights older than `oldest`, or not of this run, sampled one.
-        """
-        versions = []
-        for span in spans:
-            run, _, number = span["version"].partition(".")
-            if not self._synced:
-                run, number = self._run, self.version
-            if run != self._run or int(number) < oldest:
-                raise EndpointLost(
-                    f"{endpoint.url} sampled with weights {span['version']!r}, this run's are "
-                    f"{self._tag(oldest)!r}: it was restarted, or another run uses it"
-                )
-            versions += [int(number)] * (span["end"] - span["start"])
-        return versions
-
-    def _tag(self, version: int) -> str:
-        return f"{self._run}.{version}"
-
-    def _params(self, request: SampleRequest) -> dict[str, Any]:
-        check_stop(self._infos, request.sampling.stop)
-        params = sampling_params(request.sampling, max_tokens=request.max_tokens, eos_token_ids=self.eos_token_ids)
-        return params | {"stream_interval": STREAM_INTERVAL} | self.sampling_args
+    def _body(self, params: dict[str, Any]) -> dict[str, Any]:
+        """A request's body without its tokens; it names the adapter once the servers have one."""
+        adapted = self._versions.synced and self._adapter is not None
+        return {"sampling_params": params} | ({"model": ADAPTER_NAME} if adapted else {})
 
     # ── Weights ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -259,9 +176,9 @@ class ServerEngine(Engine):
             for _ in weights:
                 pass
         self._barrier()
-        self._synced = True
+        self._versions.synced = True
         self._loop.wait(self._look_for(version))
-        self.version = version
+        self._versions.current = version
 
     def _push(self, weights: Iterable[tuple[str, Tensor]], version: int, in_flight: bool) -> None:
         alive = self._loop.wait(self._reachable())
@@ -270,7 +187,7 @@ class ServerEngine(Engine):
             self.held = self._transfer.send(self._loop, alive, weights)
             if self._adapter is not None:
                 self._loop.wait(name_adapter(alive))
-            self._loop.wait(go_on(alive, self._tag(version)))
+            self._loop.wait(go_on(alive, self._versions.tag(version)))
         except (ConnectionError, ValueError) as error:
             raise WeightSyncError(f"the vLLM servers did not take the weights: {error}") from error
 
@@ -288,8 +205,8 @@ class ServerEngine(Engine):
 
         async def check(endpoint: Endpoint) -> None:
             held = (await endpoint.call("/weight_info", method="GET"))["weight_version"]
-            if held != self._tag(version):
-                raise EndpointLost(f"{endpoint.url} holds weights {held!r} instead of {self._tag(version)!r}")
+            if held != self._versions.tag(version):
+                raise EndpointLost(f"{endpoint.url} holds weights {held!r} instead of {self._versions.tag(version)!r}")
 
         await self._pool.keep(check)
 
@@ -315,7 +232,8 @@ class ServerEngine(Engine):
 
     async def _score(self, endpoint: Endpoint, copy: int, sequence: Sequence[int]) -> Tensor:
         params = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
-        reply = await endpoint.call("/inference/v1/generate", self._body(sequence, params), copy=copy)
+        body = self._body(params) | {"token_ids": list(sequence)}
+        reply = await endpoint.call(GENERATE, body, copy=copy)
         scored = zip(sequence[1:], reply["prompt_logprobs"][1:], strict=True)
         return torch.tensor([entry[str(token)]["logprob"] for token, entry in scored], dtype=torch.float32)
 
