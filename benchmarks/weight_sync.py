@@ -12,6 +12,7 @@ missing.
 
 import argparse
 import csv
+import itertools
 import json
 import statistics
 import sys
@@ -124,12 +125,12 @@ def measure_floor(policy: nn.Module) -> dict[str, float]:
 def measure_in_process(engine: VLLMEngine, policy: nn.Module) -> dict[str, float]:
     synced = synced_engine(engine, policy)
     figures = measure_syncs("in process", engine, policy)
-    figures["in process, nothing moved: sync, s"] = median_of([synced.sync(force=True) for _ in range(6)][1:])
+    figures["in process, nothing moved: sync, s"] = median_of([synced.sync() for _ in range(6)][1:])
     known = vllm_weights._are_complete
     vllm_weights._are_complete = lambda places, model: False
     figures["in process, vLLM's loaders: sync, s"] = median_of(moving_syncs(synced, policy))
     vllm_weights._are_complete = known
-    synced.sync(force=True)
+    synced.sync()
 
     layers = [m for m in engine._worker.get_model().modules() if hasattr(m, "cpu_linear") and not m.weight.numel()]
     packed = [(layer.weight, layer.cpu_linear) for layer in layers]
@@ -149,7 +150,7 @@ def measure_in_process(engine: VLLMEngine, policy: nn.Module) -> dict[str, float
             for layer, (weight, multiply) in zip(layers, layouts[name], strict=True):
                 layer.weight, layer.cpu_linear = weight, multiply
             move(policy)
-            sync[name].append(synced.sync(force=True).seconds)
+            sync[name].append(synced.sync().seconds)
             start = time.perf_counter()
             engine.generate(SampleRequest(prompts=prompts, seeds=seeds, max_tokens=14))
             sample[name].append(time.perf_counter() - start)
@@ -166,7 +167,7 @@ def measure_in_process(engine: VLLMEngine, policy: nn.Module) -> dict[str, float
 
 def measure_syncs(name: str, engine: Engine, policy: nn.Module) -> dict[str, float]:
     synced = synced_engine(engine, policy)
-    first = synced.sync(force=True)
+    first = synced.sync()
     reports = moving_syncs(synced, policy)
     assert all(report.compared == report.tensors == len(report.moved) for report in reports)
     seconds = median_of(reports)
@@ -211,10 +212,12 @@ def measure_step(path: str, folder: str, *, fingerprints: float) -> dict[str, fl
 
 
 def synced_engine(engine: Engine, policy: nn.Module) -> SyncedEngine:
+    """An engine that sends all weights at every sync: its policy's version never stays the same."""
     reference = HFEngine(policy, eos_token_ids=[], pad_id=0)
+    versions = itertools.count()
     return SyncedEngine(
         engine,
-        version=lambda: 0,
+        version=lambda: next(versions),
         weights=lambda: policy_weights(policy),
         score=reference.logprobs,
         vocab_size=policy.config.vocab_size,
@@ -233,7 +236,7 @@ def moving_syncs(synced: SyncedEngine, policy: nn.Module, count: int = 7) -> lis
     reports = []
     for _ in range(count):
         move(policy)
-        reports.append(synced.sync(force=True))
+        reports.append(synced.sync())
     return reports[1:]
 
 

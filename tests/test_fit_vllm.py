@@ -39,7 +39,7 @@ def test_a_stale_engine_stops_the_run_before_a_sample_is_used(tmp_path, tiny_mod
 
         def on_train_batch_end(self, trainer, pl_module, *args):
             engine = pl_module.engine.engine
-            engine.update_weights = lambda weights, version: [None for _ in weights] and None
+            engine.update_weights = lambda weights, version, in_flight: [None for _ in weights] and None
 
     policy = module(tiny_model_path, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
     with pytest.raises(WeightSyncError):

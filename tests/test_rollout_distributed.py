@@ -91,15 +91,17 @@ class Shared(Sampler):
             slight=(block_of, altered(lambda w: w * (1 + 1e-6 * rank))),
         )
         for fault, (Place.block_of, vllm_weights._write) in faults.items():
+            self.engine.engine.weights_lost = True
             try:
-                self.engine.sync(force=True)
+                self.engine.sync()
                 caught = "nothing"
             except WeightSyncError as error:
                 caught = str(error)
             print("FAULT", rank, fault, "|", caught, flush=True)
             self.trainer.strategy.barrier()
         Place.block_of, vllm_weights._write = block_of, write
-        self.engine.sync(force=True)
+        self.engine.engine.weights_lost = True
+        self.engine.sync()
 
 
 module = Shared({path!r})

@@ -1,5 +1,6 @@
 """Fingerprints, tolerances, the mismatch between engine and policy, tensors over TCP."""
 
+import itertools
 import threading
 
 import pytest
@@ -208,11 +209,16 @@ def test_the_first_sync_scores_every_canary_and_later_ones_take_turns(tiny_model
         scored.append(sequences)
         return engine.logprobs(sequences)
 
+    versions = itertools.count()
     synced = SyncedEngine(
-        engine, version=lambda: 0, weights=lambda: policy_weights(policy), score=score, vocab_size=106
+        engine,
+        version=lambda: next(versions),
+        weights=lambda: policy_weights(policy),
+        score=score,
+        vocab_size=106,
     )
     for _ in range(5):
-        synced.sync(force=True)
+        synced.sync()
     everything, *turns = scored
     assert len(everything) == 4
     assert sorted(sequence for (sequence,) in turns) == sorted(everything)

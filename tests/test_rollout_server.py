@@ -271,7 +271,7 @@ def test_requests_of_one_rank_do_not_slip_over_to_the_weights_of_another(server,
         ranks[1].update_weights(policy_weights(policy), 0)
         update.result()
         perturb(policy)
-        ahead = sampler.submit(ranks[1].generate, PROMPTS, Sampling(), max_tokens=32, seeds=SEEDS)
+        ahead = sampler.submit(ranks[1].generate, sample_request(32))
         wait_for(lambda: first_tokens)
         update = sender.submit(ranks[0].update_weights, policy_weights(policy), 1)
         groups = ahead.result()
@@ -352,7 +352,7 @@ def test_a_tensor_altered_on_its_way_is_named(synced, policy, engine, monkeypatc
     update = engine.update_weights
     name = "model.layers.1.mlp.up_proj.weight"
 
-    def faulty(weights, version):
+    def faulty(weights, version, in_flight):
         update(((n, w + 1e-6 if n == name else w) for n, w in weights), version)
 
     monkeypatch.setattr(engine, "update_weights", faulty)

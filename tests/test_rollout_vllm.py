@@ -145,7 +145,8 @@ def test_a_cut_off_keeps_whole_groups_of_prefixes(synced, engine, cutoff):
 def test_generation_leaves_the_process_alone(synced):
     before, during = process_state(), []
     synced.generate(sample_request(4), lambda i, g: during.append(process_state()))
-    synced.sync(force=True)
+    synced.turn += 1
+    synced.sync()
     assert [process_state(), *during] == [before] * 4
 
 
@@ -271,11 +272,13 @@ def test_only_matrices_that_moved_are_packed(synced, policy, monkeypatch):
     monkeypatch.setattr(
         utils, "dispatch_cpu_unquantized_gemm", lambda layer, remove_weight: packed.append(pack(layer, remove_weight))
     )
-    synced.sync(force=True)
+    synced.turn += 1
+    synced.sync()
     assert packed == []
     with torch.no_grad():
         policy.model.layers[1].mlp.up_proj.weight[0, 0] += 1
-    assert synced.sync(force=True).moved == ["model.layers.1.mlp.up_proj.weight"]
+    synced.turn += 1
+    assert synced.sync().moved == ["model.layers.1.mlp.up_proj.weight"]
     assert len(packed) == 1
 
 
@@ -293,7 +296,8 @@ def test_models_of_unknown_layout_go_through_vllms_own_loaders(synced, policy, c
             torch.testing.assert_close(torch.tensor(c.logprobs), scored, atol=1e-4, rtol=0)
     monkeypatch.undo()
     perturb(policy)
-    assert synced.sync(force=True).compared == synced.last_sync.tensors
+    synced.turn += 1
+    assert synced.sync().compared == synced.last_sync.tensors
 
 
 def test_a_change_too_small_for_the_canary_is_still_seen(synced, policy, engine, monkeypatch):
@@ -346,5 +350,6 @@ def test_an_interrupted_generation_leaves_no_request_behind(synced, engine):
     with pytest.raises(KeyboardInterrupt):
         synced.generate(sample_request(64), interrupt)
     assert not engine.llm.llm_engine.has_unfinished_requests()
-    synced.sync(force=True)
+    synced.turn += 1
+    synced.sync()
     synced.generate(sample_request(4))

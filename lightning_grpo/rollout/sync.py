@@ -143,17 +143,16 @@ class SyncedEngine:
         self.sync()
         return self.engine.logprobs(sequences)
 
-    def sync(self, *, force: bool = False, in_flight: bool = False) -> SyncReport | None:
+    def sync(self, *, in_flight: bool = False) -> SyncReport | None:
         """Give the engine the policy's weights if it doesn't hold them; None where it did.
 
         Collective where the policy is sharded.
 
         Args:
-            force: also where the policy has not moved.
             in_flight: don't wait for what is sampled ahead: its further tokens come from the new weights.
         """
         version = self._version()
-        if not force and self._holds(version):
+        if self._holds(version):
             self.engine.wake()
             return None
         if self._pending is not None and not in_flight:

@@ -7,7 +7,6 @@ It reports that version for every token that it samples from then on.
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import wait
-from typing import Protocol
 
 from torch import Tensor
 
@@ -15,14 +14,6 @@ from lightning_grpo.rollout.server.endpoint import Endpoint, EventLoop
 from lightning_grpo.rollout.server.tcp import WeightOffer
 from lightning_grpo.rollout.verify import Held, WeightSyncError
 from lightning_grpo.rollout.vllm.adapter import ADAPTER_NAME, ADAPTER_PATH
-
-
-class Transfer(Protocol):
-    """A way for weights to travel to servers that are paused."""
-
-    def send(self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
-        """Give all endpoints the weights; what they hold afterwards, as far as they can tell."""
-        ...
 
 
 class TCPTransfer:
