@@ -9,6 +9,7 @@ from fitting import Record, checksum, data, fit, module, parameters
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_grpo import GRPOModule
+from lightning_grpo.export import Export
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.objective import ObjectiveConfig
 from lightning_grpo.policy.load import LoRA, load_policy
@@ -31,7 +32,7 @@ def run(
     checkpoint = Checkpoint(str(folder), every_n_train_steps=1, save_top_k=-1)
     record = fit(
         folder.parent, policy, data(), steps=STEPS, accumulate=accumulate, ckpt_path=resume and str(resume),
-        callbacks=[checkpoint], enable_checkpointing=True, **options,
+        callbacks=[checkpoint, Export()], enable_checkpointing=True, **options,
     )  # fmt: skip
     return record, policy
 

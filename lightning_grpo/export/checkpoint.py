@@ -1,6 +1,7 @@
 """The policy in a checkpoint of ``fit``: what the checkpoint records about it, and its weights, without a Trainer."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -168,5 +169,7 @@ def _sharded_weights(folder: Path) -> dict[str, Tensor]:
         for name, stored_as in stored
         if name.startswith(prefix + PREFIX) and isinstance(stored_as, TensorStorageMetadata)
     }
-    load(weights, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
+        load(weights, storage_reader=reader, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
