@@ -164,8 +164,7 @@ def test_true_means_over_the_window(tmp_path, tiny_model_path):
             seen.append((float(entropy[mask].sum()), int(mask.sum()), experience.rewards.sum().item()))
             return super().compute_loss(logprobs, entropy, experience, **sizes)
 
-    policy = module(tiny_model_path, objective=ObjectiveConfig(beta=0.1))
-    policy.__class__ = Spy
+    policy = module(tiny_model_path, Spy, objective=ObjectiveConfig(beta=0.1))
     record = fit(tmp_path, policy, steps=1)
     entropy, tokens, rewards = (sum(part) for part in zip(*seen, strict=True))
     step = record.steps[0]
@@ -181,7 +180,6 @@ def test_true_means_over_the_window(tmp_path, tiny_model_path):
 
 
 def test_resampling_replaces_flat_groups(tmp_path, tiny_model_path):
-    policy = module(tiny_model_path, resampling_rounds=3)
     seen = {}
 
     class Spy(GRPOModule):
@@ -189,12 +187,9 @@ def test_resampling_replaces_flat_groups(tmp_path, tiny_model_path):
             seen["flat"] = int((rewards.view(-1, 4).std(1) == 0).sum())
             return super().compute_advantages(rewards, rollout)
 
-    policy.__class__ = Spy
-    first = fit(tmp_path, policy, steps=1)
+    first = fit(tmp_path, module(tiny_model_path, Spy, resampling_rounds=3), steps=1)
     resampled = seen["flat"]
-    policy = module(tiny_model_path)
-    policy.__class__ = Spy
-    plain = fit(tmp_path, policy, steps=1)
+    plain = fit(tmp_path, module(tiny_model_path, Spy), steps=1)
     assert resampled < seen["flat"]
     assert first["frac_reward_zero_std"][0] > 0 and plain["frac_reward_zero_std"] == [seen["flat"] / 8]
 
@@ -205,8 +200,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path, tiny_m
             loss, metrics = super().compute_loss(*args, **kwargs)
             return loss * math.inf, metrics
 
-    policy = module(tiny_model_path, objective=ObjectiveConfig(beta=0.1))
-    policy.__class__ = Broken
+    policy = module(tiny_model_path, Broken, objective=ObjectiveConfig(beta=0.1))
     with pytest.raises(FloatingPointError, match="the weights are those of before"):
         fit(tmp_path, policy)
     assert largest_difference(parameters(policy), parameters_at_start(tiny_model_path)) == 0
@@ -300,9 +294,7 @@ def test_gradients_are_gone_while_the_engine_samples(tmp_path, tiny_model_path):
             held.append([name for name, p in self.named_parameters() if p.grad is not None])
             return super().rollout(batch)
 
-    policy = module(tiny_model_path)
-    policy.__class__ = Spy
-    fit(tmp_path, policy, steps=2)
+    fit(tmp_path, module(tiny_model_path, Spy), steps=2)
     assert held == [[], []]
 
 
