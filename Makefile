@@ -27,7 +27,7 @@ smoke: .venv/ready
 	$(BIN)/lightning-grpo fit --config configs/smoke.yaml
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -16,8 +16,24 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+# A shell that starts the tests in the background ignores Ctrl-C for them, and their children would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine can't run. Nothing is imported to find out: vLLM changes the process that imports it."""
+    """Skip what this machine can't run. Nothing is imported to find out: vLLM changes the process that imports it.
+
+    With several workers, one takes all tests with vLLM, whose engines spin on every core, and the tests of another file
+    stay together, so that fixtures of a file are built once. The longest groups come first.
+    """
+    groups = {item: "vllm" if item.get_closest_marker("vllm") else item.path.stem for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = {group for item, group in groups.items() if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: (groups[item] != "vllm", groups[item] not in slow))
     absent = {"vllm": importlib.util.find_spec("vllm") is None, "gpu": not torch.cuda.is_available()}
     for item in items:
         for mark in (mark for mark, is_absent in absent.items() if is_absent and item.get_closest_marker(mark)):
