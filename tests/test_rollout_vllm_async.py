@@ -8,9 +8,9 @@ import torch
 from engines import EOS, PROMPTS, SEEDS, SETTINGS, load, perturb, sample_request
 
 from lightning_grpo.rollout import HFEngine, SampleRequest, Sampling, SyncedEngine, policy_weights
-from lightning_grpo.rollout.vllm import isolation as guest_module
+from lightning_grpo.rollout.vllm import isolation
 from lightning_grpo.rollout.vllm.engine import VLLMEngine
-from lightning_grpo.rollout.vllm.isolation import guest
+from lightning_grpo.rollout.vllm.isolation import isolate_vllm
 
 pytestmark = pytest.mark.vllm
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture(scope="module")
 def engine(tiny_model_path, tmp_path_factory):
     log_file = tmp_path_factory.mktemp("log") / "vllm.log"
-    with guest(), pytest.MonkeyPatch.context() as patch:
+    with isolate_vllm(), pytest.MonkeyPatch.context() as patch:
         from vllm.platforms.cpu import CpuPlatform
 
         check = CpuPlatform.check_and_update_config.__func__
@@ -112,8 +112,8 @@ def test_an_interrupted_generation_leaves_no_request_behind(synced, engine):
 
 def test_the_process_changes_hands_once_per_call_and_callback(synced, engine, monkeypatch):
     entered, steps = [], []
-    enter, step = guest_module.Visit._enter, engine.llm.llm_engine.step
-    monkeypatch.setattr(guest_module.Visit, "_enter", lambda visit: entered.append(visit) or enter(visit))
+    enter, step = isolation.Isolation._enter, engine.llm.llm_engine.step
+    monkeypatch.setattr(isolation.Isolation, "_enter", lambda isolated: entered.append(isolated) or enter(isolated))
     monkeypatch.setattr(engine.llm.llm_engine, "step", lambda: steps.append(1) or step())
     engine.generate(sample_request(32))
     assert len(entered) == 1 and len(steps) >= 32

@@ -15,7 +15,7 @@ from lightning_grpo.rollout.server.endpoint import Endpoint, EventLoop
 from lightning_grpo.rollout.server.tcp import free_port
 from lightning_grpo.rollout.server.transfer import meet_workers
 from lightning_grpo.rollout.verify import Held
-from lightning_grpo.rollout.vllm.isolation import guest
+from lightning_grpo.rollout.vllm.isolation import isolate_vllm
 
 
 class IPCTransfer:
@@ -70,7 +70,7 @@ class NCCLTransfer:
         for i, endpoint in enumerate(endpoints):
             body = {"init_info": where | {"rank_offset": 1 + sum(workers[:i]), "packed": False}}
             calls.append(loop.start(endpoint.call("/init_weight_transfer_engine", body)))
-        with guest():
+        with isolate_vllm():
             from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
             self._group = trainer_init(where)

@@ -17,7 +17,13 @@ from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
 from lightning_grpo.rollout.verify import Held, WeightSyncError
 from lightning_grpo.rollout.vllm.adapter import adapter_request, load_adapter
-from lightning_grpo.rollout.vllm.isolation import guest, noise_to, on_this_device, release_process_group, shutdown
+from lightning_grpo.rollout.vllm.isolation import (
+    isolate_vllm,
+    on_this_device,
+    redirect_output,
+    release_process_group,
+    shutdown,
+)
 from lightning_grpo.rollout.vllm.params import finish_reason, sampling_params
 from lightning_grpo.rollout.vllm.tokenizer import require_same_tokenizer, tokenizer_facts
 from lightning_grpo.rollout.vllm.weights import load_weights, replace_functions
@@ -98,20 +104,20 @@ class VLLMEngine(Engine):
             "disable_log_stats": True,
             "enable_sleep_mode": sleep_level > 0,
         } | (engine_args or {})
-        with guest(), noise_to(log_file):
+        with isolate_vllm(), redirect_output(log_file):
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             from vllm import LLM
 
             replace_functions()
-            self._host_group = torch.distributed.is_initialized()
+            self._trainer_has_group = torch.distributed.is_initialized()
             if torch.cuda.is_available() or settings.get("tensor_parallel_size", 1) > 1:
-                settings |= on_this_device(self._host_group)
+                settings |= on_this_device(self._trainer_has_group)
             try:
                 self.llm = LLM(model, **settings)
             except Exception as error:
-                release_process_group(self._host_group)
+                release_process_group(self._trainer_has_group)
                 raise _explained(error, settings, log_file) from error
-        self._finalizer = weakref.finalize(self, shutdown, self.llm, self._host_group)
+        self._finalizer = weakref.finalize(self, shutdown, self.llm, self._trainer_has_group)
         self._takes_adapter = bool(settings.get("enable_lora"))
         # None until there is an adapter: vLLM would look for it on disk.
         self._lora_request = None
@@ -128,7 +134,7 @@ class VLLMEngine(Engine):
         groups: list[list[Completion | None]] = [[None] * len(group) for group in request.seeds]
         places: dict[str, tuple[int, int]] = {}
         engine = self.llm.llm_engine
-        with guest() as visit:
+        with isolate_vllm() as isolation:
             try:
                 for i, (prompt, group) in enumerate(zip(request.prompts, request.seeds, strict=True)):
                     for g, seed in enumerate(group):
@@ -145,7 +151,7 @@ class VLLMEngine(Engine):
                         i, g = places[output.request_id]
                         groups[i][g] = self._completion(output.outputs[0])
                         if on_group is not None and all(groups[i]):
-                            with visit.interrupted():
+                            with isolation.suspended():
                                 on_group(i, groups[i])
             except BaseException:
                 engine.abort_request(list(places), internal=True)
@@ -159,7 +165,7 @@ class VLLMEngine(Engine):
             WeightSyncError: where a parameter of the engine got no value.
         """
         self.wake()
-        with guest():
+        with isolate_vllm():
             if self._takes_adapter:
                 self.held = load_adapter(self._worker, weights)
                 self._lora_request = adapter_request()
@@ -176,20 +182,20 @@ class VLLMEngine(Engine):
         self._wake_all()
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
         prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
-        with guest():
+        with isolate_vllm():
             outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora_request)
         return [torch.tensor(output.prompt_logprobs.logprobs, dtype=torch.float32) for output in outputs]
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise `ValueError` where the engine has a tokenizer of its own that differs from this one."""
         if self._has_tokenizer:
-            with guest():
+            with isolate_vllm():
                 own = tokenizer_facts(self.llm.get_tokenizer())
             require_same_tokenizer(own, tokenizer_facts(tokenizer), at="the vLLM engine")
 
     def sleep(self) -> None:
         if self.sleep_level > 0 and not self._asleep and torch.cuda.is_available():
-            with guest():
+            with isolate_vllm():
                 self.llm.sleep(level=self.sleep_level)
             self._asleep = {"weights", "kv_cache"}
             self.weights_lost = self.sleep_level == 2
@@ -206,7 +212,7 @@ class VLLMEngine(Engine):
 
     def _wake(self, tag: str) -> None:
         if tag in self._asleep:
-            with guest():
+            with isolate_vllm():
                 self.llm.wake_up(tags=[tag])
             self._asleep.remove(tag)
 

@@ -1,8 +1,7 @@
-"""vLLM as a guest in the trainer's process: what it changes there holds only while it works.
+"""Isolation of vLLM in the trainer's process: its changes to process-wide state last only while it runs.
 
-It replaces functions of torch, reseeds every generator, sets environment variables, thread counts and the precision of
-float32 products, and logs to the terminal. Inside `guest()` all that is its own; outside, the trainer finds everything
-as it left it.
+vLLM replaces functions of torch, reseeds every generator, sets environment variables, thread counts and the precision
+of float32 products, and logs to the terminal. Inside `isolate_vllm()` its state is in effect, outside the trainer's.
 """
 
 import gc
@@ -36,13 +35,13 @@ _REPLACED = [
     (torch.Tensor, "record_stream"),
 ]
 
-_guest_functions: dict[tuple[object, str], object] = {}
-_guest_environment: dict[str, str] = {}
-_guest_precision: list[tuple[str | None, str, str]] = []
+_vllm_functions: dict[tuple[object, str], object] = {}
+_vllm_environment: dict[str, str] = {}
+_vllm_precision: list[tuple[str | None, str, str]] = []
 
 
-class Visit:
-    """One stay of vLLM in the trainer's process, which can be interrupted."""
+class Isolation:
+    """One turn of vLLM in the trainer's process, which can be suspended."""
 
     def __init__(self) -> None:
         self._enter()
@@ -54,26 +53,26 @@ class Visit:
         self._precision = _matmul_precision()
         self._random_states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        for (owner, name), function in _guest_functions.items():
+        for (owner, name), function in _vllm_functions.items():
             setattr(owner, name, function)
-        os.environ.update(_guest_environment)
-        _set_matmul_precision(_guest_precision[-1] if _guest_precision else self._precision)
+        os.environ.update(_vllm_environment)
+        _set_matmul_precision(_vllm_precision[-1] if _vllm_precision else self._precision)
 
     def leave(self) -> None:
-        """Put the trainer's functions, variables, threads, precision and generators back, and keep vLLM's."""
+        """Restore the trainer's functions, variables, threads, precision and generators, and keep vLLM's."""
         for (owner, name), function in self._functions.items():
             if getattr(owner, name) is not function:
-                _guest_functions[owner, name] = getattr(owner, name)
+                _vllm_functions[owner, name] = getattr(owner, name)
                 setattr(owner, name, function)
         now, before = dict(os.environ), self._environment
-        _guest_environment.update({k: v for k, v in now.items() if before.get(k) != v})
+        _vllm_environment.update({k: v for k, v in now.items() if before.get(k) != v})
         for variable in now.keys() - before.keys():
             del os.environ[variable]
         os.environ.update({k: v for k, v in before.items() if now.get(k) != v})
         if torch.get_num_threads() != self._threads:
             self._set_num_threads(self._threads)
         if (precision := _matmul_precision()) != self._precision:
-            _guest_precision[:] = [precision]
+            _vllm_precision[:] = [precision]
             _set_matmul_precision(self._precision)
         random.setstate(self._random_states[0])
         np.random.set_state(self._random_states[1])
@@ -82,8 +81,8 @@ class Visit:
             torch.cuda.set_rng_state_all(self._cuda_states)
 
     @contextmanager
-    def interrupted(self) -> Iterator[None]:
-        """Give the process back to the trainer for a while, for a callback."""
+    def suspended(self) -> Iterator[None]:
+        """Restore the trainer's state inside this context, for a callback of the trainer."""
         self.leave()
         try:
             yield
@@ -92,19 +91,19 @@ class Visit:
 
 
 @contextmanager
-def guest() -> Iterator[Visit]:
-    """Give the process to vLLM for a while; afterwards the trainer's functions, variables, threads, precision and
-    generators are as before, and vLLM's are kept for its next turn. Both ways together take about a millisecond:
-    enter once around a loop."""
-    visit = Visit()
+def isolate_vllm() -> Iterator[Isolation]:
+    """Run vLLM's code inside this context. Afterwards the trainer's functions, variables, threads, precision and
+    generators are restored, and vLLM's are kept for its next turn. Entering and leaving takes about a millisecond, so
+    that a loop belongs inside one context."""
+    isolation = Isolation()
     try:
-        yield visit
+        yield isolation
     finally:
-        visit.leave()
+        isolation.leave()
 
 
 def _matmul_precision() -> tuple[str | None, str, str]:
-    """Of float32 products: for all backends (None if they were set one by one), on CUDA, in oneDNN."""
+    """The precision of float32 products: for all backends (None if they were set separately), on CUDA, in oneDNN."""
     try:
         common = torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -123,10 +122,10 @@ def _set_matmul_precision(precision: tuple[str | None, str, str]) -> None:
 
 
 @contextmanager
-def noise_to(log_file: Path) -> Iterator[None]:
-    """Send what is printed and what vLLM logs to `log_file`; afterwards its logger stays there."""
+def redirect_output(log_file: Path) -> Iterator[None]:
+    """Write printed output and vLLM's log to `log_file`; afterwards vLLM's logger keeps writing there."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    # Once for what an earlier engine left, once for what the first import sets up.
+    # First for handlers of an earlier engine, then for those that the first import of vLLM adds.
     _route_logger(log_file)
     with log_file.open("a", buffering=1) as stream, redirect_stdout(stream), redirect_stderr(stream):
         try:
@@ -136,7 +135,7 @@ def noise_to(log_file: Path) -> Iterator[None]:
 
 
 def _route_logger(log_file: Path) -> None:
-    """Make vLLM's logger write to `log_file` only."""
+    """Make vLLM's logger write only to `log_file`."""
     logger = logging.getLogger("vllm")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -150,52 +149,52 @@ def _route_logger(log_file: Path) -> None:
 # ── Process groups ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def on_this_device(host_group: bool) -> dict[str, Any]:
-    """Place the engine on this rank's GPU, in the trainer's process group: vLLM's own choice in process is the first
-    GPU, on every rank."""
-    rank = torch.distributed.get_rank() if host_group else 0
+def on_this_device(trainer_has_group: bool) -> dict[str, Any]:
+    """Settings that place the engine on this rank's GPU, in the trainer's process group. By itself an in-process vLLM
+    takes the first GPU on every rank."""
+    rank = torch.distributed.get_rank() if trainer_has_group else 0
     os.environ["RANK"] = str(rank)
     os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if torch.cuda.is_available() else rank)
-    if not host_group:
+    if not trainer_has_group:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             os.environ |= {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     return {"distributed_executor_backend": "external_launcher"}
 
 
-def shutdown(llm: Any, host_group: bool) -> None:
-    """Stop the engine, but leave the trainer's default process group alive: vLLM would destroy it with its own."""
+def shutdown(llm: Any, trainer_has_group: bool) -> None:
+    """Stop the engine, but keep the trainer's default process group, which vLLM would destroy with its own groups."""
     from vllm.v1.engine import core
 
     original = core.cleanup_dist_env_and_memory
-    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: release_process_group(host_group)
+    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: release_process_group(trainer_has_group)
     client = llm.llm_engine.engine_core
     client._finalizer.detach()
     try:
-        with guest():
-            _wake_forshutdown(llm)
+        with isolate_vllm():
+            _wake_for_shutdown(llm)
             client.engine_core.shutdown()
     finally:
         core.cleanup_dist_env_and_memory = original
 
 
-def _wake_forshutdown(llm: Any) -> None:
-    """Map a sleeping engine's memory again: vLLM's allocator unmaps all of it at the end, and unmapping twice is an
-    error of CUDA's that every later allocation in the process would meet."""
+def _wake_for_shutdown(llm: Any) -> None:
+    """Map a sleeping engine's memory again. vLLM's allocator unmaps all memory when it is closed. Unmapping twice is a
+    CUDA error that makes every later allocation in the process fail."""
     if llm.llm_engine.is_sleeping():
         try:
             llm.wake_up()
         except Exception as error:
-            log.warning("the sleeping vLLM engine could not be woken up before its end: %s", error)
+            log.warning("The sleeping vLLM engine could not be woken up before it was closed: %s", error)
 
 
-def release_process_group(host_group: bool) -> None:
-    """Destroy the engine's groups; the default group only if the engine made it."""
+def release_process_group(trainer_has_group: bool) -> None:
+    """Destroy the engine's process groups, and the default group only if the engine created it."""
     from vllm.distributed import parallel_state
 
     destroy = torch.distributed.destroy_process_group
 
     def destroy_own(group: Any = None) -> None:
-        if group is not None or not host_group:
+        if group is not None or not trainer_has_group:
             destroy(group)
 
     torch.distributed.destroy_process_group = destroy_own

@@ -12,7 +12,7 @@ from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
 from lightning_grpo.rollout.verify import WeightSyncError
 from lightning_grpo.rollout.vllm.engine import VLLMEngine
-from lightning_grpo.rollout.vllm.isolation import guest
+from lightning_grpo.rollout.vllm.isolation import isolate_vllm
 
 
 class SharedVLLMEngine(VLLMEngine):
@@ -38,7 +38,7 @@ class SharedVLLMEngine(VLLMEngine):
         run = [secrets.token_hex(4)]
         if world > 1:
             dist.broadcast_object_list(run)
-        with guest():
+        with isolate_vllm():
             _name_shared_memory(run[0])
         super().__init__(model, engine_args=engine_args, **kwargs)
 

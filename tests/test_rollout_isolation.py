@@ -1,4 +1,4 @@
-"""What vLLM changes in the trainer's process holds only during its visit. No vLLM is needed to see that."""
+"""What vLLM changes in the trainer's process is undone outside `isolate_vllm`. The test needs no vLLM."""
 
 import os
 import random
@@ -6,16 +6,16 @@ import random
 import pytest
 import torch
 
-from lightning_grpo.rollout.vllm import isolation as guest_module
+from lightning_grpo.rollout.vllm import isolation
 from lightning_grpo.rollout.vllm.callback import _holds_more_than_weights
 from lightning_grpo.rollout.vllm.engine import _explained
-from lightning_grpo.rollout.vllm.isolation import guest
+from lightning_grpo.rollout.vllm.isolation import isolate_vllm
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept_for_the_next_visit(monkeypatch):
-    for name, empty in (("_guest_functions", {}), ("_guest_environment", {}), ("_guest_precision", [])):
-        monkeypatch.setattr(guest_module, name, empty)
+def nothing_kept_for_vllms_next_turn(monkeypatch):
+    for name, empty in (("_vllm_functions", {}), ("_vllm_environment", {}), ("_vllm_precision", [])):
+        monkeypatch.setattr(isolation, name, empty)
 
 
 @pytest.fixture
@@ -38,12 +38,12 @@ def test_the_precision_of_products_is_the_trainers_outside_and_vllms_inside(prec
     for trainers in ("high", "medium", "highest"):
         torch.set_float32_matmul_precision(trainers)
         before = products()
-        with guest():
+        with isolate_vllm():
             torch.set_float32_matmul_precision("medium")
         assert products() == before
-        with guest() as visit:
+        with isolate_vllm() as isolated:
             assert torch.get_float32_matmul_precision() == "medium"
-            with visit.interrupted():
+            with isolated.suspended():
                 assert products() == before
             assert torch.get_float32_matmul_precision() == "medium"
         assert products() == before
@@ -55,26 +55,26 @@ def test_a_callback_finds_the_trainers_process_and_may_change_it(monkeypatch):
     expected = [torch.rand(1).item() for _ in range(3)]
     torch.manual_seed(0)
     drawn = [torch.rand(1).item()]
-    with guest() as visit:
+    with isolate_vllm() as isolated:
         torch.manual_seed(5)
         random.seed(5)
-        os.environ |= {"TRAINERS": "the guest's", "GUESTS": "own"}
-        with visit.interrupted():
+        os.environ |= {"TRAINERS": "vLLM's", "VLLMS": "own"}
+        with isolated.suspended():
             drawn.append(torch.rand(1).item())
-            assert os.environ["TRAINERS"] == "before" and "GUESTS" not in os.environ
+            assert os.environ["TRAINERS"] == "before" and "VLLMS" not in os.environ
             os.environ["LEFT_BY_THE_CALLBACK"] = "yes"
-        assert os.environ["TRAINERS"] == "the guest's" and os.environ["GUESTS"] == "own"
+        assert os.environ["TRAINERS"] == "vLLM's" and os.environ["VLLMS"] == "own"
     drawn.append(torch.rand(1).item())
     assert drawn == expected
     assert os.environ.pop("LEFT_BY_THE_CALLBACK") == "yes"
-    assert os.environ["TRAINERS"] == "before" and "GUESTS" not in os.environ
+    assert os.environ["TRAINERS"] == "before" and "VLLMS" not in os.environ
 
 
 def test_an_error_in_a_callback_leaves_the_trainers_process():
     state = torch.get_rng_state()
-    with pytest.raises(KeyError), guest() as visit:
+    with pytest.raises(KeyError), isolate_vllm() as isolated:
         torch.manual_seed(5)
-        with visit.interrupted():
+        with isolated.suspended():
             raise KeyError
     assert torch.equal(torch.get_rng_state(), state)
 
