@@ -1,4 +1,4 @@
-"""A real vLLM engine in this process: samples, log-probs, manners, and every fault of a weight sync."""
+"""A real vLLM engine in this process: samples, log-probs, side effects, and every fault of a weight sync."""
 
 import gc
 import math

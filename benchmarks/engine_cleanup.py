@@ -1,6 +1,6 @@
-"""What an in-process engine leaves behind: resident memory when it closes, and how a run ends at Ctrl-C.
+"""What an in-process engine leaves behind: resident memory after it is closed, and processes after Ctrl-C.
 
-Claim: closing gives most of the engine's memory back; a SIGINT while it samples ends `fit` in seconds, and no process
+Claim: closing frees most of the engine's memory; a SIGINT while it samples ends `fit` within seconds, and no process
 is left. Needs models/SmolLM2-135M-Instruct (`make quickstart`), or --model.
 """
 
@@ -20,16 +20,18 @@ import psutil
 from lightning_grpo.rollout import SampleRequest, VLLMEngine
 
 ROOT = Path(__file__).parent.parent
-MOST_SECONDS, LEAST_BACK = 10.0, 0.5
+MAX_SECONDS, MIN_FREED = 10.0, 0.5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="no shorter than without: about a minute")
+    parser.add_argument("--quick", action="store_true", help="has no effect: the benchmark takes about a minute")
     parser.add_argument(
-        "--check", action="store_true", help=f"fail above {MOST_SECONDS} s, below {LEAST_BACK:.0%} back"
+        "--check",
+        action="store_true",
+        help=f"fail if the exit takes over {MAX_SECONDS} s or less than {MIN_FREED:.0%} of the memory is freed",
     )
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
     args = parser.parse_args()
     figures = measure_memory(args.model) | measure_interrupt(args.model)
@@ -37,15 +39,17 @@ def main() -> None:
         print(f"{name:44} {value:10.3f}")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
-    back, seconds = figures["share of the engine's memory back"], figures["from SIGINT to the end, s"]
+    freed, seconds = figures["share of the engine's memory freed"], figures["from SIGINT to the end, s"]
     left = figures["processes left"]
-    print(f"manners: {back:.0%} of the memory back, {seconds:.1f} s from SIGINT to the end, {left:.0f} processes left")
-    if args.check and (back < LEAST_BACK or seconds > MOST_SECONDS or left):
+    print(
+        f"engine_cleanup: {freed:.0%} of the memory freed, exit {seconds:.1f} s after SIGINT, {left:.0f} processes left"
+    )
+    if args.check and (freed < MIN_FREED or seconds > MAX_SECONDS or left):
         sys.exit(1)
 
 
 def measure_memory(model: str) -> dict[str, float]:
-    """A first engine pays for libraries and code, which stay; the second shows what an engine costs and gives back."""
+    """The first engine loads libraries and code, which stay; the second shows what an engine itself takes and frees."""
 
     def resident() -> float:
         gc.collect()
@@ -70,7 +74,7 @@ def measure_memory(model: str) -> dict[str, float]:
             f"{turn} engine: {when}, GiB": x
             for when, x in zip(("before", "with", "after"), (before, during, after), strict=True)
         }
-    figures["share of the engine's memory back"] = (during - after) / (during - before)
+    figures["share of the engine's memory freed"] = (during - after) / (during - before)
     return figures
 
 
@@ -86,7 +90,7 @@ def measure_interrupt(model: str) -> dict[str, float]:
             run = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
         while "VLLMEngine is ready" not in log.read_text():
             if run.poll() is not None:
-                raise RuntimeError(f"the run ended by itself: {log.read_text()[-2000:]}")
+                raise RuntimeError(f"the run ended before it was interrupted: {log.read_text()[-2000:]}")
             time.sleep(0.2)
         # Well inside the first rollout, which takes tens of seconds at this length.
         time.sleep(5)
