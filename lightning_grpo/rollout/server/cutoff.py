@@ -7,7 +7,7 @@ from contextlib import suppress
 from lightning_grpo.rollout.server.endpoint import Endpoint, EndpointLost
 
 
-class Tail:
+class Cutoff:
     """Cuts completions where they are, once as many have ended as are waited for and every one has begun.
 
     Args:

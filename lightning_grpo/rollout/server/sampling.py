@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from lightning_grpo.rollout.server.cutoff import Tail
+from lightning_grpo.rollout.server.cutoff import Cutoff
 from lightning_grpo.rollout.server.endpoint import ConnectionDropped, Endpoint, EndpointLost
 from lightning_grpo.rollout.server.pool import Pool
 from lightning_grpo.rollout.types import Completion, SampleRequest
@@ -82,14 +82,14 @@ class Sampler:
             body: of every HTTP request, without tokens and seed.
             on_group: called in the event loop with each prompt's index and completions.
         """
-        tail = Tail(request.count, request.spare)
+        cutoff = Cutoff(request.count, request.spare)
 
         async def group(i: int, prompt: Sequence[int], seeds: Sequence[int]) -> list[Completion]:
             bodies = [
                 body | {"token_ids": list(prompt), "sampling_params": body["sampling_params"] | {"seed": seed}}
                 for seed in seeds
             ]
-            completions = list(await asyncio.gather(*(self._sample_one(body, tail) for body in bodies)))
+            completions = list(await asyncio.gather(*(self._sample_one(body, cutoff) for body in bodies)))
             on_group((i, completions))
             return completions
 
@@ -102,20 +102,20 @@ class Sampler:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _sample_one(self, body: dict[str, Any], tail: Tail) -> Completion:
+    async def _sample_one(self, body: dict[str, Any], cutoff: Cutoff) -> Completion:
         drops = 0
         while True:
             request_id = next(self._request_ids)
             async with self._pool.room() as endpoint:
                 try:
-                    return await self._stream(endpoint, body | {"request_id": request_id, "stream": True}, tail)
+                    return await self._stream(endpoint, body | {"request_id": request_id, "stream": True}, cutoff)
                 except EndpointLost as error:
-                    tail.lost(request_id)
+                    cutoff.lost(request_id)
                     drops += isinstance(error, ConnectionDropped)
                     if not isinstance(error, ConnectionDropped) or drops > MAX_DROPS or not await endpoint.is_well():
                         self._pool.lose(endpoint, error)
 
-    async def _stream(self, endpoint: Endpoint, body: dict[str, Any], tail: Tail) -> Completion:
+    async def _stream(self, endpoint: Endpoint, body: dict[str, Any], cutoff: Cutoff) -> Completion:
         request_id, oldest = body["request_id"], self._versions.current
         token_ids: list[int] = []
         logprobs: list[float] = []
@@ -124,14 +124,14 @@ class Sampler:
             async for event in events:
                 for choice in event["choices"]:
                     if choice["token_ids"] and not token_ids:
-                        await tail.begun(request_id, endpoint)
+                        await cutoff.begun(request_id, endpoint)
                     token_ids += choice["token_ids"]
                     logprobs += [token["logprob"] for token in choice["logprobs"]["content"]]
         reason = choice.get("finish_reason")
-        if reason is None or (reason == "abort" and not tail.has_cut(request_id)):
+        if reason is None or (reason == "abort" and not cutoff.has_cut(request_id)):
             raise EndpointLost(f"{endpoint.url} ended a request before its end")
         versions = self._versions.of_tokens(endpoint, choice["weight_versions"], oldest=oldest)
-        await tail.ended(request_id)
+        await cutoff.ended(request_id)
         return Completion(
             token_ids=token_ids, logprobs=logprobs, finish_reason=finish_reason(reason), versions=versions
         )
