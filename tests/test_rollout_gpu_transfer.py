@@ -8,9 +8,9 @@ from engines import Sampler, trainer_with
 
 from lightning_grpo.rollout import HFEngine, SampleRequest, SyncedEngine, VLLMProcessRollout, VLLMServerRollout
 from lightning_grpo.rollout.server import buckets as gpu_buckets
-from lightning_grpo.rollout.server.buckets import buckets, describe, fetch_buckets, offer_buckets
+from lightning_grpo.rollout.server.buckets import buckets, describe, fetch_buckets, send_buckets
 from lightning_grpo.rollout.server.checks import ServerInfo, check_alike, check_stop, choose_transfer
-from lightning_grpo.rollout.server.tcp import Delivery, WeightOffer
+from lightning_grpo.rollout.server.tcp import WeightClient, WeightServer
 from lightning_grpo.rollout.vllm.adapter import adapter_settings
 
 
@@ -50,7 +50,7 @@ WEIGHTS = [
 
 def fetch(offer, device):
     """What a worker makes of an offer. Kept until the end: a buffer that is used again must not change it."""
-    with Delivery(offer.host, offer.port, offer.token) as delivery:
+    with WeightClient(offer.host, offer.port, offer.token) as delivery:
         received = list(fetch_buckets(delivery, device))
         delivery.answer({"tensors": len(received)})
         return [(name, tensor.cpu()) for name, tensor in received]
@@ -69,11 +69,11 @@ def test_buckets_reach_workers_through_buffers_of_their_own(monkeypatch):
         gpu_buckets, "export", lambda buffer: {"export": exports.append(buffer) or len(exports) - 1, "gpu": "cpu"}
     )
     monkeypatch.setattr(gpu_buckets, "open_export", lambda place, device: exports[place["export"]])
-    offer = WeightOffer("127.0.0.1")
+    offer = WeightServer("127.0.0.1")
     with ThreadPoolExecutor(2) as pool:
         workers = [pool.submit(fetch, offer, torch.device("cpu")) for _ in range(2)]
         offer.accept(2)
-        offer_buckets(offer, iter(WEIGHTS), size=48)
+        send_buckets(offer, iter(WEIGHTS), size=48)
         assert offer.answers() == [{"tensors": 5}] * 2
         for worker in workers:
             assert_same(worker.result())
@@ -87,7 +87,7 @@ def as_lists(weights):
 
 
 def fetch_in_another_process(host, port, token, results):
-    with Delivery(host, port, token) as delivery:
+    with WeightClient(host, port, token) as delivery:
         received = [(name, tensor.cpu()) for name, tensor in fetch_buckets(delivery, torch.device("cuda", 0))]
         delivery.answer({})
     results.put(
@@ -101,13 +101,13 @@ def test_buckets_reach_two_processes_on_this_gpu():
     before = torch.cuda.memory_allocated()
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    offer = WeightOffer("127.0.0.1")
+    offer = WeightServer("127.0.0.1")
     arguments = (offer.host, offer.port, offer.token, results)
     workers = [context.Process(target=fetch_in_another_process, args=arguments) for _ in range(2)]
     for worker in workers:
         worker.start()
     offer.accept(2)
-    offer_buckets(offer, ((name, tensor.cuda()) for name, tensor in WEIGHTS), size=48)
+    send_buckets(offer, ((name, tensor.cuda()) for name, tensor in WEIGHTS), size=48)
     offer.answers()
     assert [results.get() for _ in workers] == [as_lists(WEIGHTS)] * 2
     for worker in workers:

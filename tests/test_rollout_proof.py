@@ -18,7 +18,7 @@ from lightning_grpo.rollout import (
     mismatch,
     policy_weights,
 )
-from lightning_grpo.rollout.server.tcp import Delivery, WeightOffer
+from lightning_grpo.rollout.server.tcp import WeightClient, WeightServer
 from lightning_grpo.rollout.verify import Fingerprint, Held, WeightStream, canary_sequences, check_canary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -148,11 +148,11 @@ def test_what_the_engine_holds_is_compared(fault, message):
 def test_tensors_travel_over_tcp_unchanged():
     weights = {f"{i}": torch.randn(3, i + 1).to(dtype) for i, dtype in enumerate([*DTYPES, torch.float64])}
     weights |= {"scalar": torch.tensor(3.5), "strided": torch.randn(4, 6).T, "ints": torch.arange(5)}
-    offer = WeightOffer("127.0.0.1")
+    offer = WeightServer("127.0.0.1")
     received = [{}, {}]
 
     def receive(into):
-        with Delivery(offer.host, offer.port, offer.token) as delivery:
+        with WeightClient(offer.host, offer.port, offer.token) as delivery:
             into.update(delivery.weights())
             delivery.answer({"tensors": len(into)})
 
@@ -172,12 +172,12 @@ def test_tensors_travel_over_tcp_unchanged():
 
 
 def test_an_impostor_gets_nothing_and_a_cut_stream_is_an_error():
-    offer = WeightOffer("127.0.0.1")
+    offer = WeightServer("127.0.0.1")
     outcomes = []
 
     def receive(token):
         try:
-            with Delivery(offer.host, offer.port, token) as delivery:
+            with WeightClient(offer.host, offer.port, token) as delivery:
                 outcomes.append(dict(delivery.weights()))
         except ConnectionError as error:
             outcomes.append(error)

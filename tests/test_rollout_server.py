@@ -31,11 +31,11 @@ from lightning_grpo.rollout import (
     policy_weights,
 )
 from lightning_grpo.rollout.server.checks import as_flags
-from lightning_grpo.rollout.server.cutoff import Tail
+from lightning_grpo.rollout.server.cutoff import Cutoff
 from lightning_grpo.rollout.server.endpoint import Endpoint
 from lightning_grpo.rollout.server.engine import ServerEngine
 from lightning_grpo.rollout.server.process import ServerProcess
-from lightning_grpo.rollout.server.tcp import WeightOffer
+from lightning_grpo.rollout.server.tcp import WeightServer
 from lightning_grpo.rollout.server.transfer import TCPTransfer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -194,13 +194,13 @@ def tokens(groups):
 @pytest.fixture
 def first_tokens(monkeypatch):
     """The endpoints' URLs, one for every completion that has begun."""
-    seen, begun = [], Tail.begun
+    seen, begun = [], Cutoff.begun
 
-    def watched(tail, request_id, endpoint):
+    def watched(cutoff, request_id, endpoint):
         seen.append(endpoint.url)
-        return begun(tail, request_id, endpoint)
+        return begun(cutoff, request_id, endpoint)
 
-    monkeypatch.setattr(Tail, "begun", watched)
+    monkeypatch.setattr(Cutoff, "begun", watched)
     return seen
 
 
@@ -415,7 +415,7 @@ def test_every_worker_of_a_server_proves_what_it_holds(
         assert sum(second in held.place for held in engine.held) == len(engine.held) / 2 >= 20
         assert len(engine.replica_logprobs(PROMPTS[:1])) == (2 if parallel == "data" else 1)
         assert worst(synced, groups) < 1e-4
-        send, name = WeightOffer.send, "model.layers.1.mlp.down_proj.weight"
+        send, name = WeightServer.send, "model.layers.1.mlp.down_proj.weight"
 
         def faulty(offer, weights):
             """The worker that came second gets other values of one tensor, too little for a log-prob to show it."""
@@ -426,7 +426,7 @@ def test_every_worker_of_a_server_proves_what_it_holds(
             send(offer, [(n, w + 1e-7 if n == name else w) for n, w in weights])
             offer._receivers = [first, second]
 
-        monkeypatch.setattr(WeightOffer, "send", faulty)
+        monkeypatch.setattr(WeightServer, "send", faulty)
         perturb(policy)
         synced.turn = 1
         with pytest.raises(

@@ -9,7 +9,7 @@ import torch
 
 from lightning_grpo.rollout.server import handshake
 from lightning_grpo.rollout.server import tcp as wire
-from lightning_grpo.rollout.server.tcp import Delivery, WeightOffer, own_address
+from lightning_grpo.rollout.server.tcp import WeightClient, WeightServer, own_address
 
 WEIGHTS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(5, dtype=torch.bfloat16))]
 
@@ -18,14 +18,14 @@ WEIGHTS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(5, dtype=torch.
 def offer(monkeypatch):
     # So that a fault shows as an error and not as ten minutes of silence.
     monkeypatch.setattr(wire, "TIMEOUT", 5.0)
-    offer = WeightOffer("127.0.0.1")
+    offer = WeightServer("127.0.0.1")
     yield offer
     offer.close()
     offer.close()
 
 
 def fetch(offer):
-    with Delivery(offer.host, offer.port, offer.token) as delivery:
+    with WeightClient(offer.host, offer.port, offer.token) as delivery:
         received = [(name, tensor.clone()) for name, tensor in delivery.weights()]
         delivery.answer({"tensors": len(received)})
         return received
@@ -131,7 +131,7 @@ def test_own_address_is_one_that_can_be_listened_on():
     assert own_address(["127.0.0.1"]) == "127.0.0.1"
     for host in ("127.0.0.1", "::1"):
         try:
-            offer = WeightOffer(own_address([host]))
+            offer = WeightServer(own_address([host]))
         except OSError:
             assert host == "::1", "no IPv6 here"
             continue

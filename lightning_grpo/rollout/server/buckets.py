@@ -1,6 +1,6 @@
 """Tensors in buckets, and their way to another process through a buffer on the GPU that both share.
 
-The buffer's place travels as JSON through a `WeightOffer`. No side unpickles anything. Each receiver gets an export of
+The buffer's place travels as JSON through a `WeightServer`. No side unpickles anything. Each receiver gets an export of
 its own: torch counts the references to an export, and two receivers would release the same one twice.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.rollout.server.tcp import Delivery, WeightOffer
+from lightning_grpo.rollout.server.tcp import WeightClient, WeightServer
 
 BUCKET = 256 << 20
 """Bytes sent at a time, unless a single tensor is larger."""
@@ -43,8 +43,8 @@ def describe(bucket: Bucket) -> dict[str, Any]:
     }
 
 
-def offer_buckets(offer: WeightOffer, weights: Iterable[tuple[str, Tensor]], size: int = BUCKET) -> None:
-    """Send the weights to all receivers of the offer, which call `fetch_buckets`."""
+def send_buckets(server: WeightServer, weights: Iterable[tuple[str, Tensor]], size: int = BUCKET) -> None:
+    """Send the weights to all receivers of the server, which call `fetch_buckets`."""
     buffer = torch.empty(0, dtype=torch.uint8)
     places: list[dict[str, Any]] = []
     for bucket in buckets(weights, size):
@@ -52,25 +52,25 @@ def offer_buckets(offer: WeightOffer, weights: Iterable[tuple[str, Tensor]], siz
         sizes = [part.numel() for part in parts]
         if sum(sizes) > buffer.numel():
             buffer = torch.empty(max(size, sum(sizes)), dtype=torch.uint8, device=parts[0].device)
-            places = [export(buffer) for _ in range(offer.receivers)]
+            places = [export(buffer) for _ in range(server.receivers)]
         for room, part in zip(buffer[: sum(sizes)].split(sizes), parts, strict=True):
             room.copy_(part)
         _synchronize(buffer.device)
-        offer.tell([describe(bucket) | {"place": place} for place in places])
+        server.send_headers([describe(bucket) | {"place": place} for place in places])
         # Every receiver has copied the bucket; the buffer is free for the next.
-        offer.answers()
-    offer.tell([{"end": True}] * offer.receivers)
+        server.answers()
+    server.send_headers([{"end": True}] * server.receivers)
 
 
-def fetch_buckets(delivery: Delivery, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that `offer_buckets` sends, copied to storage of their own on ``device``.
+def fetch_buckets(client: WeightClient, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that `send_buckets` sends, copied to storage of their own on ``device``.
 
     Raises:
         ValueError: if the sender's GPU is another one.
     """
     place: dict[str, Any] | None = None
     buffer = torch.empty(0)
-    while "end" not in (header := delivery.header()):
+    while "end" not in (header := client.header()):
         if header["place"] != place:
             place = header["place"]
             buffer = open_export(place, device)
@@ -82,7 +82,7 @@ def fetch_buckets(delivery: Delivery, device: torch.device) -> Iterator[tuple[st
             tensors.append((name, buffer[start:stop].clone().view(dtype).view(shape)))
             start = stop
         _synchronize(device)
-        delivery.answer({})
+        client.answer({})
         yield from tensors
 
 

@@ -30,7 +30,7 @@ from lightning_grpo.rollout.server.gpu_transfer import IPCTransfer, NCCLTransfer
 from lightning_grpo.rollout.server.pool import Pool
 from lightning_grpo.rollout.server.sampling import GENERATE, Sampler, WeightVersions
 from lightning_grpo.rollout.server.tcp import own_address
-from lightning_grpo.rollout.server.transfer import TCPTransfer, go_on, name_adapter, pause
+from lightning_grpo.rollout.server.transfer import TCPTransfer, pause, register_adapter, resume
 from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
 from lightning_grpo.rollout.verify import Held, WeightSyncError, place_of
 from lightning_grpo.rollout.vllm.adapter import ADAPTER_NAME
@@ -186,8 +186,8 @@ class ServerEngine(Engine):
             self._loop.wait(pause(alive, in_flight=in_flight))
             self.held = self._transfer.send(self._loop, alive, weights)
             if self._adapter is not None:
-                self._loop.wait(name_adapter(alive))
-            self._loop.wait(go_on(alive, self._versions.tag(version)))
+                self._loop.wait(register_adapter(alive))
+            self._loop.wait(resume(alive, self._versions.tag(version)))
         except (ConnectionError, ValueError) as error:
             raise WeightSyncError(f"the vLLM servers did not take the weights: {error}") from error
 

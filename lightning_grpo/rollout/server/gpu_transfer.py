@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grpo.rollout.server.buckets import buckets, describe, offer_buckets
+from lightning_grpo.rollout.server.buckets import buckets, describe, send_buckets
 from lightning_grpo.rollout.server.endpoint import Endpoint, EventLoop
 from lightning_grpo.rollout.server.tcp import free_port
-from lightning_grpo.rollout.server.transfer import meet_workers
+from lightning_grpo.rollout.server.transfer import collect_from_workers
 from lightning_grpo.rollout.verify import Held
 from lightning_grpo.rollout.vllm.isolation import isolate_vllm
 
@@ -22,8 +22,8 @@ class IPCTransfer:
     """For servers on this process's own GPU: they read each bucket from a buffer that this process fills."""
 
     def send(self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
-        held = meet_workers(
-            loop, endpoints, "127.0.0.1", "receive_policy_on_gpu", lambda offer: offer_buckets(offer, weights)
+        held = collect_from_workers(
+            loop, endpoints, "127.0.0.1", "receive_policy_on_gpu", lambda server: send_buckets(server, weights)
         )
         torch.cuda.ipc_collect()
         return held
@@ -56,7 +56,7 @@ class NCCLTransfer:
             torch.cuda.current_stream().synchronize()
         _all(loop, endpoints, "/finish_weight_update")
         self._members = members
-        return meet_workers(loop, endpoints, self._host, "tell_policy")
+        return collect_from_workers(loop, endpoints, self._host, "report_weights")
 
     def _meet(self, loop: EventLoop, endpoints: Sequence[Endpoint]) -> None:
         """Make the group anew if other endpoints are in use than before."""

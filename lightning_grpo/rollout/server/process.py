@@ -65,7 +65,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 env=os.environ | own | (environment or {}),
                 start_new_session=True,
-                preexec_fn=lambda: _at_birth(cores),
+                preexec_fn=lambda: _set_up_child(cores),
             )
         try:
             self._wait_until_healthy(start_timeout)
@@ -119,7 +119,7 @@ class ServerProcess:
                 continue
 
 
-def _at_birth(cores: list[int] | None) -> None:
+def _set_up_child(cores: list[int] | None) -> None:
     # The kernel ends the server when its parent dies, however that happens.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if cores is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_grpo.rollout.server.buckets import fetch_buckets
-from lightning_grpo.rollout.server.tcp import Delivery
+from lightning_grpo.rollout.server.tcp import WeightClient
 from lightning_grpo.rollout.verify import Held, place_of
 from lightning_grpo.rollout.vllm.adapter import load_adapter
 from lightning_grpo.rollout.vllm.tokenizer import tokenizer_facts
@@ -24,19 +24,19 @@ class WeightReceiver:
         """Fetch and load what is offered, the adapter alone where the server takes adapters (``--enable-lora``), and
         answer with what is held afterwards at this server's ``url``. Of weights that workers share, each compares its
         part with the same part of what came; of an adapter that they share, nothing is told."""
-        with Delivery(host, int(port), token) as delivery:
-            delivery.answer(self._told(self._load(delivery.weights()), url))
+        with WeightClient(host, int(port), token) as client:
+            client.answer(self._report(self._load(client.weights()), url))
 
     def receive_policy_on_gpu(self, host: str, port: str, token: str, url: str) -> None:
         """The same through memory of the GPU that this worker and the trainer share."""
-        with Delivery(host, int(port), token) as delivery:
-            delivery.answer(self._told(self._load(fetch_buckets(delivery, self.device)), url))
+        with WeightClient(host, int(port), token) as client:
+            client.answer(self._report(self._load(fetch_buckets(client, self.device)), url))
 
-    def tell_policy(self, host: str, port: str, token: str, url: str) -> None:
+    def report_weights(self, host: str, port: str, token: str, url: str) -> None:
         """Answer with what is held of weights that came another way; nothing where workers share them."""
         held = [] if self._shares_model else held_weights(self)
-        with Delivery(host, int(port), token) as delivery:
-            delivery.answer(self._told(held, url))
+        with WeightClient(host, int(port), token) as client:
+            client.answer(self._report(held, url))
 
     def tokenizer_facts(self) -> dict[str, Any]:
         """Of the tokenizer with which the server looks for stop strings."""
@@ -55,7 +55,7 @@ class WeightReceiver:
     def _shares_model(self) -> bool:
         return self.parallel_config.world_size > 1
 
-    def _told(self, held: list[Held], url: str) -> dict[str, Any]:
+    def _report(self, held: list[Held], url: str) -> dict[str, Any]:
         at = place_of(url, self.parallel_config.data_parallel_index)
         if self._shares_model:
             at += f", worker {self.rank}"

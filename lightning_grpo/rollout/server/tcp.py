@@ -21,7 +21,7 @@ TIMEOUT = 600.0
 """Seconds without a byte after which either side gives up."""
 
 
-class WeightOffer:
+class WeightServer:
     """The trainer's side: listens on a free port until closed.
 
     Args:
@@ -71,9 +71,9 @@ class WeightOffer:
             for receiver in self._receivers:
                 _send_header(receiver, header)
                 receiver.sendall(data)
-        self.tell([{"end": True}] * self.receivers)
+        self.send_headers([{"end": True}] * self.receivers)
 
-    def tell(self, headers: Sequence[dict[str, Any]]) -> None:
+    def send_headers(self, headers: Sequence[dict[str, Any]]) -> None:
         """Send each receiver a header of its own."""
         for receiver, header in zip(self._receivers, headers, strict=True):
             _send_header(receiver, header)
@@ -89,8 +89,8 @@ class WeightOffer:
             connection.close()
 
 
-class Delivery:
-    """The engine's side of an offer, a context manager."""
+class WeightClient:
+    """The engine's side of a `WeightServer`, a context manager."""
 
     def __init__(self, host: str, port: int, token: str) -> None:
         self._connection = socket.create_connection((host, port), timeout=TIMEOUT)
@@ -100,7 +100,7 @@ class Delivery:
         """The offered tensors, on the CPU.
 
         Raises:
-            ConnectionError: if the stream ends before the offer is complete.
+            ConnectionError: the stream ended before all tensors arrived.
         """
         while "end" not in (header := self.header()):
             tensor = torch.empty(header["shape"], dtype=getattr(torch, header["dtype"]))
@@ -108,13 +108,13 @@ class Delivery:
             yield header["name"], tensor
 
     def header(self) -> dict[str, Any]:
-        """What `WeightOffer.tell` sent."""
+        """What `WeightServer.send_headers` sent."""
         return _receive_header(self._connection)
 
     def answer(self, answer: dict[str, Any]) -> None:
         _send_header(self._connection, answer)
 
-    def __enter__(self) -> "Delivery":
+    def __enter__(self) -> "WeightClient":
         return self
 
     def __exit__(self, *_: object) -> None:

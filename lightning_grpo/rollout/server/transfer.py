@@ -11,7 +11,7 @@ from concurrent.futures import wait
 from torch import Tensor
 
 from lightning_grpo.rollout.server.endpoint import Endpoint, EventLoop
-from lightning_grpo.rollout.server.tcp import WeightOffer
+from lightning_grpo.rollout.server.tcp import WeightServer
 from lightning_grpo.rollout.verify import Held, WeightSyncError
 from lightning_grpo.rollout.vllm.adapter import ADAPTER_NAME, ADAPTER_PATH
 
@@ -27,26 +27,26 @@ class TCPTransfer:
         self._host = host
 
     def send(self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
-        return meet_workers(loop, endpoints, self._host, "receive_policy", lambda offer: offer.send(weights))
+        return collect_from_workers(loop, endpoints, self._host, "receive_policy", lambda server: server.send(weights))
 
 
-def meet_workers(
+def collect_from_workers(
     loop: EventLoop,
     endpoints: Sequence[Endpoint],
     host: str,
     method: str,
-    serve: Callable[[WeightOffer], None] = lambda offer: None,
+    serve: Callable[[WeightServer], None] = lambda server: None,
 ) -> list[Held]:
     """Call a method of `WeightReceiver` in every worker of every copy that the endpoints have; what they hold.
 
     They answer through connections of their own: a server with several copies tells over HTTP what the first says.
     """
-    offer = WeightOffer(host)
+    server = WeightServer(host)
     try:
         workers = [loop.wait(e.call("/get_world_size", method="GET"))["world_size"] for e in endpoints]
         calls = []
         for endpoint in endpoints:
-            body = {"method": method, "args": [offer.host, str(offer.port), offer.token, endpoint.url]}
+            body = {"method": method, "args": [server.host, str(server.port), server.token, endpoint.url]}
             calls.append(loop.start(endpoint.call("/collective_rpc", body)))
 
         def give_up() -> None:
@@ -55,10 +55,10 @@ def meet_workers(
                     call.result()
                     raise WeightSyncError(f"{endpoint.url} did not come for the weights")
 
-        offer.accept(sum(workers), give_up=give_up)
+        server.accept(sum(workers), give_up=give_up)
         try:
-            serve(offer)
-            answers = offer.answers()
+            serve(server)
+            answers = server.answers()
         except ConnectionError:
             # Why a worker hung up.
             for call in wait(calls, timeout=10).done:
@@ -68,7 +68,7 @@ def meet_workers(
             call.result()
         return [Held.from_json(held) for answer in answers for held in answer["held"]]
     finally:
-        offer.close()
+        server.close()
 
 
 async def pause(endpoints: Sequence[Endpoint], *, in_flight: bool) -> None:
@@ -77,7 +77,7 @@ async def pause(endpoints: Sequence[Endpoint], *, in_flight: bool) -> None:
     await asyncio.gather(*(endpoint.call(f"/pause?mode={mode}") for endpoint in endpoints))
 
 
-async def go_on(endpoints: Sequence[Endpoint], tag: str) -> None:
+async def resume(endpoints: Sequence[Endpoint], tag: str) -> None:
     """Forget the key-value caches, those of requests in flight included, take the new version's name, and sample on.
 
     A request in flight keeps its tokens and their log-probs. Its cache is computed anew, so that its next token comes
@@ -93,7 +93,7 @@ async def go_on(endpoints: Sequence[Endpoint], tag: str) -> None:
     await asyncio.gather(*(one(endpoint) for endpoint in endpoints))
 
 
-async def name_adapter(endpoints: Sequence[Endpoint]) -> None:
+async def register_adapter(endpoints: Sequence[Endpoint]) -> None:
     """Let requests name the adapter that the servers hold in memory."""
 
     async def one(endpoint: Endpoint) -> None:
