@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lightning_grpo.configure.activations import saved_bytes
-from lightning_grpo.policy.attention import NAME, attend
+from lightning_grpo.policy.attention import NAME, train_attention
 from lightning_grpo.policy.logprobs import completion_logprobs
 
 SHAPE = {
@@ -84,7 +84,7 @@ def layer(rows: int, queries: int, keys: int, padded: bool, rounds: int) -> dict
     mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries) & (torch.arange(keys) >= start)
     mask = mask if padded else None
     grad = torch.randn(rows, queries, 9, 64, generator=g).bfloat16()
-    functions = {"sdpa": sdpa_attention_forward, "products": attend}
+    functions = {"sdpa": sdpa_attention_forward, "products": train_attention}
 
     def both_passes(function: Callable) -> None:
         out, _ = function(module, query, key, value, mask, scaling=0.125)

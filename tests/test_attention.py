@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lightning_grpo.policy.attention import LONGEST, NAME, _multiplies_bfloat16, attend
+from lightning_grpo.policy.attention import MAX_KEYS, NAME, _multiplies_bfloat16, train_attention
 from lightning_grpo.policy.load import LoRA, frozen_copy, load_policy
 from lightning_grpo.policy.logprobs import completion_logprobs
 from lightning_grpo.rollout.hf.decoding import quick_decoding
@@ -111,7 +111,7 @@ def call(T: int = 6, L: int = 6, dtype: torch.dtype = torch.bfloat16, mask: str 
     hidden = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, -100.0)
     given = {"bool": sees, "float": hidden, None: None, "of all rows": sees[:1], "of heads": sees.expand(2, 4, T, L)}
     torch.manual_seed(1)
-    ours, _ = attend(module, query, key, value, given[mask], **options)
+    ours, _ = train_attention(module, query, key, value, given[mask], **options)
     torch.manual_seed(1)
     return ours, sdpa_attention_forward(module, query, key, value, given[mask], **options)[0]
 
@@ -141,7 +141,7 @@ def test_products_in_bfloat16(options):
         {"dtype": torch.float32},
         {"dtype": torch.float16},
         {"T": 1},
-        {"T": 2, "L": LONGEST + 1},
+        {"T": 2, "L": MAX_KEYS + 1},
         {"T": 3, "mask": None},
         {"mask": None, "is_causal": False},
         {"mask": "float"},

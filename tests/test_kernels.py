@@ -354,19 +354,19 @@ def test_second_derivatives_are_refused(trainable, options):
 
 def test_errors_name_the_argument():
     hidden, weight, targets = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match=r"targets span 0 to 7; the head has ids 0 to 6"):
+    with pytest.raises(ValueError, match=r"targets range from 0 to 7, but the ids of the head are 0 to 6"):
         linear_logprob(hidden, weight, torch.tensor([0, 1, 7]))
     with pytest.raises(ValueError, match=r"temperature is 0.0; set it above 0"):
         linear_logprob(hidden, weight, targets, temperature=0.0)
-    with pytest.raises(ValueError, match=r"hidden is torch.bfloat16 and weight torch.float32"):
+    with pytest.raises(ValueError, match=r"hidden is torch.bfloat16 and weight is torch.float32"):
         linear_logprob(hidden.bfloat16(), weight, targets)
     with pytest.raises(ValueError, match=r"hidden \[N, H\], weight \[V, H\]"):
         linear_logprob(hidden, weight.T, targets)
-    with pytest.raises(ValueError, match=r"bias is shaped \(8,\); linear_logprob takes \(7,\)"):
+    with pytest.raises(ValueError, match=r"bias has shape \(8,\); linear_logprob takes \(7,\)"):
         linear_logprob(hidden, weight, targets, bias=torch.zeros(8))
-    with pytest.raises(ValueError, match=r"coefficient is shaped \(3, 1\); linear_logprob takes \(3,\)"):
+    with pytest.raises(ValueError, match=r"coefficient has shape \(3, 1\); linear_logprob takes \(3,\)"):
         linear_logprob(hidden, weight, targets, coefficient=torch.zeros(3, 1))
-    with pytest.raises(ValueError, match=r"temperature is shaped \(3, 1\); give a number, or \(3,\)"):
+    with pytest.raises(ValueError, match=r"temperature has shape \(3, 1\); give a number, or \(3,\)"):
         linear_logprob(hidden, weight, targets, temperature=torch.ones(3, 1))
     for softcap in (0.0, -1.0, torch.inf):
         with pytest.raises(ValueError, match=rf"softcap is {softcap}; set it above 0"):

@@ -232,7 +232,7 @@ def test_plain_torch_takes_what_cpp_does_not():
     """Softcaps, float16, columns apart."""
     transform = Transform.build(torch.tensor([0]), 4, 1.0)
     chosen = [
-        rows._rows_for(a, None, t)
+        rows.rows_for(a, None, t)
         for a, t in (
             (torch.zeros(1, 4), transform._replace(cap=torch.ones(1))),
             (torch.zeros(1, 4).half(), transform),

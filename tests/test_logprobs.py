@@ -252,7 +252,7 @@ def test_unusual_head_falls_back_to_whole_logits(caplog):
     with caplog.at_level(logging.WARNING):
         assert_same(solve(ours, model, rows, temperature=0.7), solve(naive, model, rows, temperature=0.7))
         ours(model, rows)
-    assert len(caplog.records) == 1 and "whole logits" in caplog.text
+    assert len(caplog.records) == 1 and "full logits" in caplog.text
 
 
 def test_gradient_checkpointing_falls_back_to_unshared_prompts(caplog):
@@ -263,7 +263,7 @@ def test_gradient_checkpointing_falls_back_to_unshared_prompts(caplog):
         assert_same(solve(ours, model, rows), expected)
         ours(model, rows)
     assert [r.message for r in caplog.records if r.name.startswith("lightning_grpo")] == [
-        "LlamaForCausalLM: prompts are computed once a row, not once a group: "
+        "LlamaForCausalLM: prompts are computed once per row instead of once per group: "
         "gradient checkpointing drops the key-value cache"
     ]
 

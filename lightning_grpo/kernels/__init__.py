@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens from hidden states, without ever holding the logits of a whole batch."""
+"""Log-probabilities of tokens from hidden states, without materializing the logits of a whole batch."""
 
 from lightning_grpo.kernels.linear import linear_logprob
 from lightning_grpo.kernels.logits import logits_logprob

@@ -1,8 +1,9 @@
-"""Attention as matrix products and softmaxes of blocks, whose probabilities the backward makes anew.
+"""Attention as matrix products and softmaxes of blocks, with probabilities recomputed in the backward.
 
-Only the inputs live from the forward to the backward, and no tensor has all H·T·L probabilities of a long row. Shapes:
-N rows, H query heads, K key heads (H a multiple of K: Ainslie et al. 2023, arXiv:2305.13245), T queries, L keys, D head
-size.
+Only the inputs are kept for the backward, and no tensor has all H·T·L probabilities of a long row.
+
+Shapes: N rows, H query heads, K key heads (H a multiple of K: Ainslie et al. 2023, arXiv:2305.13245), T queries, L
+keys, D head size.
 """
 
 from collections.abc import Iterator
@@ -11,23 +12,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Probabilities made at once: of several rows, and of one. Above, memory is new to the process in each block, and below,
-# products are slow.
+# Probabilities per block of several rows, and of one row. In larger blocks memory is allocated anew each time, and in
+# smaller ones matrix products are slow.
 ROWS_BLOCK, BLOCK = 1 << 18, 1 << 20
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale·query·keyᵀ)·value over the keys that ``mask`` shows, its softmax in fp32 or better.
+    """Return softmax(scale·query·keyᵀ)·value over the keys that ``mask`` allows, with the softmax in fp32 or higher.
 
     Args:
         query: [N, H, T, D].
         key: [N, K, L, D].
         value: [N, K, L, D].
-        mask: [N, 1, T, L] bool, True where a query sees a key; None for causal attention, with T = L.
+        mask: [N, 1, T, L] bool, True if a query attends to a key; None for causal attention with T = L.
         scale: factor of the products.
 
     Returns:
-        [N, H, T, D]; 0 for queries that see no key.
+        [N, H, T, D]; 0 for queries that attend to no key.
     """
     return _Attention.apply(query, key, value, mask, scale)
 
@@ -51,7 +52,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, mask = ctx.saved_tensors
         d_query = torch.empty_like(query)
-        # A key's gradient is a sum over blocks of queries.
+        # The gradient of a key is a sum over blocks of queries.
         d_key, d_value = (torch.zeros_like(x, dtype=_wide(x)) for x in (key, value))
         for rows, queries, keys in _blocks(query, key, mask):
             q, (k, v) = _fold(query[rows, :, queries], key), (_fold(x[rows, :, keys], key) for x in (key, value))
@@ -66,7 +67,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _blocks(query: Tensor, key: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice, slice]]:
-    """Rows, queries and keys of one block each: some whole rows, or some queries of one row."""
+    """Yield the rows, queries and keys of each block: several complete rows, or several queries of one row."""
     N, H, T, _ = query.shape
     L = key.shape[2]
     rows = max(1, ROWS_BLOCK // (H * T * L))
@@ -79,24 +80,24 @@ def _blocks(query: Tensor, key: Tensor, mask: Tensor | None) -> Iterator[tuple[s
 
 
 def _fold(x: Tensor, key: Tensor) -> Tensor:
-    """[n, H or K, t, D] to [n·K, (H/K)·t or t, D]: heads that share keys stand in the place of queries."""
+    """Reshape [n, H or K, t, D] to [n·K, (H/K)·t or t, D]: heads that share keys become further queries."""
     return x.reshape(len(x) * key.shape[1], -1, x.shape[3])
 
 
 def _sees(mask: Tensor | None, rows: slice, queries: slice) -> Tensor:
-    """[n or 1, 1, t, l] bool of a block."""
+    """The mask of a block, [n or 1, 1, t, l] bool."""
     if mask is not None:
         return mask[rows, :, queries]
     return torch.ones(queries.stop - queries.start, queries.stop, dtype=torch.bool).tril_(queries.start)[None, None]
 
 
 def _hidden_to_zero(x: Tensor, sees: Tensor) -> Tensor:
-    """``x`` [n, H, t, D], 0 in queries that see nothing: their probabilities are of no meaning."""
+    """Return ``x`` [n, H, t, D] with 0 for queries that attend to no key, whose probabilities are meaningless."""
     return x * sees.any(-1, keepdim=True)
 
 
 def _probabilities(q: Tensor, k: Tensor, sees: Tensor, scale: float) -> Tensor:
-    """[n·K, (H/K)·t, l] of a block."""
+    """The probabilities of a block, [n·K, (H/K)·t, l]."""
     products = torch.bmm(q, k.mT)
     n, _, t, width = sees.shape
     logits = products.to(_wide(q)).view(-1, products.shape[0] * products.shape[1] // (n * t), t, width)

@@ -1,4 +1,4 @@
-"""The vocabulary cut into blocks: how wide they are, and what the forward keeps of each for the backward."""
+"""Blocks of the vocabulary: their width, and what the forward keeps of each for the backward."""
 
 from typing import NamedTuple
 
@@ -9,31 +9,33 @@ from lightning_grpo.kernels.products import block_memory, logits_dtype
 
 
 class Budget(NamedTuple):
-    """Bytes that the log-probability kernel uses at a time on a kind of device."""
+    """Memory limits of the log-probability kernel, in bytes."""
 
     block: int
-    """One block of logits: enough for the matrix products to run at full speed, small beside a model."""
+    """Size of a block of logits: large enough for matrix products at full speed, small compared with a model."""
     kept: int
-    """Probabilities that a trainable head's forward keeps, so that their logits need not be made again."""
+    """Size of the gradients that the forward of a trained head keeps, so that their logits are not recomputed."""
     chunk: int
-    """Probabilities of one chunk of tokens, whose gradients are made before the next chunk begins."""
+    """Size of the gradients of one chunk of tokens, which are used before the next chunk begins."""
 
 
 def budget(*, gpu: bool, itemsize: int) -> Budget:
-    """For hidden states of ``itemsize`` bytes. On a GPU, where every block costs some twenty launches, blocks are large
-    and few."""
+    """The limits for hidden states with elements of ``itemsize`` bytes.
+
+    On a GPU, where every block needs about twenty kernel launches, blocks are larger and fewer.
+    """
     if gpu:
         return Budget(block=128 << 20, kept=640 << 20, chunk=640 << 20)
     return Budget(block=8 << 20, kept=256 << 20, chunk=(256 << 20) // itemsize)
 
 
 def budget_for(hidden: Tensor) -> Budget:
-    """`budget` for these hidden states."""
+    """The limits for ``hidden``; see `budget`."""
     return budget(gpu=hidden.is_cuda, itemsize=hidden.element_size())
 
 
 class Block(NamedTuple):
-    """Some neighbouring ids of the vocabulary, and ∂logprob/∂logits = −scale·g for them if the forward kept it."""
+    """Consecutive ids of the vocabulary, and their ∂logprob/∂logits = −scale·g if the forward kept it."""
 
     ids: slice
     g: Tensor | None = None
@@ -43,35 +45,35 @@ class Block(NamedTuple):
 
 
 def block_width(hidden: Tensor, weight: Tensor) -> int:
-    """Vocabulary ids in a block of logits."""
+    """The number of vocabulary ids in a block of logits."""
     return width_within(budget_for(hidden).block, len(hidden) * logits_dtype(hidden).itemsize, len(weight))
 
 
 def width_within(size: int, column: int, vocab: int) -> int:
-    """Columns of ``column`` bytes each that a block of ``size`` bytes holds: a multiple of 64, at least 512."""
+    """The number of columns of ``column`` bytes that fit in ``size`` bytes: a multiple of 64, at least 512."""
     return min(max(size // max(column, 1) // 64 * 64, 512), vocab)
 
 
 def cut(weight: Tensor, width: int) -> list[slice]:
-    """Ranges of ``width`` ids; the last may be narrower."""
+    """Return ranges of ``width`` ids; the last may be narrower."""
     return [slice(i, min(i + width, len(weight))) for i in range(0, len(weight), width)]
 
 
 def scratch_like(memory: Tensor, hidden: Tensor, width: int) -> Tensor:
-    """For what is multiplied with the weights, in their precision: ``memory`` itself if that is in it."""
+    """Return memory in the precision of ``hidden`` for factors of matrix products: ``memory`` if it has that dtype."""
     return memory if memory.dtype == hidden.dtype else block_memory(hidden, width, hidden.dtype)
 
 
-def room_for(hidden: Tensor, weight: Tensor, most: int | None = None) -> Tensor:
-    """For the g of all blocks of these rows, padding included, or as much of it as ``most`` bytes hold."""
+def room_for(hidden: Tensor, weight: Tensor, limit: int | None = None) -> Tensor:
+    """Allocate memory for the g of all blocks of these rows, with padding, but at most ``limit`` bytes."""
     size = len(hidden) * (len(weight) + 64)
-    return hidden.new_empty(size if most is None else min(size, most // hidden.element_size()))
+    return hidden.new_empty(size if limit is None else min(size, limit // hidden.element_size()))
 
 
 def targets_by_block(targets: Tensor, cuts: list[slice]) -> list[tuple[Tensor, Tensor]]:
-    """For each block of the vocabulary, the rows whose target lies in it, and their columns.
+    """Return, for each block of the vocabulary, the rows whose target is in it and the columns of those targets.
 
-    One synchronization with the device for all blocks together.
+    This needs one synchronization with the device for all blocks.
     """
     order = targets.argsort()
     width = cuts[0].stop

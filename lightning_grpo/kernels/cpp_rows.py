@@ -1,7 +1,6 @@
-"""The row arithmetic of `torch_rows` in C++ for CPUs, several times as fast: see cpp_rows.cpp.
+"""The row arithmetic of `torch_rows` in C++ for CPUs, which is several times as fast: see cpp_rows.cpp.
 
-The machine's own compiler makes it, for the machine's own instructions, when it is first used: a fraction of a second,
-once in each process.
+It is compiled for this processor at the first use, which takes a fraction of a second per process.
 """
 
 import ctypes
@@ -24,21 +23,21 @@ log = logging.getLogger(__name__)
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
-# What not every compiler and processor knows, the best first: Apple's Clang has no OpenMP library, and some compilers
-# name the processor by -mcpu.
+# Flags that not every compiler supports, best first: Apple's Clang has no OpenMP library, and some compilers select the
+# processor with -mcpu.
 PROCESSORS = [["-march=native"], ["-mcpu=native"], []]
 THREADS = [["-fopenmp"], ["-fopenmp-simd"], []]
 
 
 def takes(a: Tensor, out: Tensor | None, transform: Transform) -> bool:
-    """Whether there is a compiled row function for the block ``a``, written to ``out``."""
-    alike = out is None or out.dtype == a.dtype
-    return a.dtype in NAMES and alike and a.stride(1) == 1 and transform.cap is None and _library() is not None
+    """Whether the compiled functions support reading the block ``a`` and writing to ``out``."""
+    same_dtype = out is None or out.dtype == a.dtype
+    return a.dtype in NAMES and same_dtype and a.stride(1) == 1 and transform.cap is None and _library() is not None
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled functions; None, and a warning that says why, if this machine can't make them."""
+    """Return the compiled functions; log a warning and return None if they can't be compiled."""
     try:
         compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
         with tempfile.TemporaryDirectory() as folder:
@@ -48,10 +47,9 @@ def _library() -> ctypes.CDLL | None:
                     return _compile([*compiler, *FLAGS, *tuning], Path(folder))
             return _compile([*compiler, *FLAGS, *plain], Path(folder))
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or "").strip() or str(error)
+        reason = (getattr(error, "stderr", None) or "").strip() or str(error)
         log.warning(
-            "no C++ compiler could make the CPU's row kernels, plain torch takes about a fifth longer: "
-            f"{said.splitlines()[-1]}"
+            f"could not compile the CPU kernels ({reason.splitlines()[-1]}); using PyTorch instead, about 20 % slower"
         )
         return None
 
@@ -65,7 +63,7 @@ def _compile(command: list[str], folder: Path) -> ctypes.CDLL:
 def accumulate(
     a: Tensor, ids: slice, targets: Tensor, transform: Transform, stats: Statistics, weights: Tensor | None = None
 ) -> Tensor | None:
-    """`torch_rows.accumulate`."""
+    """See `torch_rows.accumulate`."""
     check_written(*stats)
     joins = None if weights is None else torch.ones(2, len(a), dtype=torch.float32)
     a = block_rows(a)
@@ -85,7 +83,7 @@ def gradient(
     c_logprob: Tensor,
     c_entropy: Tensor | None,
 ) -> None:
-    """`torch_rows.gradient`."""
+    """See `torch_rows.gradient`."""
     read = (transform.factor, softmax.lse, softmax.rest, softmax.entropy, c_logprob, c_entropy)
     with written_rows(out) as memory:
         _call("gradient", a, memory, ids, targets, read)
@@ -100,14 +98,14 @@ def _call(
     read: tuple[Tensor | None, ...],
     written: tuple[Tensor | None, ...] = (),
 ) -> None:
-    """Hand over pointers: rows of ``a`` and ``out``, then [N] of each of the others, in the function's order."""
-    # Held until the function has returned.
+    """Call a compiled function with pointers to ``a`` and ``out``, and to the values [N] in the order it expects."""
+    # Keep references to the tensors until the function has returned.
     a = block_rows(a)
     values = [read_values(targets), *(None if x is None else read_values(x) for x in read), *written]
     pointer = lambda x: None if x is None else ctypes.c_void_p(x.data_ptr())
     block = lambda x: (pointer(x), ctypes.c_int64(0 if x is None else x.stride(0)))
     sizes = (ctypes.c_int64(n) for n in (len(a), ids.stop - ids.start, ids.start))
     function = getattr(_library(), f"{name}_{NAMES[a.dtype]}")
-    # torch may have another OpenMP library than the compiler, which would not know its number of threads.
+    # The compiler may use another OpenMP library than torch, so the number of threads is passed explicitly.
     threads = ctypes.c_int(torch.get_num_threads())
     function(*block(a), *block(out), *sizes, threads, ctypes.c_float(FLOOR), *map(pointer, values))

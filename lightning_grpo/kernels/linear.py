@@ -1,4 +1,7 @@
-"""The log-probability boundary: hidden states in, log-probs and entropy out, never [N, V] logits in between."""
+"""Log-probs and entropies from hidden states, without materializing the logits [N, V].
+
+Shapes: N tokens, V vocabulary, H hidden size, W columns of a block of the vocabulary.
+"""
 
 import torch
 from torch import Tensor
@@ -7,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from lightning_grpo.errors import UserError
 from lightning_grpo.kernels import rows
 from lightning_grpo.kernels.blocks import Block, block_width, budget_for, cut, room_for, scratch_like, targets_by_block
-from lightning_grpo.kernels.products import block_memory, head, logits_dtype, product, view, write
+from lightning_grpo.kernels.products import block_logits, block_memory, logits_dtype, product, view, write
 from lightning_grpo.kernels.scaling import in_range, power_above
 from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform, check_type
 
@@ -24,28 +27,32 @@ def linear_logprob(
     entropy_grad: bool = False,
     coefficient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target, and the entropy, under softmax(softcap(scale·(hidden @ weight.T + bias)) / temperature).
+    """Return the targets' log-probs and the entropy of softmax(softcap(scale·(hidden·weightᵀ + bias)) / temperature).
+
+    The logits are computed one block of the vocabulary at a time. The gradient ∂logprob/∂logits = G = onehot − p does
+    not depend on the loss. If the head is frozen, the forward therefore computes G·weight as well. If it is trained,
+    the forward keeps G for as many blocks as fit in the `Budget`, and the backward recomputes the others. Rows whose
+    gradient is exactly 0 are skipped, and may contain NaN.
 
     Args:
-        hidden: [N, H], the trunk's last hidden states. Under autocast they are cast, as by a linear layer.
-        weight: [V, H]; where it needs no gradient the backward multiplies nothing again.
+        hidden: [N, H], the last hidden states of the model. Under autocast they are cast, as by a linear layer.
+        weight: [V, H]. If it needs no gradient, the backward repeats no matrix product.
         targets: [N] integers in [0, V).
-        temperature: a number, or [N] with one for each row.
-        softcap: c of c·tanh(x / c), applied before the temperature.
+        temperature: a number, or [N] with one value per row.
+        softcap: c of c·tanh(x / c), which is applied before the temperature.
         bias: [V].
         scale: factor of the head's output.
-        entropy_grad: let gradients flow from the entropy too; all logits are then made twice.
-        coefficient: [N], ∂loss/∂logprob up to a common factor, where it is known before the loss, as on-policy without
-            a KL term: −advantage × weight. The forward then finds a trainable head's gradients, too, and multiplies
-            nothing twice. The backward checks it against the loss's own gradient, which wins where they differ.
+        entropy_grad: propagate gradients from the entropy too, which computes all logits twice.
+        coefficient: [N], ∂loss/∂logprob up to a common factor, if it is known before the loss, as it is on-policy
+            without a KL term: −advantage × weight. The forward then computes the gradients of a trained head too, and
+            no matrix product is repeated. The backward compares it with the actual gradient of the loss, and computes
+            the gradients again if they differ.
 
     Returns:
         (logprobs, entropy), [N] each, fp32, in nats.
 
-    The logits exist one block of the vocabulary at a time. With G = onehot − p, ∂logprob/∂logits does not depend on
-    the loss, so a frozen head's G·weight is computed in the forward; a trainable head keeps G for as many blocks as
-    the `Budget` holds and recomputes the others in the backward. Rows whose gradient is exactly 0 take no part in it,
-    whatever they hold.
+    Raises:
+        UserError: shapes or dtypes that do not match, or targets outside the vocabulary.
     """
     if (
         hidden.dim() != 2
@@ -59,17 +66,17 @@ def linear_logprob(
         )
     for name, x, shape in (("bias", bias, weight.shape[:1]), ("coefficient", coefficient, targets.shape)):
         if x is not None and x.shape != shape:
-            raise UserError(f"{name} is shaped {tuple(x.shape)}; linear_logprob takes {tuple(shape)}")
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        hidden = hidden.to(torch.get_autocast_dtype(kind))
+            raise UserError(f"{name} has shape {tuple(x.shape)}; linear_logprob takes {tuple(shape)}")
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        hidden = hidden.to(torch.get_autocast_dtype(device_type))
     elif hidden.dtype != weight.dtype:
-        raise UserError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or run under autocast")
+        raise UserError(f"hidden is {hidden.dtype} and weight is {weight.dtype}; cast one of them, or use autocast")
     check_type("hidden", hidden)
     transform = Transform.build(targets, len(weight), temperature, softcap, scale)
     targets = targets.long()
     coefficient = None if coefficient is None else coefficient.detach().float()
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(device_type, enabled=False):
         return _LinearLogprob.apply(
             hidden, weight, bias, targets, transform, entropy_grad, coefficient, torch.is_grad_enabled()
         )
@@ -81,13 +88,15 @@ class _LinearLogprob(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         recording = recording and any(needs)
         ctx.frozen = recording and not (needs[1] or needs[2] or entropy_grad)
-        ctx.ahead = None
+        ctx.gradients = None
         if ctx.frozen:
             softmax, slope, size = _frozen(hidden, weight, bias, targets, transform)
             ctx.save_for_backward(slope, size)
         elif recording and coefficient is not None and not entropy_grad and coefficient.isfinite().all():
             coefficient = in_range(coefficient, hidden, transform.factor)
-            softmax, *ctx.ahead = _ahead(hidden, weight, bias, targets, transform, coefficient, needs)
+            softmax, *ctx.gradients = _with_known_coefficient(
+                hidden, weight, bias, targets, transform, coefficient, needs
+            )
             ctx.coefficient = coefficient
             blocks = [Block(ids) for ids in cut(weight, block_width(hidden, weight))]
         else:
@@ -111,11 +120,11 @@ class _LinearLogprob(torch.autograd.Function):
             slope, size = ctx.saved_tensors
             grad = (slope * (c_logprob * size)[:, None]).masked_fill_(c_logprob[:, None] == 0, 0)
             return (grad.to(slope.dtype), *[None] * 7)
-        # Handed over, not copied; a second backward through a retained graph computes them anew.
-        ahead, ctx.ahead = ctx.ahead, None
-        scale = None if ahead is None else _multiple(c_logprob, ctx.coefficient)
+        # They are returned without a copy; a second backward through a retained graph computes them again.
+        gradients, ctx.gradients = ctx.gradients, None
+        scale = None if gradients is None else _multiple(c_logprob, ctx.coefficient)
         if scale is not None:
-            return (*(None if x is None else x if scale == 1 else x.mul_(scale) for x in ahead), *[None] * 5)
+            return (*(None if x is None else x if scale == 1 else x.mul_(scale) for x in gradients), *[None] * 5)
         hidden, weight, bias, targets, logprob, entropy, lse, rest, *kept = ctx.saved_tensors
         softmax = Softmax(logprob, entropy, lse, rest)
         blocks = [Block(*block) for block in zip(ctx.ids, kept[::2], kept[1::2], strict=True)]
@@ -137,7 +146,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def _multiple(c: Tensor, coefficient: Tensor) -> float | None:
-    """s where c = s·coefficient, to rounding; else None."""
+    """Return s if c = s·coefficient up to rounding, else None."""
     if not len(c):
         return None
     scale = (c * coefficient).sum() / coefficient.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
@@ -149,17 +158,17 @@ def _multiple(c: Tensor, coefficient: Tensor) -> float | None:
 def _softmax(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: Transform, room: Tensor
 ) -> tuple[Softmax, list[Block]]:
-    """The rows' softmax, and the vocabulary's blocks, of which as many are kept as ``room`` holds."""
+    """Return the softmax of the rows, and the blocks of the vocabulary with as many gradients as fit in ``room``."""
     stats = Statistics.empty(len(hidden), hidden.device)
     width = block_width(hidden, weight)
     memory = block_memory(hidden, width, logits_dtype(hidden))
     cuts, blocks = cut(weight, width), []
     for ids in cuts:
-        _, a = head(hidden, weight, bias, ids, memory)
+        _, a = block_logits(hidden, weight, bias, ids, memory)
         g = None
         if a.numel() <= room.numel():
             g, room = view(room, a.shape), room[a.numel() :]
-        joins = rows.accumulate(a, ids, targets, transform, stats, weights=g)
+        joins = rows.rows_for(a, g, transform).accumulate(a, ids, targets, transform, stats, weights=g)
         blocks.append(Block(ids) if g is None else Block(ids, g, stats.m + joins[1].log()))
     softmax = stats.finish()
     if any(block.g is not None for block in blocks):
@@ -168,7 +177,7 @@ def _softmax(
             if block.g is None:
                 continue
             block.scale.sub_(softmax.lse).exp_()
-            # The target's own column is in no proportion to the others: its row is brought to the scale of 1.
+            # The target's column has a scale of its own, so the scale of its row becomes 1.
             block.g[here] = (block.g[here] * block.scale[here, None]).to(block.g.dtype)
             block.g[here, column] = at_target[here].to(block.g.dtype)
             block.scale[here] = 1
@@ -178,27 +187,27 @@ def _softmax(
 def _frozen(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: Transform
 ) -> tuple[Softmax, Tensor, Tensor]:
-    """The rows' softmax, and ∂logprob/∂hidden, which a loss has only to scale, as slope [N, H] · size [N]."""
+    """Return the softmax of the rows, and ∂logprob/∂hidden as a product of slope [N, H] and size [N]."""
     stats = Statistics.empty(len(hidden), hidden.device)
     expected = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     width = block_width(hidden, weight)
     memory = block_memory(hidden, width, logits_dtype(hidden))
     scratch = scratch_like(memory, hidden, width)
     for ids in cut(weight, width):
-        w, a = head(hidden, weight, bias, ids, memory)
+        w, a = block_logits(hidden, weight, bias, ids, memory)
         g = a if scratch is memory else view(scratch, a.shape)
-        old, new = rows.accumulate(a, ids, targets, transform, stats, weights=g)
+        old, new = rows.rows_for(a, g, transform).accumulate(a, ids, targets, transform, stats, weights=g)
         expected.mul_(old[:, None]).addcmul_(product(g[:, : len(w)], w), new[:, None])
     softmax = stats.finish()
     at_target = transform.chain_(softmax.rest.clone()[:, None], stats.y[:, None])
     expected.mul_(-(stats.m - softmax.lse).exp()[:, None]).addcmul_(at_target, weight[targets])
     expected.mul_(transform.factor[:, None])
-    # A sure token's slope would be less than float16 can hold.
+    # The slope of a token with probability near 1 would underflow in float16.
     size = power_above(expected.abs().amax(1))
     return softmax, (expected / size[:, None]).to(hidden.dtype), size
 
 
-def _ahead(
+def _with_known_coefficient(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -207,11 +216,11 @@ def _ahead(
     coefficient: Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[Softmax, Tensor | None, Tensor | None, Tensor | None]:
-    """The rows' softmax and all gradients, tokens chunk by chunk, so that no block of logits is made twice."""
-    most = max(budget_for(hidden).chunk // (len(weight) * hidden.element_size()), 64)
-    # Chunks of one size: what is left over at the end would make narrow, slow products.
-    step = -(-len(hidden) // max(-(-len(hidden) // most), 1)) or 1
-    found, grad_hidden = [], torch.empty_like(hidden) if needs[0] else None
+    """Return the softmax of the rows and all gradients, computed in chunks of tokens so that no logits are repeated."""
+    largest = max(budget_for(hidden).chunk // (len(weight) * hidden.element_size()), 64)
+    # Chunks of equal size, because a small last chunk would make slow matrix products.
+    step = -(-len(hidden) // max(-(-len(hidden) // largest), 1)) or 1
+    softmaxes, grad_hidden = [], torch.empty_like(hidden) if needs[0] else None
     grad_weight, grad_bias = (
         torch.zeros_like(x) if need else None for x, need in zip((weight, bias), needs[1:], strict=True)
     )
@@ -219,12 +228,12 @@ def _ahead(
     for start in range(0, max(len(hidden), 1), step):
         i = slice(start, start + step)
         softmax, blocks = _softmax(hidden[i], weight, bias, targets[i], transform.rows(i), room)
-        found.append(softmax)
-        some = hidden[i], weight, bias, targets[i], transform.rows(i), softmax, blocks
-        part, _, _ = _gradients(*some, coefficient[i], None, needs, (grad_weight, grad_bias))
+        softmaxes.append(softmax)
+        chunk = hidden[i], weight, bias, targets[i], transform.rows(i), softmax, blocks
+        part, _, _ = _gradients(*chunk, coefficient[i], None, needs, (grad_weight, grad_bias))
         if grad_hidden is not None:
             grad_hidden[i] = part
-    return Softmax(*map(torch.cat, zip(*found, strict=True))), grad_hidden, grad_weight, grad_bias
+    return Softmax(*map(torch.cat, zip(*softmaxes, strict=True))), grad_hidden, grad_weight, grad_bias
 
 
 def _gradients(
@@ -238,21 +247,24 @@ def _gradients(
     c_logprob: Tensor,
     c_entropy: Tensor | None,
     needs: tuple[bool, ...],
-    onto: tuple[Tensor | None, Tensor | None] = (None, None),
+    accumulators: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias from the loss's of log-probs and entropy [N]; the last two go ``onto``."""
+    """Return the gradients of hidden, weight and bias, given those of log-probs and entropy [N].
+
+    The gradients of weight and bias are added to ``accumulators`` if these are given.
+    """
     size = c_logprob.abs() if c_entropy is None else c_logprob.abs() + c_entropy.abs()
     active = size.nonzero().squeeze(1)
-    every, width = len(active) == len(hidden), max(block.ids.stop - block.ids.start for block in blocks)
+    all_active, width = len(active) == len(hidden), max(block.ids.stop - block.ids.start for block in blocks)
     h, targets, size, transform = hidden[active], targets[active], size[active], transform.rows(active)
     softmax = softmax.rows(active)
-    # The size of the loss's gradient stays out of the block, where in half precision it could vanish.
+    # The size of the gradient is applied outside the block, where it could underflow in half precision.
     c_logprob = c_logprob[active] / size
     c_entropy = None if c_entropy is None else c_entropy[active] / size
     factor = (size * transform.factor)[:, None]
     scaled = (h * factor).to(h.dtype)
     grad_hidden = torch.zeros(h.shape, dtype=torch.float32, device=h.device) if needs[0] else None
-    grad_weight, grad_bias = onto
+    grad_weight, grad_bias = accumulators
     if needs[1] and grad_weight is None:
         grad_weight = torch.empty_like(weight)
     if needs[2] and grad_bias is None:
@@ -263,23 +275,24 @@ def _gradients(
         ids = block.ids
         if block.g is not None:
             w = weight[ids].to(h.dtype)
-            g, scale = (block.g, block.scale) if every else (block.g[active], block.scale[active])
+            g, scale = (block.g, block.scale) if all_active else (block.g[active], block.scale[active])
             to_rows = (-scale * c_logprob)[:, None]
         else:
-            w, a = head(h, weight, bias, ids, memory)
+            w, a = block_logits(h, weight, bias, ids, memory)
             g, to_rows = a if scratch is memory else view(scratch, a.shape), None
-            rows.gradient(a, g, ids, targets, transform, softmax, c_logprob, c_entropy)
+            arithmetic = rows.rows_for(a, g, transform)
+            arithmetic.gradient(a, g, ids, targets, transform, softmax, c_logprob, c_entropy)
         g = g[:, : len(w)]
         if needs[0]:
             part = product(g, w)
             grad_hidden = grad_hidden.add_(part) if to_rows is None else grad_hidden.addcmul_(part, to_rows)
         if needs[1]:
             right = scaled if to_rows is None else (h * (factor * to_rows)).to(h.dtype)
-            write(grad_weight[ids], g.T, right, add=onto[0] is not None)
+            write(grad_weight[ids], g.T, right, add=accumulators[0] is not None)
         if needs[2]:
             right = factor if to_rows is None else factor * to_rows
-            write(grad_bias[ids, None], g.T, right.to(g.dtype), add=onto[1] is not None)
+            write(grad_bias[ids, None], g.T, right.to(g.dtype), add=accumulators[1] is not None)
     if needs[0]:
         grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
-        grad_hidden = grad_hidden if every else torch.zeros_like(hidden).index_copy_(0, active, grad_hidden)
+        grad_hidden = grad_hidden if all_active else torch.zeros_like(hidden).index_copy_(0, active, grad_hidden)
     return grad_hidden, grad_weight, grad_bias

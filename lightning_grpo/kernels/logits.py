@@ -1,4 +1,4 @@
-"""Log-probs from logits that a model made itself."""
+"""Log-probs from logits that the model has computed."""
 
 import torch
 from torch import Tensor
@@ -12,15 +12,15 @@ from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform, check
 def logits_logprob(
     logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, entropy_grad: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target, and the entropy, under softmax(logits / temperature).
+    """Return the log-prob of each target and the entropy of softmax(logits / temperature).
 
-    For heads that `linear_logprob` cannot reach. The logits are kept for the backward instead of a softmax in fp32.
+    For heads that `linear_logprob` does not support. The backward keeps the logits rather than a softmax in fp32.
 
     Args:
         logits: [N, V].
         targets: [N] integers in [0, V).
-        temperature: a number, or [N] with one for each row.
-        entropy_grad: let gradients flow from the entropy too.
+        temperature: a number, or [N] with one value per row.
+        entropy_grad: propagate gradients from the entropy too.
 
     Returns:
         (logprobs, entropy), [N] each, fp32, in nats.
@@ -39,7 +39,8 @@ class _LogitsLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, transform, entropy_grad):
         stats = Statistics.empty(len(logits), logits.device)
-        rows.accumulate(logits, slice(0, logits.shape[1]), targets, transform, stats)
+        ids = slice(0, logits.shape[1])
+        rows.rows_for(logits, None, transform).accumulate(logits, ids, targets, transform, stats)
         softmax = stats.finish()
         ctx.transform = transform
         ctx.save_for_backward(logits, targets, *softmax)
@@ -58,7 +59,9 @@ class _LogitsLogprob(torch.autograd.Function):
         grad = torch.empty_like(logits)
         c = c_logprob * ctx.transform.factor
         ce = None if c_entropy is None else c_entropy * ctx.transform.factor
-        rows.gradient(logits, grad, slice(0, logits.shape[1]), targets, ctx.transform, Softmax(*softmax), c, ce)
-        # Rows that the loss leaves out may hold anything, NaN too.
+        ids = slice(0, logits.shape[1])
+        arithmetic = rows.rows_for(logits, grad, ctx.transform)
+        arithmetic.gradient(logits, grad, ids, targets, ctx.transform, Softmax(*softmax), c, ce)
+        # Rows that are not in the loss may contain any value, including NaN.
         idle = c == 0 if ce is None else (c == 0) & (ce == 0)
         return grad.masked_fill_(idle[:, None], 0), None, None, None

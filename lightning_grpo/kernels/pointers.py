@@ -1,4 +1,4 @@
-"""Tensors as compiled row functions read them: columns of a row side by side, values of rows side by side, in fp32."""
+"""Tensors in the layout that compiled row functions expect: contiguous rows, and contiguous fp32 values per row."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +10,13 @@ from lightning_grpo.errors import UserError
 
 
 def block_rows(a: Tensor) -> Tensor:
-    """``a`` [N, W], or a copy of it if columns do not lie side by side."""
+    """Return ``a`` [N, W], or a copy if its rows are not contiguous."""
     return a if a.stride(1) == 1 else a.contiguous()
 
 
 @contextmanager
 def written_rows(out: Tensor) -> Iterator[Tensor]:
-    """Memory in the place of ``out`` [N, W], which is written there in the end if its columns lie apart."""
+    """Yield ``out`` [N, W]; if its rows are not contiguous, yield a buffer and copy it to ``out`` at the end."""
     memory = out if out.stride(1) == 1 else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     yield memory
     if memory is not out:
@@ -24,11 +24,11 @@ def written_rows(out: Tensor) -> Iterator[Tensor]:
 
 
 def read_values(x: Tensor) -> Tensor:
-    """[N] for reading: integers as int64, numbers as fp32."""
+    """Return ``x`` [N] contiguous, integers as int64 and floating-point numbers as fp32."""
     return x.to(torch.float32 if x.is_floating_point() else torch.int64).contiguous()
 
 
 def check_written(*values: Tensor) -> None:
-    """Say so if [N] values that are written in place do not lie as they should."""
+    """Raise `UserError` unless the values [N], which are written in place, are contiguous fp32."""
     if not all(x.is_contiguous() and x.dtype == torch.float32 for x in values):
-        raise UserError("statistics must be contiguous fp32, as Statistics.empty lays them out")
+        raise UserError("statistics must be contiguous fp32, as created by Statistics.empty")

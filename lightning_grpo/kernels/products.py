@@ -1,4 +1,4 @@
-"""Matrix products of blocks of the vocabulary, by the fastest routine that a device has for them."""
+"""Matrix products with blocks of the vocabulary, by the fastest routine of the device."""
 
 import functools
 import logging
@@ -11,33 +11,35 @@ log = logging.getLogger(__name__)
 
 
 def logits_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the logits: fp32 where the matrix product can give it."""
+    """The dtype of logits: fp32 if the matrix product supports it as output."""
     return torch.float32 if hidden.is_cuda else hidden.dtype
 
 
 def block_memory(hidden: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """For a block of logits [N, W]. On a GPU rows are padded to 128 bytes, or an odd width would split every access."""
+    """Allocate a block of logits [N, W]. On a GPU rows are padded to multiples of 128 bytes for aligned access."""
     return torch.empty(len(hidden), width + (-width % 64 if hidden.is_cuda else 0), dtype=dtype, device=hidden.device)
 
 
 def view(memory: Tensor, shape: torch.Size) -> Tensor:
-    """The first elements of ``memory`` in this shape."""
+    """Return the first elements of ``memory`` in this shape."""
     return memory.view(-1)[: shape.numel()].view(shape)
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: slice, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights [W, H] of ``ids`` and the head's output [N, ≥ W] for them, made in ``memory`` where it can be."""
+def block_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: slice, memory: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the weights [W, H] of ``ids`` and the head's output [N, ≥ W] for them, if possible in ``memory``."""
     w = weight[ids].to(hidden.dtype)
     b = None if bias is None else bias[ids].to(hidden.dtype)
     if linear := _routine(hidden):
         return w, linear(hidden, w, b)
     a = view(memory, torch.Size((len(hidden), len(w) + (-len(w) % 64 if hidden.is_cuda else 0))))
     out = a[:, : len(w)]
-    wider = {} if out.dtype == hidden.dtype else {"out_dtype": out.dtype}
+    dtype = {} if out.dtype == hidden.dtype else {"out_dtype": out.dtype}
     if b is None:
-        torch.mm(hidden, w.T, **wider, out=out)
+        torch.mm(hidden, w.T, **dtype, out=out)
     else:
-        torch.addmm(b, hidden, w.T, **wider, out=out)
+        torch.addmm(b, hidden, w.T, **dtype, out=out)
     return w, a
 
 
@@ -58,16 +60,16 @@ def write(out: Tensor, x: Tensor, y: Tensor, *, add: bool) -> None:
 
 
 def _routine(x: Tensor) -> Callable | None:
-    """x @ yᵀ + b to be called by name; None where torch's own choice is the best."""
+    """Return a routine for x @ yᵀ + b that is faster than torch.mm, or None."""
     fp32 = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
     return _onednn_linear() if fp32 else None
 
 
 @functools.cache
 def _onednn_linear() -> Callable | None:
-    """oneDNN's product, for fp32: torch asks MKL, which leaves AVX-512 unused on CPUs not of Intel's.
+    """Return oneDNN's fp32 product; torch.mm uses MKL, which uses AVX-512 on Intel's CPUs only.
 
-    The operator is torch's own and private, so it is tried once: without it torch's choice serves, at half the speed.
+    The operator is private to torch, so it is tested once. Without it torch.mm is used, at half the speed.
     """
     if not torch.backends.mkldnn.is_available():
         return None
@@ -77,10 +79,11 @@ def _onednn_linear() -> Callable | None:
         linear = lambda x, y, b: operator(x, y, b, "none", [], "")
         if torch.equal(linear(x, y, b), torch.tensor([[18.0, 25.0]])):
             return linear
-        reason = "it computes something else"
+        reason = "its result is wrong"
     except (AttributeError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
     log.warning(
-        f"torch {torch.__version__} has no mkldnn._linear_pointwise; fp32 heads take up to twice as long: {reason}"
+        f"torch {torch.__version__} has no usable mkldnn._linear_pointwise ({reason}), so fp32 heads take up to "
+        "twice as long"
     )
     return None

@@ -1,23 +1,24 @@
-"""Factors that keep gradients within float16: powers of two, which round nothing."""
+"""Factors that keep gradients in the range of float16. They are powers of two, which cause no rounding."""
 
 import torch
 from torch import Tensor
 
-# Sums stay this far below float16's largest number, 65,504.
+# Bound of sums, well below 65,504, the largest number in float16.
 LARGEST_SUM = 2.0**14
 
 
 def power_above(x: Tensor) -> Tensor:
-    """For each x ≥ 0 the power of two in (x, 2x]; 1 for 0 and NaN."""
+    """Return the power of two in (x, 2x] for each x > 0, and 1 for 0 and NaN."""
     mantissa, _ = torch.frexp(x)
     return torch.where(x > 0, x / mantissa, 1.0)
 
 
 def in_range(coefficient: Tensor, hidden: Tensor, factor: Tensor) -> Tensor:
-    """A multiple of the coefficient [N] for which the head's gradients fit float16; itself in other precisions.
+    """Return a multiple of the coefficient [N] for which the gradients of the head are in the range of float16.
 
-    A coefficient is about 1 / tokens, and GradScaler's factor comes only with the backward: in float16 what is made
-    before would be rounded to nothing. It is brought to 1, or less if a sum over all tokens could overflow.
+    A coefficient is about 1 / tokens, and GradScaler's factor is only applied in the backward, so gradients that the
+    forward computes would underflow. The coefficient is scaled to 1, or less if a sum over all tokens could overflow.
+    In other precisions it is returned unchanged.
 
     Args:
         coefficient: [N] fp32, ∂loss/∂logprob.

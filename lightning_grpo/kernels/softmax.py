@@ -1,12 +1,12 @@
-"""The softmax of a row over the whole vocabulary, put together from blocks of it.
+"""The softmax of each row over the vocabulary, accumulated from blocks.
 
-A block a [N, ≥ W] holds the head's output for W neighbouring ids of the vocabulary; columns past W are padding. z are
-the logits of the sampled distribution. The statistics are of each row's tokens *other than its target*:
+A block a [N, ≥ W] has the head's output for W consecutive ids of the vocabulary; columns past W are padding. z are the
+logits of the sampled distribution. The statistics of a row are taken over its tokens *other than the target*:
 
     m  largest z so far      s  Σ exp(z − m)      t  Σ exp(z − m)·z      y  the target's z
 
-Leaving the target out until the end keeps 1 − p(target) exact where p(target) is nearly 1, as it is for most tokens
-that a model samples itself.
+Excluding the target until the end keeps 1 − p(target) accurate if p(target) is nearly 1, as it is for most tokens that
+the model has sampled.
 """
 
 from typing import NamedTuple
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from lightning_grpo.errors import UserError
 
-# Stands for −inf: 0 · FLOOR is 0, and the softmax of a block without a finite logit is no NaN.
+# Used instead of −inf, so that 0 · FLOOR is 0 and the softmax of a block without a finite logit is not NaN.
 FLOOR = -1e30
 
 
 class Transform(NamedTuple):
-    """From the head's output to the logits: z = factor·a, or cap·tanh(factor·a / cap) with a softcap.
+    """The map from the head's output to the logits: z = factor·a, or cap·tanh(factor·a / cap) with a softcap.
 
-    Both are [N] in fp32 and already divided by the temperature: factor = scale / τ, cap = softcap / τ.
+    Both are [N] in fp32 and include the temperature: factor = scale / τ, cap = softcap / τ.
     """
 
     factor: Tensor
@@ -38,24 +38,26 @@ class Transform(NamedTuple):
         softcap: float | None = None,
         scale: float = 1.0,
     ) -> "Transform":
-        """For the rows of ``targets`` [N].
+        """Return the transform for the rows of ``targets`` [N].
 
         Raises:
-            UserError: targets that are no integers in [0, vocabulary); a temperature or softcap that is not positive.
+            UserError: targets are not integers in [0, vocabulary), or a temperature or softcap is not positive.
         """
         if targets.is_floating_point() or targets.dtype == torch.bool:
-            raise UserError(f"targets are {targets.dtype}; give the tokens' ids as integers")
+            raise UserError(f"targets are {targets.dtype}; give token ids as integers")
         if softcap is not None and not 0 < softcap < float("inf"):
-            raise UserError(f"softcap is {softcap}; set it above 0, or to None for none")
+            raise UserError(f"softcap is {softcap}; set it above 0, or to None")
         if targets.numel():
             low, high = torch.stack(targets.aminmax()).tolist()
             if low < 0 or high >= vocabulary:
-                raise UserError(f"targets span {low} to {high}; the head has ids 0 to {vocabulary - 1}")
-        # A number is compared where it is: a GPU would be waited for.
+                raise UserError(
+                    f"targets range from {low} to {high}, but the ids of the head are 0 to {vocabulary - 1}"
+                )
+        # Compare a number on the CPU, to avoid a synchronization with the GPU.
         temperature = torch.as_tensor(temperature, dtype=torch.float32)
         if temperature.dim() and temperature.shape != targets.shape:
             raise UserError(
-                f"temperature is shaped {tuple(temperature.shape)}; give a number, or {tuple(targets.shape)}"
+                f"temperature has shape {tuple(temperature.shape)}; give a number, or {tuple(targets.shape)}"
             )
         if not (temperature > 0).all():
             raise UserError(f"temperature is {float(temperature.min())}; set it above 0")
@@ -66,19 +68,19 @@ class Transform(NamedTuple):
         return Transform(self.factor[index], None if self.cap is None else self.cap[index])
 
     def logits(self, a: Tensor) -> Tensor:
-        """z in fp32, new memory, no lower than FLOOR."""
+        """Return z in a new fp32 tensor, at least FLOOR."""
         z = torch.mul(a, self.factor[:, None])
         if self.cap is not None:
             z.div_(self.cap[:, None]).tanh_().mul_(self.cap[:, None])
         return z.clamp_(min=FLOOR)
 
     def chain_(self, g: Tensor, z: Tensor) -> Tensor:
-        """g·∂z/∂a, in place, but for ``factor``, which is cheaper applied to [N, H]."""
+        """Return g·∂z/∂a without ``factor``, in place; it is cheaper to apply the factor to [N, H]."""
         return g if self.cap is None else g.mul_(1 - (z / self.cap[:, None]).square_().clamp_(max=1))
 
 
 class Statistics(NamedTuple):
-    """m, s, t, y of the module's docstring, each [N] in fp32."""
+    """m, s, t, y as defined in the module docstring, each [N] in fp32."""
 
     m: Tensor
     s: Tensor
@@ -87,7 +89,7 @@ class Statistics(NamedTuple):
 
     @classmethod
     def empty(cls, n: int, device: torch.device) -> "Statistics":
-        # Not torch's default type, which Lightning's true half precision lowers.
+        # Not torch's default dtype, which Lightning changes in true half precision.
         zeros = torch.zeros(3, n, dtype=torch.float32, device=device)
         return cls(torch.full((n,), FLOOR, dtype=torch.float32, device=device), *zeros.unbind())
 
@@ -102,7 +104,7 @@ class Statistics(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """Of each row, [N] in fp32: the target's log-prob, the entropy, log Σ exp z, and 1 − p(target)."""
+    """For each row, [N] in fp32: the log-prob of the target, the entropy, log Σ exp z, and 1 − p(target)."""
 
     logprob: Tensor
     entropy: Tensor
@@ -114,12 +116,12 @@ class Softmax(NamedTuple):
 
 
 def check_type(name: str, x: Tensor) -> None:
-    """The kernels compute in fp32, and from less."""
+    """Raise `UserError` unless ``x`` has a dtype that the kernels support."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"{name} is {x.dtype}; the log-prob kernels take float32, bfloat16 and float16")
 
 
 def targets_within(targets: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
-    """Rows whose target lies in the block, and its columns."""
+    """Return the rows whose target is in the block, and the columns of those targets."""
     rows = ((targets >= ids.start) & (targets < ids.stop)).nonzero().squeeze(1)
     return rows, targets[rows] - ids.start

@@ -1,4 +1,4 @@
-"""The row arithmetic of `rows` in plain torch: runs anywhere, and says what the compiled ones compute."""
+"""The row arithmetic in plain PyTorch, which runs on any device and defines what the compiled versions compute."""
 
 from collections.abc import Iterator
 
@@ -7,29 +7,29 @@ from torch import Tensor
 
 from lightning_grpo.kernels.softmax import FLOOR, Softmax, Statistics, Transform, targets_within
 
-# fp32 elements of some rows that stay in a core's cache from one pass to the next.
+# Elements of a group of rows, in fp32, that fit in the cache of a core.
 CACHED = 1 << 19
 
 
 def accumulate(
     a: Tensor, ids: slice, targets: Tensor, transform: Transform, stats: Statistics, weights: Tensor | None = None
 ) -> Tensor | None:
-    """Take the block ``a`` of the vocabulary's ``ids`` into the statistics, in place.
+    """Add the block ``a`` [N, ≥ W] with the vocabulary's ``ids`` to the statistics, in place.
 
-    With ``weights`` [N, W] (may be ``a``), these are set to w ∝ exp(z)·∂z/∂a of the tokens other than the target, and
-    the factors (old, new) [2, N] are returned by which a sum over the vocabulary goes on: sum·old + new·Σ w·x.
+    If ``weights`` [N, ≥ W] is given (it may be ``a``), set it to w ∝ exp(z)·∂z/∂a for tokens other than the target, and
+    return factors (old, new) [2, N] to continue a sum over the vocabulary: sum ← sum·old + new·Σ w·x.
     """
     width = ids.stop - ids.start
     joins = None if weights is None else torch.empty(2, len(a), dtype=torch.float32, device=a.device)
     for i in _cached_rows(a):
-        some = transform.rows(i)
+        chunk = transform.rows(i)
         m, s, t, y = (x[i] for x in stats)
-        z = some.logits(a[i, :width])
+        z = chunk.logits(a[i, :width])
         here = targets_within(targets[i], ids)
         y[here[0]] = z[here]
         z[here] = FLOOR
-        # torch's softmax is one fused pass, faster than exp alone: p is exp(z − top) times its own largest element. Its
-        # denominator is summed too roughly (1e-5 at 50,000 ids) to be taken for the sum of exp(z − top).
+        # torch's softmax is one fused pass and faster than exp: p is exp(z − top) times the largest element of p. Its
+        # denominator is not accurate enough (1e-5 at 50,000 ids) to be used as the sum of exp(z − top).
         p = torch.softmax(z, 1)
         top = z.amax(1)
         largest = torch.maximum(m, top)
@@ -38,7 +38,7 @@ def accumulate(
         t.mul_(old).add_(new * torch.linalg.vecdot(p, z))
         m.copy_(largest)
         if weights is not None:
-            weights[i, :width].copy_(some.chain_(p, z))
+            weights[i, :width].copy_(chunk.chain_(p, z))
             joins[0, i], joins[1, i] = old, new
     return joins
 
@@ -53,15 +53,15 @@ def gradient(
     c_logprob: Tensor,
     c_entropy: Tensor | None,
 ) -> None:
-    """Write ∂loss/∂a, but for ``factor``, into ``out`` [N, ≥ W], which may be ``a``.
+    """Write ∂loss/∂a without the factor ``transform.factor`` to ``out`` [N, ≥ W], which may be ``a``.
 
-    From c_logprob = ∂loss/∂logprob and c_entropy = ∂loss/∂entropy, [N] each:
+    With c_logprob = ∂loss/∂logprob and c_entropy = ∂loss/∂entropy, [N] each,
     ∂loss/∂z = c_logprob·(onehot − p) − c_entropy·p·(log p + entropy).
     """
     width = ids.stop - ids.start
     for i in _cached_rows(a):
-        some, row, c = transform.rows(i), softmax.rows(i), c_logprob[i]
-        z = some.logits(a[i, :width])
+        chunk, row, c = transform.rows(i), softmax.rows(i), c_logprob[i]
+        z = chunk.logits(a[i, :width])
         here = targets_within(targets[i], ids)
         p = torch.softmax(z, 1)
         scale = (z.amax(1) - row.lse).exp_().div_(p.amax(1))
@@ -74,7 +74,7 @@ def gradient(
             at_target -= (p * surprise)[here]
             g = surprise.add_(c[:, None]).mul_(p).neg_()
         g[here] = at_target
-        out[i, :width].copy_(some.chain_(g, z))
+        out[i, :width].copy_(chunk.chain_(g, z))
 
 
 def _cached_rows(a: Tensor) -> Iterator[slice]:

@@ -1,7 +1,7 @@
-"""The row arithmetic of `torch_rows` as Triton kernels for CUDA and ROCm: one program a row, logits read once or twice.
+"""The row arithmetic of `torch_rows` as Triton kernels for CUDA and ROCm, with one program per row.
 
-Same names, same arguments, same results. A row is read and written with its padding: where that fills rows up to a
-multiple of 64 columns, every access is 128 bits wide.
+The logits are read once or twice. Names, arguments and results are those of `torch_rows`. A row is read and written
+with its padding: if that extends rows to a multiple of 64 columns, every access is 128 bits wide.
 """
 
 import torch
@@ -13,7 +13,7 @@ from lightning_grpo.kernels.pointers import block_rows, check_written, read_valu
 from lightning_grpo.kernels.softmax import FLOOR, Softmax, Statistics, Transform
 
 WARPS = 8
-# Columns that a program holds in registers: eight a lane, which are whole 128-bit accesses at 2 bytes as at 4.
+# Columns that a program keeps in registers: eight per lane, which are 128-bit accesses for 2 and for 4 bytes.
 TILE = 8 * WARPS * (64 if torch.version.hip else 32)
 
 
@@ -21,9 +21,9 @@ TILE = 8 * WARPS * (64 if torch.version.hip else 32)
 def _logits(a_ptr, columns, width, room, factor, cap, FLOOR: tl.constexpr, CAPPED: tl.constexpr):
     z = tl.load(a_ptr + columns, mask=columns < room, other=0.0).to(tl.float32) * factor
     if CAPPED:
-        # tanh by its exponential: no device library is needed, and for large |z| it saturates without NaN.
+        # tanh by exp needs no device library, and saturates for large |z| without NaN.
         z = cap * (1 - 2 / (1 + tl.exp(2 * z / cap)))
-    # Not maximum, which would hide a NaN. The padding goes last: a softcap would lift it.
+    # maximum would hide NaN. Padding is set last, because a softcap would raise it.
     return tl.where((z < FLOOR) | (columns >= width), FLOOR, z)
 
 
@@ -62,7 +62,7 @@ def _accumulate_kernel(
     target = (tl.load(targets_ptr + row) - first).to(tl.int32)
     factor = tl.load(factor_ptr + row)
     cap = tl.load(cap_ptr + row) if CAPPED else 1.0
-    # Read ahead of the loops: with weights, the second overwrites the block.
+    # Read before the loops: with weights, the second one overwrites the block.
     if (target >= 0) & (target < width):
         tl.store(y_ptr + row, _logits(a_ptr, target, width, room, factor, cap, FLOOR, CAPPED))
     before = tl.load(m_ptr + row)
@@ -141,7 +141,7 @@ def _gradient_kernel(
 def accumulate(
     a: Tensor, ids: slice, targets: Tensor, transform: Transform, stats: Statistics, weights: Tensor | None = None
 ) -> Tensor | None:
-    """`torch_rows.accumulate`."""
+    """See `torch_rows.accumulate`."""
     n = len(a)
     check_written(*stats)
     joins = None if weights is None else torch.ones(2, n, dtype=torch.float32, device=a.device)
@@ -180,7 +180,7 @@ def gradient(
     c_logprob: Tensor,
     c_entropy: Tensor | None,
 ) -> None:
-    """`torch_rows.gradient`."""
+    """See `torch_rows.gradient`."""
     n = len(a)
     block, factor, c = block_rows(a), read_values(transform.factor), read_values(c_logprob)
     with written_rows(out) as target:

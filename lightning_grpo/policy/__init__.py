@@ -1,4 +1,4 @@
-"""The policy: everything that knows transformers and PEFT."""
+"""The policy: everything that depends on transformers and PEFT."""
 
 from lightning_grpo.policy.load import (
     LoRA,

@@ -1,7 +1,7 @@
-"""The attention of a policy on CPUs, under the name `NAME` in transformers: SDPA, and `kernels.attention` where faster.
+"""Attention of a policy that trains on a CPU, registered with transformers under `NAME`.
 
-In bfloat16 torch's SDPA takes 1.3 to 4 times as long on a CPU (benchmarks/attention.py), most of it in the backward; in
-float32 it is as fast, and used.
+It uses `kernels.attention` if that is faster than SDPA: in bfloat16, SDPA takes 1.3 to 4 times as long on a CPU, mostly
+in the backward (benchmarks/attention.py). In float32 both are equally fast, and SDPA is used.
 """
 
 import functools
@@ -14,46 +14,56 @@ from transformers.masking_utils import sdpa_mask
 
 from lightning_grpo.kernels.attention import attention
 
-# With "sdpa" in its name transformers refuses models that have none, as for its own.
+# transformers rejects models without SDPA if the name contains "sdpa".
 NAME = "sdpa_or_products"
 
-# Keys up to which products are faster.
-LONGEST = 2048
+# The largest number of keys for which matrix products are faster.
+MAX_KEYS = 2048
 
-# Arguments that change what is computed: by SDPA, or that other attentions heed.
-OTHERS = ("position_bias", "cache", "softcap", "s_aux")
+# Arguments that change the result of SDPA or of other attentions.
+UNSUPPORTED = ("position_bias", "cache", "softcap", "s_aux")
 
 
-def attention_for(config: PreTrainedConfig, asked: str | None) -> str | None:
-    """The attention to load a causal language model with: ``asked``, except that `NAME` is None, transformers' own
-    choice, for a model that has no SDPA or can't be given an attention by name, such as Falcon."""
+def attention_for(config: PreTrainedConfig, requested: str | None) -> str | None:
+    """Return the attention to load a causal language model with: ``requested``.
+
+    For models without SDPA or a choice of attention, such as Falcon, `NAME` becomes None, transformers' default.
+    """
     models = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
     models = models if isinstance(models, tuple) else (models,)
-    takes = all(model._supports_sdpa and model._can_set_attn_implementation() for model in models)
-    return asked if takes or asked != NAME else None
+    supported = all(model._supports_sdpa and model._can_set_attn_implementation() for model in models)
+    return requested if supported or requested != NAME else None
 
 
-def attend(
+def train_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA [N, T, H, D] of query [N, H, T, D], key and value [N, K, L, D], mask [N, 1, T, L] or None."""
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    if dtype != torch.bfloat16 or not _takes(module, query, key, value, attention_mask, options):
+    """Return attention [N, T, H, D] of query [N, H, T, D], key and value [N, K, L, D] and mask [N, 1, T, L] or None.
+
+    The signature and the result are those of transformers' SDPA.
+    """
+    device_type = query.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else query.dtype
+    if dtype != torch.bfloat16 or not _supports(module, query, key, value, attention_mask, options):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling")
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(device_type, enabled=False):
         cast = (x.to(dtype) for x in (query, key, value))
-        found = attention(*cast, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale)
-    return found.transpose(1, 2), None
+        out = attention(*cast, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+    return out.transpose(1, 2), None
 
 
-def _takes(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict) -> bool:
+def _supports(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict) -> bool:
     N, _, T, D = query.shape
     L = key.shape[2]
-    if query.device.type != "cpu" or T == 1 or L > LONGEST or value.shape[-1] != D or not _multiplies_bfloat16():
+    if query.device.type != "cpu" or T == 1 or L > MAX_KEYS or value.shape[-1] != D or not _multiplies_bfloat16():
         return False
-    if options.get("dropout") or options.get("output_attentions") or any(options.get(x) is not None for x in OTHERS):
+    if (
+        options.get("dropout")
+        or options.get("output_attentions")
+        or any(options.get(x) is not None for x in UNSUPPORTED)
+    ):
         return False
     if mask is not None:
         return mask.dtype == torch.bool and mask.shape == (N, 1, T, L)
@@ -63,9 +73,9 @@ def _takes(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: T
 
 @functools.cache
 def _multiplies_bfloat16() -> bool:
-    """Whether oneDNN has bfloat16 products for this processor; without them torch's are slow."""
+    """Whether oneDNN has bfloat16 matrix products for this processor; those of torch are slow."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-AttentionInterface.register(NAME, attend)
+AttentionInterface.register(NAME, train_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

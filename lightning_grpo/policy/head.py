@@ -1,4 +1,4 @@
-"""What a Hugging Face causal LM does with its last hidden states, found out from the model itself."""
+"""How a Hugging Face causal LM computes logits from its last hidden states, determined by a probe of the model."""
 
 import inspect
 import logging
@@ -16,13 +16,13 @@ from lightning_grpo.kernels import linear_logprob, logits_logprob
 
 log = logging.getLogger(__name__)
 
-# Tokens at a time through a head that is no plain linear layer.
+# Tokens per chunk through a head that is not a plain linear layer.
 HEAD_CHUNK = 1024
 
 
 @dataclass
 class Head:
-    """What the model does with its last hidden states: softcap(scale·module(hidden)), its first ``vocabulary`` ids."""
+    """A head whose logits are the first ``vocabulary`` columns of softcap(scale·module(hidden))."""
 
     module: nn.Module
     scale: float
@@ -30,14 +30,14 @@ class Head:
     vocabulary: int
 
     @property
-    def linear(self) -> bool:
-        """Whether the module is hidden @ weight.T + bias and nothing else."""
+    def is_linear(self) -> bool:
+        """Whether the module computes exactly hidden @ weight.T + bias."""
         return type(self.module).forward is nn.Linear.forward
 
     def logprobs(self, forward: Callable, hidden: Tensor, options: dict) -> tuple[Tensor, Tensor]:
-        """Of ``hidden`` [A, H]; ``forward`` is the module's own."""
-        # A weight that stays sharded while its module runs (tensor parallelism) is the module's own business.
-        if self.linear and not isinstance(self.module.weight, DTensor):
+        """Return log-probs and entropies, [A] each, of ``hidden`` [A, H]; ``forward`` is the module's original one."""
+        # A weight that stays sharded while its module runs (tensor parallelism) is only used through the module.
+        if self.is_linear and not isinstance(self.module.weight, DTensor):
             weight, bias = self.module.weight, self.module.bias
             if self.vocabulary < len(weight):
                 weight, bias = weight[: self.vocabulary], None if bias is None else bias[: self.vocabulary]
@@ -51,52 +51,60 @@ class Head:
 
         temperature = torch.as_tensor(options["temperature"], device=hidden.device).expand(len(hidden))
         parts = [x.split(HEAD_CHUNK) for x in (hidden, options["targets"], temperature)]
-        found = [checkpoint(chunk, *part, use_reentrant=False) for part in zip(*parts, strict=True)]
-        return tuple(torch.cat(x) for x in zip(*found, strict=True))
+        results = [checkpoint(chunk, *part, use_reentrant=False) for part in zip(*parts, strict=True)]
+        return tuple(torch.cat(x) for x in zip(*results, strict=True))
 
 
 @contextmanager
-def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let ``module`` compute ``forward`` when it is called, its hooks (FSDP2's among them) as ever."""
-    own = module.__dict__.get("forward")
+def override_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Replace the forward of ``module`` temporarily. Its hooks, such as FSDP2's, run as usual."""
+    original = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
-        if own is not None:
-            module.forward = own
+        if original is not None:
+            module.forward = original
 
 
 _heads: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
-_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
-def say_once(model: nn.Module, message: str) -> None:
-    """Log a warning about this model, unless it was logged before."""
-    said = _said.setdefault(model, set())
-    if message not in said:
-        said.add(message)
+def warn_once(model: nn.Module, message: str) -> None:
+    """Log a warning about this model, unless it has been logged before."""
+    messages = _warned.setdefault(model, set())
+    if message not in messages:
+        messages.add(message)
         log.warning(message)
 
 
 def head_of(model: nn.Module, ids: Tensor) -> Head | None:
-    """The head and what follows it, proved once on the model by ``ids`` [1, ≥ 1]; None where it is something else."""
+    """Return the model's head, or None if its logits are computed in an unsupported way.
+
+    The model is probed once, with ``ids`` [1, ≥ 1].
+    """
     module = model.get_output_embeddings()
     if model not in _heads or (_heads[model] is not None and _heads[model].module is not module):
         _heads[model] = None if module is None else _probe(model, module, ids)
         name = type(model).__name__
         if _heads[model] is None:
-            say_once(model, f"{name}: logits are no known function of its output embeddings; whole logits are held")
-        elif not _heads[model].linear:
-            say_once(
-                model, f"{name}: the head is a {type(module).__name__}; its logits are made {HEAD_CHUNK} at a time"
+            warn_once(
+                model,
+                f"{name}: the logits are not a supported function of the output embeddings; materializing full logits",
+            )
+        elif not _heads[model].is_linear:
+            warn_once(
+                model,
+                f"{name}: the head is a {type(module).__name__}, not a linear layer; computing logits for {HEAD_CHUNK} "
+                "tokens at a time",
             )
     return _heads[model]
 
 
 def model_inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict:
-    """What a model is called with; ``ids`` are the last columns of ``mask``."""
+    """Return the arguments of the model's forward for ``ids``, the last columns of ``mask``."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
     if "position_ids" in inspect.signature(base.forward).parameters:
@@ -106,23 +114,23 @@ def model_inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict:
 
 @torch.no_grad()
 def _probe(model: nn.Module, module: nn.Module, ids: Tensor) -> Head | None:
-    """Put a ramp in the place of the head's output and see what logits the model makes of it."""
+    """Replace the head's output by a ramp, and derive scale and softcap from the logits that the model returns."""
     ramp = None
 
     def forward(hidden: Tensor) -> Tensor:
         nonlocal ramp
-        width = own(hidden).shape[-1]
+        width = original(hidden).shape[-1]
         ramp = torch.cat(
             [hidden.new_tensor([1e-3, 1e6], dtype=torch.float32), torch.linspace(-99, 99, width - 2).to(hidden.device)]
         )
         return ramp.expand(*hidden.shape[:-1], width)
 
-    own = module.forward
+    original = module.forward
     device = ids.device
-    # The probe must not shift the random numbers that dropout draws.
+    # The probe must not change the random numbers that dropout draws.
     with (
         torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
-        replaced(module, forward),
+        override_forward(module, forward),
     ):
         logits = model(**model_inputs(model, ids, torch.ones_like(ids, dtype=torch.bool))).logits[0, -1].float()
     if ramp is None or len(logits) > len(ramp):

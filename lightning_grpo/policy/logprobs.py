@@ -1,8 +1,10 @@
-"""From a Hugging Face causal LM and a batch of completions to per-token log-probs, without [tokens, V] logits.
+"""Per-token log-probs of completions under a Hugging Face causal LM, without [tokens, V] logits.
 
-The model is called as it is, wrappers and hooks included, but its head is handed a function that keeps only the hidden
-states which predict a completion's token and passes them to `linear_logprob` with the head's weight. Shapes: N rows, P
-prompt length, T completion length, V vocabulary, H hidden.
+The model is called unchanged, including wrappers and hooks. Only the forward of its head is replaced, by a function
+that selects the hidden states which predict a completion token, and passes them to `linear_logprob` with the head's
+weight.
+
+Shapes: N rows, P prompt length, T completion length, V vocabulary, H hidden.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from lightning_grpo.errors import RunError
 from lightning_grpo.kernels import logits_logprob
-from lightning_grpo.policy.head import Head, head_of, model_inputs, replaced, say_once
+from lightning_grpo.policy.head import Head, head_of, model_inputs, override_forward, warn_once
 
 
 def completion_logprobs(
@@ -31,22 +33,22 @@ def completion_logprobs(
     entropy_grad: bool = False,
     coefficient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each completion token given what precedes it, and the entropy of the distribution it came from.
+    """Return the log-prob of each completion token given the preceding tokens, and the entropy of its distribution.
 
     Args:
         model: any Hugging Face causal LM, bare or wrapped (PEFT, FSDP2), tied or not, in any precision.
         prompt_ids: [N, P] int64, left-padded.
         prompt_mask: [N, P] bool, True on real tokens.
         completion_ids: [N, T] int64, right-padded.
-        completion_mask: [N, T] bool, True on tokens to score. A token that is False before a row's last True one is in
-            the context of those after it, and not scored.
-        temperature: divides the logits; a number or [N], one for each row.
-        share_prompt: where rows have the same prompt, compute it once (with gradients) and let them all attend to it.
-        entropy_grad: let gradients flow from the entropy too.
-        coefficient: [N, T], ∂loss/∂logprob where it is known ahead: see `linear_logprob`, which it spares work.
+        completion_mask: [N, T] bool, True for tokens to score. A token that is False before the last True one of its
+            row is context for later tokens, and is not scored.
+        temperature: divides the logits; a number, or [N] with one value per row.
+        share_prompt: compute a prompt that several rows share only once (with gradients).
+        entropy_grad: propagate gradients from the entropy too.
+        coefficient: [N, T], ∂loss/∂logprob if it is known before the loss, which saves work in `linear_logprob`.
 
     Returns:
-        (logprobs, entropy), [N, T] each, fp32, in nats; 0 where ``completion_mask`` is False.
+        (logprobs, entropy), [N, T] each, fp32, in nats; 0 at positions where ``completion_mask`` is False.
     """
     mask = completion_mask
     P0, T1 = _padding(prompt_mask), completion_mask.shape[1] - _padding(completion_mask.flip(1))
@@ -61,17 +63,17 @@ def completion_logprobs(
     )
     head = head_of(model, batch.prompt_ids[:1, -2:])
     if head is None:
-        found = _through_logits(model, batch)
+        results = _through_logits(model, batch)
     else:
         shared = _shared_prompts(model, batch) if share_prompt else None
         run = _unshared if shared is None else _shared
         with _casts_once():
-            found = run(model, head, batch, shared)
-    return tuple(x.new_zeros(mask.shape).masked_scatter(mask.bool(), x) for x in found)
+            results = run(model, head, batch, shared)
+    return tuple(x.new_zeros(mask.shape).masked_scatter(mask.bool(), x) for x in results)
 
 
 def _padding(mask: Tensor) -> int:
-    """Leading columns in which no row has a token, but never all of them."""
+    """The number of leading columns in which no row has a token, at most all but one."""
     used = mask.any(0)
     return int(used.int().argmax()) if used.any() else mask.shape[1] - 1
 
@@ -87,7 +89,7 @@ class _Batch:
     coefficient: Tensor | None
 
     def options(self) -> dict:
-        """What `linear_logprob` is told of the active tokens, in the order of ``x[completion_mask]``."""
+        """The arguments of `linear_logprob` for the active tokens, in the order of ``x[completion_mask]``."""
         t = self.temperature
         if isinstance(t, Tensor) and t.dim():
             t = t[:, None].expand(self.completion_mask.shape)[self.completion_mask]
@@ -100,20 +102,20 @@ class _Batch:
 
     @property
     def context(self) -> Tensor:
-        """[N, T] bool: the completions' tokens that others attend to, all up to the last scored one."""
+        """[N, T] bool: the completion tokens to attend to, which are all up to the last scored one."""
         return self.completion_mask.flip(1).cummax(1).values.flip(1)
 
     def inputs(self, model: nn.Module) -> dict:
-        """The model's arguments; the last token predicts nothing and is left out."""
+        """The model's arguments. The last token predicts nothing, and is omitted."""
         mask = torch.cat([self.prompt_mask, self.context], 1)[:, :-1]
         return model_inputs(model, torch.cat([self.prompt_ids, self.completion_ids], 1)[:, :-1], mask)
 
 
 @contextmanager
 def _casts_once() -> Iterator[None]:
-    """Let autocast cast each weight once for all forward passes inside, and keep one copy for the backward.
+    """Make autocast cast each weight once for all forward passes inside, and keep one copy for the backward.
 
-    Not without gradients: what is cast then has none, and must not be found by a pass that wants them.
+    Without gradients the cache is not enabled: later passes with gradients must not find casts that have none.
     """
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(cached or torch.is_grad_enabled())
@@ -129,7 +131,7 @@ def _unshared(model, head: Head, batch: _Batch, _) -> tuple[Tensor, Tensor]:
 
 
 def _call(model, head: Head, batch: _Batch, inputs: dict, predicting: Callable):
-    """Run the model; ``predicting`` takes its hidden states to those [N, T, H] that predict the completions' tokens."""
+    """Run the model; ``predicting`` selects the hidden states [N, T, H] that predict completion tokens."""
     found = None
 
     def forward(hidden: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ def _call(model, head: Head, batch: _Batch, inputs: dict, predicting: Callable):
         return hidden[..., :1]
 
     own = head.module.forward
-    with replaced(head.module, forward):
+    with override_forward(head.module, forward):
         logits = model(**inputs).logits
     if isinstance(model, FSDPModule):
         # Its backward hooks hang on the model's output.
@@ -155,20 +157,20 @@ def _through_logits(model, batch: _Batch) -> tuple[Tensor, Tensor]:
     return logits_logprob(logits, **options)
 
 
-# --- prompts shared by rows -------------------------------------------------------------------------------------------
+# ── Prompts shared by rows ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
 class _Shared:
     rows: Tensor
-    """[U], one row for each different prompt"""
+    """[U], one row for each distinct prompt."""
     inverse: Tensor
-    """[N], which of the U prompts a row has"""
+    """[N], index of each row's prompt in ``rows``."""
     cache: DynamicCache
 
 
 def _shared_prompts(model: nn.Module, batch: _Batch) -> _Shared | None:
-    """How rows share prompts; None where nothing is saved or the model cannot be proved to give the same."""
+    """Return how rows share prompts; None if this saves nothing or the model does not support it."""
     N, T = batch.completion_ids.shape
     key = batch.prompt_ids.masked_fill(~batch.prompt_mask, -1)
     unique, inverse = torch.unique(key, dim=0, return_inverse=True)
@@ -176,7 +178,7 @@ def _shared_prompts(model: nn.Module, batch: _Batch) -> _Shared | None:
         return None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     cache = DynamicCache(config=base.config)
-    strange = {type(layer).__name__ for layer in cache.layers} - {
+    unsupported = {type(layer).__name__ for layer in cache.layers} - {
         DynamicLayer.__name__,
         DynamicSlidingWindowLayer.__name__,
     }
@@ -184,11 +186,13 @@ def _shared_prompts(model: nn.Module, batch: _Batch) -> _Shared | None:
     if model.training and getattr(base, "is_gradient_checkpointing", False):
         reason = "gradient checkpointing drops the key-value cache"
     elif isinstance(model, FSDPModule):
-        reason = "its shards are gathered for one forward at a time"
-    elif strange or not cache.layers:
-        reason = f"its cache has {', '.join(sorted(strange)) or 'no layers'}"
+        reason = "FSDP gathers weights for one forward pass at a time"
+    elif unsupported or not cache.layers:
+        reason = f"its cache has {', '.join(sorted(unsupported)) or 'no layers'}"
     if reason:
-        say_once(model, f"{type(model).__name__}: prompts are computed once a row, not once a group: {reason}")
+        warn_once(
+            model, f"{type(model).__name__}: prompts are computed once per row instead of once per group: {reason}"
+        )
         return None
     rows = torch.empty(len(unique), dtype=torch.long, device=inverse.device)
     rows[inverse] = torch.arange(N, device=inverse.device)
@@ -196,7 +200,7 @@ def _shared_prompts(model: nn.Module, batch: _Batch) -> _Shared | None:
 
 
 def _shared(model, head: Head, batch: _Batch, shared: _Shared) -> tuple[Tensor, Tensor]:
-    """Each different prompt once into a key-value cache, with its graph; then all completions against theirs."""
+    """Run each distinct prompt once, keeping its key-value cache and graph, and then all completions with the cache."""
     last = None
 
     def forward(hidden: Tensor) -> Tensor:
@@ -206,12 +210,12 @@ def _shared(model, head: Head, batch: _Batch, shared: _Shared) -> tuple[Tensor, 
 
     caching = {"past_key_values": shared.cache, "use_cache": True}
     prompts = model_inputs(model, batch.prompt_ids[shared.rows], batch.prompt_mask[shared.rows])
-    with replaced(head.module, forward):
+    with override_forward(head.module, forward):
         model(**{**prompts, **caching})
     P = batch.prompt_ids.shape[1]
     if shared.cache.get_seq_length() != P:
         raise RunError(
-            f"{type(model).__name__} put {shared.cache.get_seq_length()} of {P} prompt positions into its key-value "
+            f"{type(model).__name__} stored {shared.cache.get_seq_length()} of {P} prompt positions in its key-value "
             f"cache; set share_prompt to false for this model"
         )
     shared.cache.batch_select_indices(shared.inverse)
