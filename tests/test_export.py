@@ -1,5 +1,6 @@
 """Exported folders, loaded by transformers and PEFT, compute what the module computes."""
 
+import base64
 import json
 import os
 import shlex
@@ -7,9 +8,12 @@ import subprocess
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import httpx
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -24,6 +28,7 @@ from lightning_grpo.cli import main
 from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.export import Export, export, folder, read_checkpoint
 from lightning_grpo.export.card import base_licence, model_card
+from lightning_grpo.export.hub import push
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.policy.load import LoRA
 from lightning_grpo.rewards import PrefixMatch
@@ -268,6 +273,60 @@ def test_the_card_names_base_licence_and_steps(run):
 def test_the_licence_of_the_base_model(readme, licence, tmp_path):
     (tmp_path / "README.md").write_text(readme)
     assert base_licence(str(tmp_path)) == licence
+
+
+# ── The hub ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What a local server in place of the hub was asked; it refuses tokens other than ``good``."""
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["content-length"]))
+            asked.append((self.path, body))
+            files = json.loads(body)["files"] if "/preupload/" in self.path else []
+            url = f"{huggingface_hub.constants.ENDPOINT}/me/policy"
+            answer = {
+                "url": url, "commitUrl": f"{url}/commit/abc", "commitOid": "abc",
+                "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files],
+            }  # fmt: skip
+            self.send_response(200 if self.headers["authorization"] == "Bearer good" else 401)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield asked
+        server.shutdown()
+
+
+def test_the_folder_is_uploaded(hub, run, tmp_path):
+    out = tmp_path / "out"
+    export(run[1], out)
+    assert push(out, "me/policy", "good").endswith("/me/policy")
+    created = next(json.loads(body) for path, body in hub if path == "/api/repos/create")
+    assert (created["name"], created["organization"], created["visibility"]) == ("policy", "me", "private")
+    commit = next(body for path, body in hub if path == "/api/models/me/policy/commit/main")
+    lines = [json.loads(line)["value"] for line in commit.splitlines()]
+    uploaded = {line["path"]: base64.b64decode(line["content"]) for line in lines if "path" in line}
+    assert uploaded == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_what_the_hub_refuses_is_said(hub, tmp_path, monkeypatch):
+    with pytest.raises(RunError, match=r"was written, but not uploaded to me/policy: .*401.*upload it by `hf upload"):
+        push(tmp_path, "me/policy", "bad")
+    with pytest.raises(UserError, match="push_to_hub is 'a/b/c', which is no name on the hub; set OWNER/NAME"):
+        push(tmp_path, "a/b/c", "good")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(RunError, match=r"not uploaded to me/policy: .*refused"):
+        push(tmp_path, "me/policy", "good")
 
 
 # ── By fit itself ─────────────────────────────────────────────────────────────────────────────────────────────────────
