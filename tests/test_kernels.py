@@ -372,7 +372,7 @@ def test_errors_name_the_argument():
         with pytest.raises(ValueError, match=rf"softcap is {softcap}; set it above 0"):
             linear_logprob(hidden, weight, targets, softcap=softcap)
     for dtype in (torch.float32, torch.bool):
-        with pytest.raises(ValueError, match=rf"targets are {dtype}; give the tokens' ids as integers"):
+        with pytest.raises(ValueError, match=rf"targets are {dtype}; give token ids as integers"):
             linear_logprob(hidden, weight, targets.to(dtype))
     for name, call in (
         ("hidden", lambda: linear_logprob(hidden.double(), weight.double(), targets)),
