@@ -174,10 +174,10 @@ def measure_syncs(name: str, engine: Engine, policy: nn.Module) -> dict[str, flo
     return {
         f"{name}: sync, s": seconds,
         f"{name}: sync, GB/s": first.bytes / 1e9 / seconds,
-        f"{name}: first canary, s": first.proof_seconds,
-        f"{name}: canary, s": statistics.median(report.proof_seconds for report in reports),
-        f"{name}: canary mean |Δ|": first.canary.mean,
-        f"{name}: canary max |Δ|": first.canary.max,
+        f"{name}: first canary, s": first.verification_seconds,
+        f"{name}: canary, s": statistics.median(report.verification_seconds for report in reports),
+        f"{name}: canary mean |Δ|": first.mismatch.mean,
+        f"{name}: canary max |Δ|": first.mismatch.max,
     }
 
 
@@ -201,7 +201,7 @@ def measure_step(path: str, folder: str, *, fingerprints: float) -> dict[str, fl
     with (Path(folder) / "logs" / "version_0" / "metrics.csv").open() as file:
         steps = [float(row["step_time"]) for row in csv.DictReader(file) if row["step_time"]]
     step = statistics.median(steps[1:])
-    canary = statistics.median(report.proof_seconds for report in reports[1:])
+    canary = statistics.median(report.verification_seconds for report in reports[1:])
     return {
         "quickstart: step, s": step,
         "quickstart: sync, s": median_of(reports[1:]),

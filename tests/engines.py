@@ -68,7 +68,7 @@ class CopyEngine(HFEngine):
 
     def __init__(self, policy, **settings):
         super().__init__(copy.deepcopy(policy), **settings)
-        self.held, self.calls, self.gate = [], [], threading.Event()
+        self.stored, self.calls, self.gate = [], [], threading.Event()
         self.gate.set()
 
     def update_weights(self, weights, version, in_flight=False):

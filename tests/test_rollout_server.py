@@ -250,7 +250,7 @@ def test_weights_updated_in_flight(synced, policy, engine, first_tokens):
     wait_for(lambda: first_tokens)
     perturb(policy)
     synced.turn = 1
-    assert synced.sync(in_flight=True).canary.max < 1e-4
+    assert synced.sync(in_flight=True).mismatch.max < 1e-4
     groups = ahead.result()
     assert all(c.versions == sorted(c.versions) and len(c.versions) == len(c.token_ids) for g in groups for c in g)
     assert any(set(c.versions) == {0, 1} for g in groups for c in g)
@@ -335,7 +335,7 @@ def test_adapters_alone_go_to_servers_that_take_them(servers, tiny_model_path, t
     module = AdaptedSampler(tiny_model_path)
     trainer_with(VLLMServerRollout([servers[2].url], lora="adapter"), tmp_path).fit(module, loader())
     assert [report.version for report, _ in module.rounds] == [0, 1, 2]
-    assert all(report.canary.max < 1e-3 and report.compared == report.tensors == 28 for report, _ in module.rounds)
+    assert all(report.mismatch.max < 1e-3 and report.compared == report.tensors == 28 for report, _ in module.rounds)
     assert [len(report.moved) for report, _ in module.rounds] == [28, 28, 28]
     with pytest.raises(ValueError, match="takes adapters; set rollout lora: adapter"):
         trainer_with(VLLMServerRollout([servers[2].url]), tmp_path).fit(AdaptedSampler(tiny_model_path), loader())
@@ -366,8 +366,8 @@ def test_two_servers_share_the_work(both, policy, servers, first_tokens):
     groups = synced.generate(sample_request(32))
     assert Counter(first_tokens) == {server.url: 6 for server in servers[:2]}
     assert worst(synced, groups) < 1e-4
-    held = Counter(h.place.partition(" at ")[2] for h in both.held)
-    assert held[servers[0].url] == held[servers[1].url] >= 20
+    stored = Counter(h.place.partition(" at ")[2] for h in both.stored)
+    assert stored[servers[0].url] == stored[servers[1].url] >= 20
     both.endpoints[1].lost = "for this test"
     assert tokens(synced.generate(sample_request(32))) == tokens(groups)
 
@@ -381,10 +381,10 @@ def test_one_of_two_servers_with_other_weights_is_named(both, policy, servers, m
 
     def faulty(self, loop, endpoints, weights):
         weights = list(weights)
-        held = send(self, loop, endpoints[:1], weights)
+        stored = send(self, loop, endpoints[:1], weights)
         if fault == "altered":
-            held += send(self, loop, endpoints[1:], [(n, w + 1e-6 * (n == "model.norm.weight")) for n, w in weights])
-        return held
+            stored += send(self, loop, endpoints[1:], [(n, w + 1e-6 * (n == "model.norm.weight")) for n, w in weights])
+        return stored
 
     monkeypatch.setattr(TCPTransfer, "send", faulty)
     perturb(policy)
@@ -412,7 +412,7 @@ def test_every_worker_of_a_server_proves_what_it_holds(
         synced = synced_with(engine, policy)
         groups = synced.generate(sample_request(4))
         assert synced.last_sync.compared == synced.last_sync.tensors == 20
-        assert sum(second in held.place for held in engine.held) == len(engine.held) / 2 >= 20
+        assert sum(second in stored.place for stored in engine.stored) == len(engine.stored) / 2 >= 20
         assert len(engine.replica_logprobs(PROMPTS[:1])) == (2 if parallel == "data" else 1)
         assert worst(synced, groups) < 1e-4
         send, name = WeightServer.send, "model.layers.1.mlp.down_proj.weight"
@@ -487,7 +487,7 @@ def test_a_module_trains_against_running_servers(servers, tiny_model_path, tmp_p
     callback = VLLMServerRollout([s.url for s in servers[:2]], api_key_variable="KEY_OF_THE_SERVERS")
     trainer_with(callback, tmp_path).fit(module, loader())
     assert [report.version for report, _ in module.rounds] == [0, 1, 2]
-    assert all(report.canary.max < 1e-3 and report.compared == 20 for report, _ in module.rounds)
+    assert all(report.mismatch.max < 1e-3 and report.compared == 20 for report, _ in module.rounds)
 
 
 @pytest.mark.parametrize("in_flight", [False, True], ids=["in turn", "in flight"])

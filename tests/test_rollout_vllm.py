@@ -207,8 +207,8 @@ def faulty_stream(policy, fault):
 @pytest.mark.parametrize(
     ("fault", "named"),
     [
-        ("no sync", "moved in this sync: none"),
-        ("stale layer", "moved in this sync: model.embed_tokens.weight, model.layers.0.self_attn.q_proj.weight"),
+        ("no sync", "since the previous sync: none"),
+        ("stale layer", "since the previous sync: model.embed_tokens.weight, model.layers.0.self_attn.q_proj.weight"),
         ("swapped slices", "differ from the policy"),
         ("transposed", "differ from the policy"),
         ("wrong scaling", "differ from the policy"),
@@ -284,7 +284,7 @@ def test_only_matrices_that_moved_are_packed(synced, policy, monkeypatch):
 
 @pytest.mark.parametrize("change", [0.0, 0.02])
 def test_models_of_unknown_layout_go_through_vllms_own_loaders(synced, policy, change, monkeypatch):
-    """What its kernels pack can't be compared there; the rest is, and the canary sees the weights arrive."""
+    """What its kernels pack can't be compared there; the rest is, and the check sequences show the weights arrive."""
     monkeypatch.setattr(vllm_weights, "_are_complete", lambda places, model: False)
     perturb(policy, change)
     synced.turn = 1
@@ -300,7 +300,7 @@ def test_models_of_unknown_layout_go_through_vllms_own_loaders(synced, policy, c
     assert synced.sync().compared == synced.last_sync.tensors
 
 
-def test_a_change_too_small_for_the_canary_is_still_seen(synced, policy, engine, monkeypatch):
+def test_a_change_too_small_for_the_check_sequences_is_still_seen(synced, policy, engine, monkeypatch):
     """The engine keeps one layer's old weights after an update of one ulp."""
     perturb(policy, 1e-6)
     stale = dict(policy_weights(load(policy.config._name_or_path)))

@@ -1,4 +1,4 @@
-"""Engines: what samples from the policy, and how its weights get there."""
+"""Engines that sample from the policy, and the sync of its weights to them."""
 
 from lightning_grpo.policy.weights import adapter_weights, policy_weights
 from lightning_grpo.rollout.callback import HFRollout, RolloutCallback, eos_token_ids

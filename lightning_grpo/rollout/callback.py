@@ -1,4 +1,4 @@
-"""Callbacks that build an engine for a module, keep it in step with the policy, and take it down with the run."""
+"""Callbacks that build an engine for a module, keep its weights in sync with the policy, and close it with the run."""
 
 import time
 from abc import ABC, abstractmethod
@@ -20,22 +20,22 @@ from lightning_grpo.rollout.verify import Tolerance
 
 
 class RolloutCallback(L.Callback, ABC):
-    """Gives the module an engine as ``pl_module.engine``; subclasses write `build_engine`.
+    """Attaches an engine to the module as ``pl_module.engine``; subclasses implement `build_engine`.
 
-    The engine is built when a stage starts: the process group exists then and the policy lies where it trains. It is
-    closed in `teardown` and on exceptions.
+    The engine is built when a stage starts, when the process group exists and the policy is on its device. It is closed
+    in `teardown` and on exceptions.
 
     Args:
-        tolerance: the |Δ log-prob| in nats, mean and max, that the proof after a weight sync lets pass. Empty takes
-            both from the dtypes and from what the first sync shows.
+        tolerance: the largest |Δ log-prob| in nats, mean and max, that is accepted after a weight sync. Empty derives
+            both from the dtypes and the first sync.
     """
 
     engine_class: type[Engine] = Engine
     """The class of what `build_engine` returns; it declares whether the engine can sample while the policy trains."""
     sleeps = False
-    """Whether the engine gives its memory back between rollouts."""
+    """Whether the engine releases its memory between rollouts."""
     shares_memory = True
-    """Whether the engine's memory is that of the trainer's device."""
+    """Whether the engine uses memory of the trainer's device."""
 
     def __init__(self, *, tolerance: tuple[float, float] | None = None) -> None:
         self.tolerance = None if tolerance is None else Tolerance(mean=tolerance[0], max=tolerance[1])
@@ -43,10 +43,10 @@ class RolloutCallback(L.Callback, ABC):
 
     @abstractmethod
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Engine:
-        """Make the engine. All ranks call this together; `pl_module.policy` lies on its device."""
+        """Build the engine. All ranks call this together; `pl_module.policy` is on its device."""
 
     def weights(self, pl_module: L.LightningModule) -> Iterator[tuple[str, torch.Tensor]]:
-        """A fresh stream of what the engine takes of the policy at a sync."""
+        """A fresh stream of the tensors that a sync sends to the engine."""
         return pl_module.policy_weights()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -86,11 +86,11 @@ class RolloutCallback(L.Callback, ABC):
             counters=lambda: write_counters(pl_module.policy),
             vocab_size=min(config.vocab_size, len(pl_module.tokenizer)),
             dtype=compute_dtype(trainer, pl_module),
-            canary_length=min(16, max_model_len(pl_module) - 1),
+            check_length=min(16, max_model_len(pl_module) - 1),
             tolerance=self.tolerance,
             sleep=self.sleeps,
         )
-        # What is compiled or allocated at first use is paid here, not in the first step's timings.
+        # Compiling and allocating at first use must not count in the first step's timings.
         warm_up = [[eos_token_ids(pl_module.policy, pl_module.tokenizer)[0]]]
         engine.generate(SampleRequest(prompts=warm_up, seeds=[[0]], max_tokens=1))
         rank_zero_info(f"{type(engine).__name__} is ready after {time.perf_counter() - start:.1f} s")
@@ -105,16 +105,16 @@ class RolloutCallback(L.Callback, ABC):
             self.close()
 
     def close(self) -> None:
-        """Free what `build_engine` made beside the engine. Safe to call twice."""
+        """Free what `build_engine` created besides the engine. Safe to call twice."""
 
 
 class HFRollout(RolloutCallback):
-    """Samples with the policy's own modules: no second copy of the weights, no other package; slower than vLLM.
+    """Samples with the policy's own modules: slower than vLLM, but without a second copy of the weights.
 
     Args:
-        max_num_seqs: completions sampled at once; bounds the memory of the key-value cache.
-        tolerance: the |Δ log-prob| in nats, mean and max, that the proof after a weight sync lets pass. Empty takes
-            both from the dtypes and from what the first sync shows.
+        max_num_seqs: completions sampled at the same time; limits the memory of the key-value cache.
+        tolerance: the largest |Δ log-prob| in nats, mean and max, that is accepted after a weight sync. Empty derives
+            both from the dtypes and the first sync.
     """
 
     engine_class = HFEngine
@@ -135,7 +135,7 @@ class HFRollout(RolloutCallback):
 
 
 def eos_token_ids(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: the tokenizer's, and those that the model's generation config adds."""
+    """All tokens that end a completion: those of the tokenizer and of the model's generation config."""
     ids = {tokenizer.eos_token_id}
     configured = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
     ids.update(configured if isinstance(configured, list) else [configured])
@@ -146,13 +146,13 @@ def eos_token_ids(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -
 
 
 def pad_id(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills rectangles: the padding token, or, if there is none, one that ends completions."""
+    """The token that pads batches: the padding token, or an end-of-sequence token if there is none."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, *eos_token_ids(policy, tokenizer))
     return next(token for token in candidates if token is not None)
 
 
 def compute_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:
-    """What the policy's matrix products are in: as the trainer's precision says, else the parameters' own."""
+    """The dtype of the policy's matrix products: that of the trainer's precision, else of the parameters."""
     precision = str(trainer.precision)
     if "bf16" in precision:
         return torch.bfloat16

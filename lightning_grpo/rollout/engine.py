@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
-from lightning_grpo.rollout.verify import Held
+from lightning_grpo.rollout.verify import StoredTensor
 
 
 class Engine(ABC):
@@ -21,7 +21,7 @@ class Engine(ABC):
 
     dtype: torch.dtype | None = None
     """The dtype that the engine computes in; weights are cast to it before they are sent. None sends them unchanged."""
-    held: Sequence[Held] | None = None
+    stored: Sequence[StoredTensor] | None = None
     """The tensors that the engine stores after `update_weights`, as far as it can report them. None: it stores none of
     its own."""
     weights_lost: bool = False

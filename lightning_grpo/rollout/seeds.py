@@ -1,6 +1,6 @@
-"""Random numbers without a state: every sample has its own seed, every token its own uniform number.
+"""Stateless random numbers: every sample has its own seed, and every token its own uniform number.
 
-A rollout is then the same on any number of ranks and in any order, and there is no generator to checkpoint.
+A rollout is therefore the same on any number of ranks and in any order, and no generator state has to be saved.
 """
 
 _MASK = (1 << 64) - 1
@@ -19,9 +19,9 @@ def rollout_seeds(seed: int, rollout_number: int, prompt_index: int, sample_inde
 
     Args:
         seed: the run's seed.
-        rollout_number: how many rollouts came before this one.
-        prompt_index: the prompt's place in the whole rollout, over all data-parallel ranks.
-        sample_index: which of the prompt's generations.
+        rollout_number: number of earlier rollouts.
+        prompt_index: index of the prompt among all prompts of the source.
+        sample_index: index among the prompt's generations.
     """
     state = 0
     for part in (seed, rollout_number, prompt_index, sample_index):
@@ -30,5 +30,5 @@ def rollout_seeds(seed: int, rollout_number: int, prompt_index: int, sample_inde
 
 
 def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1) that draws token `position` of the sample with this seed (53 random bits)."""
+    """The random number in [0, 1) for token `position` of the sample with this seed (53 random bits)."""
     return (_mix(_mix(seed & _MASK) ^ position) >> 11) / (1 << 53)

@@ -1,4 +1,4 @@
-"""An engine that always samples from the policy's current weights, and proves it before it samples."""
+"""An engine that always samples from the policy's current weights, verified before it samples."""
 
 import logging
 import time
@@ -19,8 +19,8 @@ from lightning_grpo.rollout.verify import (
     Tolerance,
     WeightStream,
     WeightSyncError,
-    canary_sequences,
-    check_canary,
+    check_sequences,
+    compare_logprobs,
 )
 
 log = logging.getLogger(__name__)
@@ -29,44 +29,45 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
-    """What one sync did and what proved it."""
+    """What one sync sent, and the result of its verification."""
 
     version: int
     seconds: float
-    """Streaming the weights, fingerprints included."""
-    proof_seconds: float
-    """Scoring the canary on both sides."""
+    """Time to stream the weights, fingerprints included."""
+    verification_seconds: float
+    """Time to score the check sequences on both sides."""
     bytes: int
     tensors: int
     moved: list[str]
-    """Names of the tensors that changed since the sync before; all of them at the first."""
+    """Names of the tensors that changed since the previous sync; all of them at the first one."""
     compared: int
-    """Tensors whose bits in the engine were compared with those sent."""
-    canary: Mismatch
+    """How many tensors were compared bitwise in the engine with those that were sent."""
+    mismatch: Mismatch
+    """The difference of the log-probs of the check sequences; that of the worst copy of the model."""
 
 
 class SyncedEngine:
     """An engine together with the policy whose weights it samples from.
 
-    Before it generates it asks for the policy's version, and compares the weights' bits if something else than an
-    optimizer step may have changed them. Where either moved, the weights are streamed into the engine,
-    the bits that the engine holds must be those that were sent, and the log-probs of fixed token sequences must then
-    agree on both sides, within what the dtypes' rounding explains and four times what the first sync showed. Otherwise
-    `WeightSyncError` is raised, naming tensors, and nothing is sampled.
+    Before it samples it reads the policy's version, and compares the weights bitwise if something other than an
+    optimizer step may have changed them. If they changed, they are streamed into the engine. What it then stores must
+    be bitwise equal to what was sent, and the log-probs of fixed check sequences must agree on both sides, within the
+    rounding of the dtypes and within four times the difference at the first sync. Otherwise `WeightSyncError` is
+    raised, which names tensors, and nothing is sampled.
 
     Args:
-        engine: what samples.
-        version: gives the policy's version, which rises with every optimizer step.
-        weights: gives a fresh stream of the policy's weights under Hugging Face names.
-        score: the policy's log-probs of whole sequences at temperature 1, [n − 1] each for n tokens.
-        counters: gives something that is equal between two calls if nothing wrote to the policy's weights by torch's
-            ordinary operations: see `write_counters`.
-        vocab_size: of the policy; the canary's tokens are drawn from all of it.
-        dtype: what the policy computes in.
-        canary_length: tokens of each of the four canary sequences; the first sync scores all of them, each later one
-            the next in turn.
-        tolerance: the mismatch that passes, in nats; None takes it from the dtypes and the first sync.
-        sleep: let the engine give its memory back after each `generate`.
+        engine: the engine.
+        version: returns the policy's version, which rises with every optimizer step.
+        weights: returns a fresh stream of the policy's weights under Hugging Face names.
+        score: returns the policy's log-probs of whole sequences at temperature 1, [n − 1] for each one of n tokens.
+        counters: returns a value that stays equal unless torch's ordinary operations write to the policy's weights:
+            see `write_counters`.
+        vocab_size: the policy's vocabulary size; the tokens of the check sequences are drawn from all of it.
+        dtype: the dtype that the policy computes in.
+        check_length: tokens in each of the four check sequences. The first sync scores all of them, each later one
+            scores the next in turn.
+        tolerance: the mismatch that is accepted, in nats; None derives it from the dtypes and the first sync.
+        sleep: let the engine release its memory after each `generate`.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class SyncedEngine:
         counters: Callable[[], Hashable] = lambda: None,
         vocab_size: int,
         dtype: torch.dtype = torch.float32,
-        canary_length: int = 16,
+        check_length: int = 16,
         tolerance: Tolerance | None = None,
         sleep: bool = False,
     ) -> None:
@@ -91,10 +92,10 @@ class SyncedEngine:
         self._counters = counters
         self._sleep = sleep
         self._dtypes = (dtype, engine.dtype or dtype)
-        self._canary = canary_sequences(vocab_size, length=canary_length)
+        self._check_sequences = check_sequences(vocab_size, length=check_length)
         self._tolerance = tolerance
         self._measured: tuple[Mismatch, float] | None = None
-        self._proofs = 0
+        self._verifications = 0
         self._fingerprints: dict[str, Fingerprint] | None = None
         self._synced_version: int | None = None
         self._synced_counters: Hashable = None
@@ -108,11 +109,11 @@ class SyncedEngine:
 
     @property
     def version(self) -> int | None:
-        """The policy version that the engine holds; None before the first sync."""
+        """The policy version whose weights the engine has; None before the first sync."""
         return self._synced_version
 
     def generate(self, request: SampleRequest, on_group: OnGroup | None = None) -> list[list[Completion]]:
-        """As `Engine.generate`, after a `sync` unless `run_in_background` made one for this thread."""
+        """Sync, except in the thread of `run_in_background`, and sample as `Engine.generate` does."""
         if get_ident() != self._background_thread:
             self.sync()
         groups = self.engine.generate(request, on_group)
@@ -139,20 +140,19 @@ class SyncedEngine:
         self._pending = self._background.submit(sample)
         return self._pending
 
-    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        self.sync()
-        return self.engine.logprobs(sequences)
-
     def sync(self, *, in_flight: bool = False) -> SyncReport | None:
-        """Give the engine the policy's weights if it doesn't hold them; None where it did.
+        """Send the policy's weights to the engine and verify them; returns None if the engine had them already.
 
-        Collective where the policy is sharded.
+        Collective if the policy is sharded.
 
         Args:
-            in_flight: don't wait for what is sampled ahead: its further tokens come from the new weights.
+            in_flight: don't wait for what runs in the background: its remaining tokens come from the new weights.
+
+        Raises:
+            WeightSyncError: the engine does not compute with the policy's weights.
         """
         version = self._version()
-        if self._holds(version):
+        if self._is_current(version):
             self.engine.wake()
             return None
         if self._pending is not None and not in_flight:
@@ -168,40 +168,41 @@ class SyncedEngine:
         except Exception as error:
             if stream.current is None:
                 raise
-            raise WeightSyncError(f"the engine did not take {stream.current}: {error}") from error
+            raise WeightSyncError(f"the engine could not load {stream.current}: {error}") from error
         moved = list(stream.fingerprints)
         if self._fingerprints is not None:
             moved = stream.compare(self._fingerprints)
-        compared = stream.check(self.engine.held or ())
-        if self._fingerprints is None and self.engine.held is not None and compared < len(stream.fingerprints):
+        compared = stream.check(self.engine.stored or ())
+        if self._fingerprints is None and self.engine.stored is not None and compared < len(stream.fingerprints):
             log.warning(
-                "%d of %d tensors can't be compared bit by bit in the engine; for them the proof is the canary alone",
+                "%d of %d tensors cannot be compared bitwise in the engine. They are verified only by comparing "
+                "log-probs of fixed sequences.",
                 len(stream.fingerprints) - compared,
                 len(stream.fingerprints),
             )
         seconds = time.perf_counter() - start
-        canary = self._prove(version, moved)
+        mismatch = self._verify(version, moved)
         self.last_sync = SyncReport(
             version=version,
             seconds=seconds,
-            proof_seconds=time.perf_counter() - start - seconds,
+            verification_seconds=time.perf_counter() - start - seconds,
             bytes=stream.bytes,
             tensors=len(stream.fingerprints),
             moved=moved,
             compared=compared,
-            canary=canary,
+            mismatch=mismatch,
         )
         self._fingerprints = stream.fingerprints
         self._synced_version, self._synced_counters, self._compare = version, counters, False
         return self.last_sync
 
     def expect_writes(self) -> None:
-        """Compare the weights bit by bit at the next sync even if their version is the same: others had a chance to
-        write to them, as callbacks that average weights do around validation."""
+        """Compare the weights bitwise at the next sync even if their version is the same. To be called when other code,
+        such as a callback that averages weights around validation, may have written to them."""
         self._compare = True
 
-    def _holds(self, version: int) -> bool:
-        """Whether the engine holds the policy's weights of now."""
+    def _is_current(self, version: int) -> bool:
+        """Whether the engine has the policy's current weights."""
         if version != self._synced_version or self.engine.weights_lost:
             return False
         counters = self._counters()
@@ -217,24 +218,26 @@ class SyncedEngine:
     def _stream(self) -> WeightStream:
         return WeightStream(self._weights(), self.engine.dtype)
 
-    def _prove(self, version: int, moved: Sequence[str]) -> Mismatch:
-        # All sequences once, which calibrates the tolerance; then one at a time, in turn.
-        canary = self._canary if self._measured is None else [self._canary[self._proofs % len(self._canary)]]
-        self._proofs += 1
-        expected = self._score(canary)
+    def _verify(self, version: int, moved: Sequence[str]) -> Mismatch:
+        # The first sync scores all sequences, which calibrates the tolerance; later ones score one in turn.
+        sequences = self._check_sequences
+        if self._measured is not None:
+            sequences = [sequences[self._verifications % len(sequences)]]
+        self._verifications += 1
+        expected = self._score(sequences)
         level = torch.cat(expected).abs().mean().item()
         tolerance = self._tolerance or self._tolerance_at(level)
-        seen = []
-        for place, logprobs in self.engine.replica_logprobs(canary).items():
-            off = check_canary(logprobs, expected)
-            seen.append(off)
-            if tolerance.exceeded_by(off):
+        mismatches = []
+        for place, logprobs in self.engine.replica_logprobs(sequences).items():
+            mismatch = compare_logprobs(logprobs, expected)
+            mismatches.append(mismatch)
+            if tolerance.exceeded_by(mismatch):
                 raise WeightSyncError(
                     f"after the sync to policy version {version} the engine's log-probs{place and ' at '}{place} "
-                    f"differ from the policy's by {off.mean:.3g} nats on average and {off.max:.3g} at most; "
-                    f"{tolerance.mean:.3g} and {tolerance.max:.3g} would be rounding. {self._suspects(moved)}"
+                    f"differ from the policy's by {mismatch.mean:.3g} nats on average and {mismatch.max:.3g} at most; "
+                    f"rounding explains {tolerance.mean:.3g} and {tolerance.max:.3g}. {_changed_tensors(moved)}"
                 )
-        largest = max(seen, key=lambda m: m.mean)
+        largest = max(mismatches, key=lambda m: m.mean)
         self._measured = self._measured or (largest, level)
         return largest
 
@@ -242,12 +245,8 @@ class SyncedEngine:
         tolerance = Tolerance.of(self._dtypes, level)
         if self._measured is None:
             return tolerance
-        measured, then = self._measured
-        return tolerance.narrowed(measured, growth=max(1.0, level / then))
-
-    def _suspects(self, moved: Sequence[str]) -> str:
-        shown = ", ".join(moved[:8]) + (f" and {len(moved) - 8} more" if len(moved) > 8 else "")
-        return f"Tensors that moved in this sync: {shown or 'none'}."
+        measured, first_level = self._measured
+        return tolerance.narrowed(measured, growth=max(1.0, level / first_level))
 
     def close(self) -> None:
         """Close the engine, which ends what runs in the background."""
@@ -255,3 +254,8 @@ class SyncedEngine:
             self.engine.close()
         finally:
             self._background.shutdown(cancel_futures=True)
+
+
+def _changed_tensors(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"Tensors that changed since the previous sync: {shown or 'none'}."

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.callback import RolloutCallback, eos_token_ids
-from lightning_grpo.rollout.server.checks import CANARIES
+from lightning_grpo.rollout.server.checks import CHECK_SEQUENCES
 from lightning_grpo.rollout.server.engine import ServerEngine
 from lightning_grpo.rollout.server.process import ServerProcess
 from lightning_grpo.rollout.vllm.callback import (
@@ -97,7 +97,7 @@ class VLLMProcessRollout(VLLMRollout):
     def settings(self, pl_module: L.LightningModule) -> dict[str, Any]:
         settings = super().settings(pl_module)
         # The proof's sequences get places of their own beside the completions.
-        return settings | {"max_num_seqs": settings["max_num_seqs"] + CANARIES}
+        return settings | {"max_num_seqs": settings["max_num_seqs"] + CHECK_SEQUENCES}
 
     def _gpu_environment(self) -> dict[str, str]:
         environment = {}
@@ -130,8 +130,8 @@ class VLLMServerRollout(RolloutCallback):
         weights_host: this machine's address as the servers see it. Empty finds it out.
         transfer: how weights travel: tcp, ipc (through memory of the GPU that trainer and servers share), or nccl
             (between GPUs; the servers are started for it). auto is nccl if all servers were started for it, else tcp.
-        tolerance: the |Δ log-prob| in nats, mean and max, that the proof after a weight sync lets pass. Empty takes
-            both from the dtypes and from what the first sync shows.
+        tolerance: the largest |Δ log-prob| in nats, mean and max, that is accepted after a weight sync. Empty derives
+            both from the dtypes and the first sync.
     """
 
     engine_class = ServerEngine

@@ -28,7 +28,7 @@ SERVER_FLAGS = (
 """What a server needs beside the model. The middleware reads the API key from VLLM_API_KEY."""
 SERVER_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 """What it needs in its environment, the latter for adapters alone."""
-CANARIES = 4
+CHECK_SEQUENCES = 4
 """Sequences that a server scores beside its completions after a weight sync."""
 
 

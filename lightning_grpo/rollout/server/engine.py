@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.server.checks import (
-    CANARIES,
+    CHECK_SEQUENCES,
     ServerInfo,
     check_alike,
     check_server,
@@ -32,7 +32,7 @@ from lightning_grpo.rollout.server.sampling import GENERATE, Sampler, WeightVers
 from lightning_grpo.rollout.server.tcp import own_address
 from lightning_grpo.rollout.server.transfer import TCPTransfer, pause, register_adapter, resume
 from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
-from lightning_grpo.rollout.verify import Held, WeightSyncError, place_of
+from lightning_grpo.rollout.verify import StoredTensor, WeightSyncError, place_of
 from lightning_grpo.rollout.vllm.adapter import ADAPTER_NAME
 from lightning_grpo.rollout.vllm.params import sampling_params
 from lightning_grpo.rollout.vllm.tokenizer import require_same_tokenizer, tokenizer_facts
@@ -84,7 +84,7 @@ class ServerEngine(Engine):
             raise UserError(f"urls {list(urls)} name a server more than once")
         self.eos_token_ids = list(eos_token_ids)
         self.sampling_args = sampling_args or {}
-        self.held: list[Held] = []
+        self.stored: list[StoredTensor] = []
         self._versions = WeightVersions(run or secrets.token_hex(4))
         self._adapter = adapter
         self._pushes = pushes
@@ -100,7 +100,7 @@ class ServerEngine(Engine):
             self.close()
             raise
         for endpoint, info in zip(self.endpoints, self._infos, strict=True):
-            room = max(1, info.max_num_seqs // 2, info.max_num_seqs - CANARIES)
+            room = max(1, info.max_num_seqs // 2, info.max_num_seqs - CHECK_SEQUENCES)
             endpoint.room = min(endpoint.room, info.copies * room)
         host = weights_host or own_address([urlsplit(info.url).hostname for info in self._infos])
         self._transfer = IPCTransfer() if chosen == "ipc" else {"tcp": TCPTransfer, "nccl": NCCLTransfer}[chosen](host)
@@ -184,7 +184,7 @@ class ServerEngine(Engine):
         alive = self._loop.wait(self._reachable())
         try:
             self._loop.wait(pause(alive, in_flight=in_flight))
-            self.held = self._transfer.send(self._loop, alive, weights)
+            self.stored = self._transfer.send(self._loop, alive, weights)
             if self._adapter is not None:
                 self._loop.wait(register_adapter(alive))
             self._loop.wait(resume(alive, self._versions.tag(version)))
@@ -204,9 +204,11 @@ class ServerEngine(Engine):
         them."""
 
         async def check(endpoint: Endpoint) -> None:
-            held = (await endpoint.call("/weight_info", method="GET"))["weight_version"]
-            if held != self._versions.tag(version):
-                raise EndpointLost(f"{endpoint.url} holds weights {held!r} instead of {self._versions.tag(version)!r}")
+            reported = (await endpoint.call("/weight_info", method="GET"))["weight_version"]
+            if reported != self._versions.tag(version):
+                raise EndpointLost(
+                    f"{endpoint.url} has weights {reported!r} instead of {self._versions.tag(version)!r}"
+                )
 
         await self._pool.keep(check)
 

@@ -14,19 +14,21 @@ from lightning_grpo.rollout.server.buckets import buckets, describe, send_bucket
 from lightning_grpo.rollout.server.endpoint import Endpoint, EventLoop
 from lightning_grpo.rollout.server.tcp import free_port
 from lightning_grpo.rollout.server.transfer import collect_from_workers
-from lightning_grpo.rollout.verify import Held
+from lightning_grpo.rollout.verify import StoredTensor
 from lightning_grpo.rollout.vllm.isolation import isolate_vllm
 
 
 class IPCTransfer:
     """For servers on this process's own GPU: they read each bucket from a buffer that this process fills."""
 
-    def send(self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
-        held = collect_from_workers(
+    def send(
+        self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]
+    ) -> list[StoredTensor]:
+        stored = collect_from_workers(
             loop, endpoints, "127.0.0.1", "receive_policy_on_gpu", lambda server: send_buckets(server, weights)
         )
         torch.cuda.ipc_collect()
-        return held
+        return stored
 
 
 class NCCLTransfer:
@@ -41,7 +43,9 @@ class NCCLTransfer:
         self._group: Any = None
         self._members: list[str] = []
 
-    def send(self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+    def send(
+        self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]
+    ) -> list[StoredTensor]:
         self._meet(loop, endpoints)
         # After a failure in the middle, the next sync makes the group anew.
         members, self._members = self._members, []

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lightning_grpo.rollout.server.buckets import fetch_buckets
 from lightning_grpo.rollout.server.tcp import WeightClient
-from lightning_grpo.rollout.verify import Held, place_of
+from lightning_grpo.rollout.verify import StoredTensor, place_of
 from lightning_grpo.rollout.vllm.adapter import load_adapter
 from lightning_grpo.rollout.vllm.tokenizer import tokenizer_facts
-from lightning_grpo.rollout.vllm.weights import held_weights, load_weights, replace_functions
+from lightning_grpo.rollout.vllm.weights import load_weights, replace_functions, stored_weights
 
 
 class WeightReceiver:
@@ -22,7 +22,7 @@ class WeightReceiver:
 
     def receive_policy(self, host: str, port: str, token: str, url: str) -> None:
         """Fetch and load what is offered, the adapter alone where the server takes adapters (``--enable-lora``), and
-        answer with what is held afterwards at this server's ``url``. Of weights that workers share, each compares its
+        answer with what is stored afterwards at this server's ``url``. Of weights that workers share, each compares its
         part with the same part of what came; of an adapter that they share, nothing is told."""
         with WeightClient(host, int(port), token) as client:
             client.answer(self._report(self._load(client.weights()), url))
@@ -33,10 +33,10 @@ class WeightReceiver:
             client.answer(self._report(self._load(fetch_buckets(client, self.device)), url))
 
     def report_weights(self, host: str, port: str, token: str, url: str) -> None:
-        """Answer with what is held of weights that came another way; nothing where workers share them."""
-        held = [] if self._shares_model else held_weights(self)
+        """Answer with what is stored of weights that came another way; nothing where workers share them."""
+        stored = [] if self._shares_model else stored_weights(self)
         with WeightClient(host, int(port), token) as client:
-            client.answer(self._report(held, url))
+            client.answer(self._report(stored, url))
 
     def tokenizer_facts(self) -> dict[str, Any]:
         """Of the tokenizer with which the server looks for stop strings."""
@@ -44,19 +44,19 @@ class WeightReceiver:
 
         return tokenizer_facts(cached_tokenizer_from_config(self.model_config))
 
-    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> list[StoredTensor]:
         replace_functions()
         if self.lora_config is None:
             return load_weights(self, weights)
-        held = load_adapter(self, weights)
-        return [] if self._shares_model else held
+        stored = load_adapter(self, weights)
+        return [] if self._shares_model else stored
 
     @property
     def _shares_model(self) -> bool:
         return self.parallel_config.world_size > 1
 
-    def _report(self, held: list[Held], url: str) -> dict[str, Any]:
+    def _report(self, stored: list[StoredTensor], url: str) -> dict[str, Any]:
         at = place_of(url, self.parallel_config.data_parallel_index)
         if self._shares_model:
             at += f", worker {self.rank}"
-        return {"held": [h.to_json(at=at) for h in held]}
+        return {"stored": [h.to_json(at=at) for h in stored]}

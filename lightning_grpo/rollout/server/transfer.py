@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_grpo.rollout.server.endpoint import Endpoint, EventLoop
 from lightning_grpo.rollout.server.tcp import WeightServer
-from lightning_grpo.rollout.verify import Held, WeightSyncError
+from lightning_grpo.rollout.verify import StoredTensor, WeightSyncError
 from lightning_grpo.rollout.vllm.adapter import ADAPTER_NAME, ADAPTER_PATH
 
 
@@ -26,7 +26,9 @@ class TCPTransfer:
     def __init__(self, host: str) -> None:
         self._host = host
 
-    def send(self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+    def send(
+        self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]
+    ) -> list[StoredTensor]:
         return collect_from_workers(loop, endpoints, self._host, "receive_policy", lambda server: server.send(weights))
 
 
@@ -36,7 +38,7 @@ def collect_from_workers(
     host: str,
     method: str,
     serve: Callable[[WeightServer], None] = lambda server: None,
-) -> list[Held]:
+) -> list[StoredTensor]:
     """Call a method of `WeightReceiver` in every worker of every copy that the endpoints have; what they hold.
 
     They answer through connections of their own: a server with several copies tells over HTTP what the first says.
@@ -66,7 +68,7 @@ def collect_from_workers(
             raise
         for call in calls:
             call.result()
-        return [Held.from_json(held) for answer in answers for held in answer["held"]]
+        return [StoredTensor.from_json(stored) for answer in answers for stored in answer["stored"]]
     finally:
         server.close()
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.rollout.verify import Fingerprint, Held, WeightSyncError
+from lightning_grpo.rollout.verify import Fingerprint, StoredTensor, WeightSyncError
 
 ADAPTER = 1
 ADAPTER_NAME = "policy"
@@ -49,7 +49,7 @@ def adapter_request() -> Any:
     return LoRARequest(ADAPTER_NAME, ADAPTER, ADAPTER_PATH)
 
 
-def load_adapter(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+def load_adapter(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[StoredTensor]:
     """Replace the engine's adapter by a stream of `lightning_grpo.policy.weights.adapter_weights`.
 
     Returns:
@@ -77,16 +77,16 @@ def load_adapter(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Hel
     manager.remove_adapter(ADAPTER)
     manager.add_adapter(adapter)
     manager.activate_adapter(ADAPTER)
-    held = list(_held(manager, rank))
-    if missing := sorted(tensors.keys() - {h.name for h in held}):
+    stored = list(_stored(manager, rank))
+    if missing := sorted(tensors.keys() - {h.name for h in stored}):
         raise WeightSyncError(
             f"the engine has no place for {len(missing)} tensors of the adapter: {', '.join(missing[:4])}; narrow "
             "lora.target_modules, or set rollout lora: merged"
         )
-    return held
+    return stored
 
 
-def _held(manager: Any, rank: int) -> Iterator[Held]:
+def _stored(manager: Any, rank: int) -> Iterator[StoredTensor]:
     slot = manager.lora_index_to_id.index(ADAPTER)
     for place, layer in manager.modules.items():
         parent, _, leaf = place.rpartition(".")
@@ -96,8 +96,8 @@ def _held(manager: Any, rank: int) -> Iterator[Held]:
             continue
         for part, A, B in zip(parts, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
             name = f"base_model.model.{parent}.{part}"
-            yield Held(f"{name}.lora_A.weight", place, _fingerprint(A[slot, 0, :rank]))
-            yield Held(f"{name}.lora_B.weight", place, _fingerprint(B[slot, 0, :, :rank]))
+            yield StoredTensor(f"{name}.lora_A.weight", place, _fingerprint(A[slot, 0, :rank]))
+            yield StoredTensor(f"{name}.lora_B.weight", place, _fingerprint(B[slot, 0, :, :rank]))
 
 
 def _fingerprint(part: Tensor) -> Fingerprint:

@@ -61,8 +61,8 @@ class VLLMRollout(RolloutCallback):
         log_file: takes what vLLM prints and logs. Empty is vllm-RANK.log in the trainer's root folder.
         engine_args: any other argument of vLLM's EngineArgs, by name, such as speculative_config.
         sampling_args: any other argument of vLLM's SamplingParams, by name, such as structured_outputs.
-        tolerance: the |Δ log-prob| in nats, mean and max, that the proof after a weight sync lets pass. Empty takes
-            both from the dtypes and from what the first sync shows.
+        tolerance: the largest |Δ log-prob| in nats, mean and max, that is accepted after a weight sync. Empty derives
+            both from the dtypes and the first sync.
     """
 
     engine_class: type[Engine] = VLLMEngine

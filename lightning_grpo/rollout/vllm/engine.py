@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_grpo.errors import OutOfMemoryError, UserError
 from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
-from lightning_grpo.rollout.verify import Held, WeightSyncError
+from lightning_grpo.rollout.verify import StoredTensor, WeightSyncError
 from lightning_grpo.rollout.vllm.adapter import adapter_request, load_adapter
 from lightning_grpo.rollout.vllm.isolation import (
     isolate_vllm,
@@ -93,7 +93,7 @@ class VLLMEngine(Engine):
         self.sampling_args = sampling_args or {}
         self.sleep_level = sleep_level
         self.version = 0
-        self.held: list[Held] = []
+        self.stored: list[StoredTensor] = []
         self._request_ids = itertools.count()
         self._asleep: set[str] = set()
         settings = {
@@ -167,10 +167,10 @@ class VLLMEngine(Engine):
         self.wake()
         with isolate_vllm():
             if self._takes_adapter:
-                self.held = load_adapter(self._worker, weights)
+                self.stored = load_adapter(self._worker, weights)
                 self._lora_request = adapter_request()
             else:
-                self.held = load_weights(self._worker, weights)
+                self.stored = load_weights(self._worker, weights)
             if not self.llm.llm_engine.reset_prefix_cache():
                 raise WeightSyncError("the engine's prefix cache could not be reset: requests are still running")
         self.weights_lost = False

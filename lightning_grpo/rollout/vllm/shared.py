@@ -70,14 +70,14 @@ class SharedVLLMEngine(VLLMEngine):
             # The others go on with the stream, which may be collective.
             for _ in weights:
                 pass
-        ranks, _ = self._gather((failure and f"{failure}", self.held))
+        ranks, _ = self._gather((failure and f"{failure}", self.stored))
         for rank, (message, _) in enumerate(ranks):
             if message is not None:
                 raise WeightSyncError(f"rank {rank} of the engine did not take the weights: {message}") from failure
-        self.held = [
-            replace(held, place=f"{held.place} on rank {rank}")
+        self.stored = [
+            replace(stored, place=f"{stored.place} on rank {rank}")
             for rank, (_, holds) in enumerate(ranks)
-            for held in holds
+            for stored in holds
         ]
 
     def _gather(self, value: Any) -> tuple[list[Any], int]:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.rollout.verify import Fingerprint, Held, WeightSyncError
+from lightning_grpo.rollout.verify import Fingerprint, StoredTensor, WeightSyncError
 
 
-def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[StoredTensor]:
     """Load a stream of Hugging Face tensors into a running engine.
 
     Args:
@@ -46,17 +46,17 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Hel
     stream = chain([first], stream)
     # Where vLLM renames the checkpoint's tensors, the first has another name already.
     if worker.device.type == "cpu" and first[0] in places and _are_complete(places, model):
-        held = _write(places, stream)
+        stored = _write(places, stream)
     else:
         _reload(worker, stream)
         _compute_from_parameters(model)
-        held = _held(_places(model))
-    return [_of_whole(h, blocks) for h in held]
+        stored = _stored(_places(model))
+    return [_of_whole(h, blocks) for h in stored]
 
 
-def held_weights(worker: Any) -> list[Held]:
+def stored_weights(worker: Any) -> list[StoredTensor]:
     """What a running engine holds in the parameters themselves, as `load_weights` returns it."""
-    return _held(_places(worker.get_model()))
+    return _stored(_places(worker.get_model()))
 
 
 def replace_functions() -> None:
@@ -190,21 +190,21 @@ def _compute_from_parameters(model: nn.Module) -> None:
             layer.cpu_linear = F.linear
 
 
-def _held(places: dict[str, list[_Place]]) -> list[Held]:
+def _stored(places: dict[str, list[_Place]]) -> list[StoredTensor]:
     """What lies in the parameters themselves; a tied one is read once."""
-    held = []
+    stored = []
     for name, homes in places.items():
         fingerprints: dict[int, Fingerprint] = {}
         for place in homes:
             if place.is_packed:
                 continue
             if place.parameter == "weight" and getattr(place.layer, "cpu_linear", F.linear) is not F.linear:
-                held.append(Held(name, place.prefix, None))
+                stored.append(StoredTensor(name, place.prefix, None))
                 continue
             if id(place.value) not in fingerprints:
                 fingerprints[id(place.value)] = Fingerprint.of(place.rows_of(place.value))
-            held.append(Held(name, place.prefix, fingerprints[id(place.value)]))
-    return held
+            stored.append(StoredTensor(name, place.prefix, fingerprints[id(place.value)]))
+    return stored
 
 
 def _noting_blocks(
@@ -221,12 +221,12 @@ def _noting_blocks(
         yield name, tensor
 
 
-def _of_whole(held: Held, blocks: dict[tuple[str, str], tuple[Fingerprint, Fingerprint]]) -> Held:
+def _of_whole(stored: StoredTensor, blocks: dict[tuple[str, str], tuple[Fingerprint, Fingerprint]]) -> StoredTensor:
     """What the sender can compare: who holds its block of a tensor tells the whole tensor's fingerprint."""
-    if (held.name, held.place) not in blocks:
-        return held
-    block, whole = blocks[held.name, held.place]
-    return replace(held, fingerprint=whole if held.fingerprint == block else None)
+    if (stored.name, stored.place) not in blocks:
+        return stored
+    block, whole = blocks[stored.name, stored.place]
+    return replace(stored, fingerprint=whole if stored.fingerprint == block else None)
 
 
 # ── Straight into their places ────────────────────────────────────────────────────────────────────────────────────
@@ -235,9 +235,9 @@ _packed: WeakKeyDictionary[nn.Module, dict[str, Fingerprint]] = WeakKeyDictionar
 """What each layer's packed matrix was made from."""
 
 
-def _write(places: dict[str, list[_Place]], weights: Iterable[tuple[str, Tensor]]) -> list[Held]:
+def _write(places: dict[str, list[_Place]], weights: Iterable[tuple[str, Tensor]]) -> list[StoredTensor]:
     waiting: dict[nn.Module, dict[str, Tensor]] = {}
-    held: list[Held] = []
+    stored: list[StoredTensor] = []
     missing = set(places)
     for name, tensor in weights:
         if name not in places:
@@ -248,17 +248,17 @@ def _write(places: dict[str, list[_Place]], weights: Iterable[tuple[str, Tensor]
                 pieces = waiting.setdefault(place.layer, {})
                 pieces[name] = place.block_of(tensor)
                 if len(pieces) == len(place.parts):
-                    held += _pack(place, waiting.pop(place.layer))
+                    stored += _pack(place, waiting.pop(place.layer))
             elif place is places[name][0] or place.value is not places[name][0].value:
                 place.rows_of(place.value.data).copy_(place.block_of(tensor))
     if missing:
         raise WeightSyncError(
             f"no weights came for {len(missing)} tensors of the engine: {', '.join(sorted(missing)[:8])}"
         )
-    return held + _held(places)
+    return stored + _stored(places)
 
 
-def _pack(place: _Place, pieces: dict[str, Tensor]) -> list[Held]:
+def _pack(place: _Place, pieces: dict[str, Tensor]) -> list[StoredTensor]:
     """Pack a layer's matrix for vLLM's kernels, unless it is packed from the same bits already."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
@@ -274,7 +274,7 @@ def _pack(place: _Place, pieces: dict[str, Tensor]) -> list[Held]:
         layer.weight = nn.Parameter(whole, requires_grad=False)
         dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
         _packed[layer] = fingerprints
-    return [Held(name, place.prefix, fingerprint) for name, fingerprint in fingerprints.items()]
+    return [StoredTensor(name, place.prefix, fingerprint) for name, fingerprint in fingerprints.items()]
 
 
 # ── By vLLM's own loaders ─────────────────────────────────────────────────────────────────────────────────────────

@@ -19,7 +19,7 @@ from lightning_grpo.rollout import (
     policy_weights,
 )
 from lightning_grpo.rollout.server.tcp import WeightClient, WeightServer
-from lightning_grpo.rollout.verify import Fingerprint, Held, WeightStream, canary_sequences, check_canary
+from lightning_grpo.rollout.verify import Fingerprint, StoredTensor, WeightStream, check_sequences, compare_logprobs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -79,8 +79,8 @@ def test_tolerance_follows_the_coarser_dtype_the_level_and_what_was_measured():
     assert not bf16.exceeded_by(seen)
 
 
-def test_canaries_are_the_same_everywhere_and_span_the_vocabulary():
-    a, b = (canary_sequences(1000, length=64) for _ in range(2))
+def test_check_sequences_are_the_same_everywhere_and_span_the_vocabulary():
+    a, b = (check_sequences(1000, length=64) for _ in range(2))
     assert a == b and [len(s) for s in a] == [64] * 4
     ids = {token for sequence in a for token in sequence}
     assert min(ids) < 50 and 950 < max(ids) < 1000
@@ -88,7 +88,7 @@ def test_canaries_are_the_same_everywhere_and_span_the_vocabulary():
 
 def test_an_engine_that_scores_other_lengths_is_caught():
     with pytest.raises(WeightSyncError, match="scored"):
-        check_canary([torch.zeros(3)], [torch.zeros(4)])
+        compare_logprobs([torch.zeros(3)], [torch.zeros(4)])
 
 
 def sent(weights, dtype=None):
@@ -107,9 +107,9 @@ def test_a_stream_knows_what_moved():
 @pytest.mark.parametrize(
     ("later", "message"),
     [
-        ({"a": torch.zeros(4, 4)}, "did not come: b"),
-        ({"a": torch.zeros(4, 4), "b": torch.zeros(4), "c": torch.zeros(1)}, "did not have: c"),
-        ({"a": torch.zeros(4, 2), "b": torch.zeros(4)}, r"a came with shape \(4, 2\), earlier with \(4, 4\)"),
+        ({"a": torch.zeros(4, 4)}, "are missing: b"),
+        ({"a": torch.zeros(4, 4), "b": torch.zeros(4), "c": torch.zeros(1)}, "are new since earlier syncs: c"),
+        ({"a": torch.zeros(4, 2), "b": torch.zeros(4)}, r"a has shape \(4, 2\), in earlier syncs \(4, 4\)"),
     ],
 )
 def test_a_stream_of_other_tensors_is_refused(later, message):
@@ -120,7 +120,7 @@ def test_a_stream_of_other_tensors_is_refused(later, message):
 
 
 def test_a_tensor_that_comes_twice_is_refused():
-    with pytest.raises(WeightSyncError, match="a came twice"):
+    with pytest.raises(WeightSyncError, match="a occurs twice"):
         list(WeightStream([("a", torch.zeros(1)), ("a", torch.zeros(1))]))
 
 
@@ -128,9 +128,9 @@ def test_matrices_are_cast_on_the_way_and_vectors_remembered_as_cast():
     weights = {"matrix": torch.randn(4, 4), "vector": torch.randn(4)}
     passed, stream = sent(weights, torch.bfloat16)
     assert passed["matrix"].dtype == torch.bfloat16 and passed["vector"].dtype == torch.float32
-    held = [Held(n, "layer", Fingerprint.of(w.bfloat16())) for n, w in weights.items()]
-    assert stream.check(held) == 2
-    assert stream.check([Held("unknown", "layer", None)]) == 0
+    stored = [StoredTensor(n, "layer", Fingerprint.of(w.bfloat16())) for n, w in weights.items()]
+    assert stream.check(stored) == 2
+    assert stream.check([StoredTensor("unknown", "layer", None)]) == 0
 
 
 @pytest.mark.parametrize(("fault", "message"), [("stale", r"b \(stale in layer"), ("altered", r"b \(altered in layer")])
@@ -138,9 +138,9 @@ def test_what_the_engine_holds_is_compared(fault, message):
     weights = {"a": torch.randn(4, 4), "b": torch.randn(4, 4)}
     _, stream = sent(weights)
     wrong = None if fault == "stale" else Fingerprint.of(weights["b"].T)
-    held = [Held("a", "layer", Fingerprint.of(weights["a"])), Held("b", "layer", wrong)]
+    stored = [StoredTensor("a", "layer", Fingerprint.of(weights["a"])), StoredTensor("b", "layer", wrong)]
     # The same must hold for what a server reports.
-    for report in (held, [Held.from_json(h.to_json(at="http://there")) for h in held]):
+    for report in (stored, [StoredTensor.from_json(h.to_json(at="http://there")) for h in stored]):
         with pytest.raises(WeightSyncError, match=message):
             stream.check(report)
 
@@ -200,7 +200,7 @@ def test_an_impostor_gets_nothing_and_a_cut_stream_is_an_error():
     assert len(outcomes) == 2 and all(isinstance(outcome, ConnectionError) for outcome in outcomes)
 
 
-def test_the_first_sync_scores_every_canary_and_later_ones_take_turns(tiny_model_path):
+def test_the_first_sync_scores_every_check_sequence_and_later_ones_take_turns(tiny_model_path):
     policy = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     engine = HFEngine(policy, eos_token_ids=[1], pad_id=0)
     scored = []
