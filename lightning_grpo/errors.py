@@ -1,4 +1,4 @@
-"""Errors with a message for the user. The command line prints it without a traceback; any other error is a bug."""
+"""Errors whose message is for the user. The command line prints it without a traceback; other errors are bugs."""
 
 
 class ReportedError(Exception):
@@ -6,11 +6,11 @@ class ReportedError(Exception):
 
 
 class UserError(ReportedError, ValueError):
-    """An option, a file or a row that can't be used."""
+    """An option, a file or a row is invalid."""
 
 
 class RunError(ReportedError, RuntimeError):
-    """A run that can't continue: the engine, a reward or the machine failed."""
+    """The run can't continue: the engine, a reward or the machine failed."""
 
 
 class NonFiniteError(ReportedError, FloatingPointError):
@@ -18,8 +18,8 @@ class NonFiniteError(ReportedError, FloatingPointError):
 
 
 class UnreachableError(ReportedError, ConnectionError):
-    """A server that can't be reached, or was lost."""
+    """A server can't be reached, or the connection was lost."""
 
 
 class OutOfMemoryError(ReportedError, MemoryError):
-    """An engine or a batch that doesn't fit into memory."""
+    """An engine or a batch doesn't fit into memory."""

@@ -1,4 +1,4 @@
-"""A package's public names, each imported when it is first asked for (PEP 562)."""
+"""Lazy imports of a package's public names (PEP 562)."""
 
 import importlib
 import sys
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The package's ``__getattr__`` and ``__dir__``.
+    """Return the ``__getattr__`` and ``__dir__`` of a package, which import each name at the first access.
 
     Args:
-        package: its ``__name__``.
+        package: the ``__name__`` of the package.
         names: {public name: module that defines it}.
     """
 

@@ -13,7 +13,7 @@ BINS = 10 * BINS_PER_DECADE + 1
 
 
 class Mean(NamedTuple):
-    """Parts of a mean: merge over micro-batches and ranks by addition, then divide once."""
+    """A mean, stored as sum and count, which are added when merging over micro-batches and ranks."""
 
     value: Tensor
     count: Tensor
@@ -22,12 +22,12 @@ class Mean(NamedTuple):
         return Mean(self.value + other.value, self.count + other.count)
 
     def compute(self) -> Tensor:
-        """The mean; NaN where nothing was counted."""
+        """The mean; NaN if the count is 0."""
         return self.value / self.count
 
 
 class Min(NamedTuple):
-    """A minimum: merge over micro-batches and ranks by taking the smaller. +inf where there was nothing."""
+    """A minimum over micro-batches and ranks; +inf if there were no values."""
 
     value: Tensor
 
@@ -39,7 +39,7 @@ class Min(NamedTuple):
 
 
 class Max(NamedTuple):
-    """A maximum: merge over micro-batches and ranks by taking the larger. -inf where there was nothing."""
+    """A maximum over micro-batches and ranks; −inf if there were no values."""
 
     value: Tensor
 
@@ -51,18 +51,18 @@ class Max(NamedTuple):
 
 
 class Percentile99(NamedTuple):
-    """How many values fell into each of the logarithmic bins: merge over micro-batches and ranks by addition."""
+    """The 99th percentile, from counts in logarithmic bins, which are added over micro-batches and ranks."""
 
     counts: Tensor
-    """[BINS], from 0 … 1e-8 in the first to everything from 100 on in the last."""
+    """[BINS], values up to 1e-8 in the first bin, and 100 or more in the last."""
 
     @classmethod
     def of(cls, x: Tensor, mask: Tensor) -> "Percentile99":
-        """Of the values ``x`` ≥ 0 where ``mask`` holds; any shape. NaN counts as large."""
-        place = (torch.log10(x.detach().clamp(min=1e-9)) + 8) * BINS_PER_DECADE
-        place = place.nan_to_num(nan=BINS).clamp(-1, BINS - 2).long() + 1
+        """Count the values ``x`` ≥ 0 of any shape whose ``mask`` is True. NaN counts as large."""
+        index = (torch.log10(x.detach().clamp(min=1e-9)) + 8) * BINS_PER_DECADE
+        index = index.nan_to_num(nan=BINS).clamp(-1, BINS - 2).long() + 1
         counts = torch.zeros(BINS, dtype=torch.float32, device=x.device)
-        return cls(counts.scatter_add_(0, place.flatten(), mask.flatten().to(counts.dtype)))
+        return cls(counts.scatter_add_(0, index.flatten(), mask.flatten().to(counts.dtype)))
 
     @property
     def count(self) -> Tensor:
@@ -72,13 +72,13 @@ class Percentile99(NamedTuple):
         return Percentile99(self.counts + other.counts)
 
     def compute(self) -> Tensor:
-        """The value that 99 % don't exceed, within the width of a bin, 2.3 %; 0 below 1e-8."""
-        place = (self.counts.cumsum(0) < 0.99 * self.count).sum()
-        return torch.where(place == 0, 0.0, 10.0 ** ((place - 0.5) / BINS_PER_DECADE - 8))
+        """The 99th percentile up to the width of a bin, 2.3 %; 0 below 1e-8."""
+        index = (self.counts.cumsum(0) < 0.99 * self.count).sum()
+        return torch.where(index == 0, 0.0, 10.0 ** ((index - 0.5) / BINS_PER_DECADE - 8))
 
 
 class Spread(NamedTuple):
-    """Parts of a standard deviation (Bessel's): merge by addition."""
+    """A standard deviation with Bessel's correction, stored as sums, which are added when merging."""
 
     value: Tensor
     square: Tensor
@@ -86,16 +86,15 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> "Spread":
-        """Of the values ``x`` that are not NaN."""
-        known = x[~x.isnan()].double()
-        return cls(known.sum(), known.square().sum(), torch.tensor(known.numel()))
+        """Accumulate the values of ``x`` that are not NaN."""
+        values = x[~x.isnan()].double()
+        return cls(values.sum(), values.square().sum(), torch.tensor(values.numel()))
 
     def merge(self, other: "Spread") -> "Spread":
-        """Of both together."""
-        return Spread(*(mine + its for mine, its in zip(self, other, strict=True)))
+        return Spread(*(a + b for a, b in zip(self, other, strict=True)))
 
     def compute(self) -> Tensor:
-        """The standard deviation; 0 of a single element, NaN of none."""
+        """The standard deviation; 0 for a single value, NaN for none."""
         variance = (self.square - self.value**2 / self.count) / (self.count - 1).clamp(min=1)
         return variance.clamp(min=0).sqrt()
 
@@ -106,11 +105,9 @@ class Total(NamedTuple):
     value: Tensor
 
     def merge(self, other: "Total") -> "Total":
-        """Of both together."""
         return Total(self.value + other.value)
 
     def compute(self) -> Tensor:
-        """The sum."""
         return self.value
 
 
@@ -118,9 +115,9 @@ Metric = Mean | Min | Max | Percentile99 | Spread | Total
 
 
 class Window:
-    """Collects metrics; `reduce` returns them over all ranks and empties it.
+    """Collects the metrics of an optimizer step; `reduce` merges them over ranks and clears the window.
 
-    Values stay on their device until then, so that collecting never waits for a GPU.
+    Values stay on their device until then, so that collecting never synchronizes with a GPU.
     """
 
     def __init__(self) -> None:
@@ -129,28 +126,28 @@ class Window:
         self.paused_at: float | None = None
 
     def pause(self) -> None:
-        """Stop the clock until `go_on`: what happens meanwhile is no part of the step."""
+        """Exclude the time until `go_on` from the step."""
         self.paused_at = time.perf_counter()
 
     def go_on(self) -> None:
-        """Let the clock run again after `pause`."""
+        """Continue after `pause`."""
         if self.paused_at is not None:
             self.started += time.perf_counter() - self.paused_at
             self.paused_at = None
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
-        """Merge with what is there: sums and counts add up, minima and maxima are taken."""
+        """Merge ``metrics`` with those of the same name."""
         for name, metric in metrics.items():
             self.metrics[name] = self.metrics[name].merge(metric) if name in self.metrics else metric
 
     def mean(self, name: str, values: Tensor) -> None:
-        """Add every element of ``values`` (any shape) to the mean ``name``; NaN means "does not apply"."""
+        """Add the elements of ``values`` (any shape) to the mean ``name``, except NaN ("does not apply")."""
         values = values.double()
-        known = ~values.isnan()
-        self.add({name: Mean(values.where(known, 0.0).sum(), known.sum())})
+        applies = ~values.isnan()
+        self.add({name: Mean(values.where(applies, 0.0).sum(), applies.sum())})
 
     def seconds(self, name: str, seconds: float) -> None:
-        """Add to the seconds ``time/{name}``; of several ranks the slowest is reported."""
+        """Add to ``time/{name}``. The value of the slowest rank is reported."""
         earlier = self.metrics.get(f"time/{name}")
         self.metrics[f"time/{name}"] = Max(
             torch.tensor(seconds + (float(earlier.value) if earlier else 0.0), dtype=torch.float64)
@@ -164,14 +161,14 @@ class Window:
         self.seconds(name, time.perf_counter() - start)
 
     def stop_clock(self) -> None:
-        """Add ``step_time``, the seconds since the window was opened, and what no phase claims as ``time/update``."""
+        """Add ``step_time``, the seconds since the window was created, and ``time/update``, those of no other phase."""
         total = time.perf_counter() - self.started
         phases = sum(float(metric.value) for name, metric in self.metrics.items() if name.startswith("time/"))
         self.seconds("update", total - phases)
         self.add({"step_time": Max(torch.tensor(total, dtype=torch.float64))})
 
     def reduce(self) -> dict[str, float]:
-        """All metrics over all ranks; those without a single element are left out. Call it on every rank."""
+        """Return all metrics that have values, merged over ranks, and clear the window. Every rank must call it."""
         local = {name: type(m)(*(part.detach().double().cpu() for part in m)) for name, m in self.metrics.items()}
         self.metrics = {}
         ranks = [local]

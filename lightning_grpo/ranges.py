@@ -1,4 +1,4 @@
-"""Ranges of numeric options, checked where they are set. NaN lies in none of them."""
+"""Range checks of numeric options. NaN is in no range."""
 
 import math
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ from lightning_grpo.errors import UserError
 
 
 def check_ranges(options: Any, ranges: Mapping[str, str], *, prefix: str = "") -> None:
-    """Raise for the first option outside its range.
+    """Raise `UserError` for the first option outside its range.
 
     Args:
-        options: a mapping, or an object with the options as attributes. None stands for an option that is not set.
+        options: a mapping, or an object with the options as attributes. Options that are None are not checked.
         ranges: intervals by name, as ``"[0, 1)"`` or ``"(0, inf)"``.
-        prefix: what the options' names begin with in messages.
+        prefix: prefix of the option names in messages.
 
     Raises:
-        UserError: with the option, its value and its range.
+        UserError: names the option, its value and its range.
     """
     for name, interval in ranges.items():
         value = options[name] if isinstance(options, Mapping) else getattr(options, name)

@@ -79,7 +79,7 @@ OPTIONS = [
 
 CHECKPOINTS = [
     Row("none", ["--ckpt_path", "{tmp}/none.ckpt"], ["ckpt_path {tmp}/none.ckpt does not exist", "has no .ckpt file"]),
-    Row("folder", ["--ckpt_path", "{tmp}"], ["ckpt_path {tmp} is a folder", "name a .ckpt file"]),
+    Row("folder", ["--ckpt_path", "{tmp}"], ["ckpt_path {tmp} is a folder", "set it to a .ckpt file"]),
     Row("best", ["--ckpt_path", "best"], ["ckpt_path is best", "last"]),
     Row("no last", ["--ckpt_path", "last"], ["ckpt_path is last", "has no checkpoint"], command="test"),
     Row("empty", ["--ckpt_path", "{tmp}/a.ckpt"], ["a.ckpt is an empty file"], files={"a.ckpt": b""}),

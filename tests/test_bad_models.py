@@ -67,8 +67,8 @@ def put(value: float):
             lambda t: {f"module.{name}": x for name, x in t.items()},
             r"lack 21 tensors .* \(it has module\.model\.embed_tokens\.weight",
         ),
-        (put(float("nan")), rf"1 of its tensors hold NaN or infinite values: {UP}"),
-        (put(float("-inf")), rf"1 of its tensors hold NaN or infinite values: {UP}"),
+        (put(float("nan")), rf"1 of its tensors have NaN or infinite values: {UP}"),
+        (put(float("-inf")), rf"1 of its tensors have NaN or infinite values: {UP}"),
         (lambda t: t | {UP: torch.zeros(8, 64)}, rf"{UP} is \(8, 64\), not \(128, 64\)"),
     ],
 )
@@ -138,7 +138,7 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
     [
         (T5Config(), "t5 is an encoder-decoder"),
         (BartConfig(), "bart is an encoder-decoder"),
-        (BertConfig(**SMALL), "bert with is_decoder false sees the tokens that it is to predict"),
+        (BertConfig(**SMALL), "bert with is_decoder false attends to the tokens that it has to predict"),
     ],
 )
 def test_models_that_are_not_causal(config, message, tmp_path):
@@ -162,7 +162,7 @@ def test_models_that_are_not_causal(config, message, tmp_path):
     ("content", "why"),
     [
         (b'{"a": ', "is not JSON"),
-        (b"[]", "holds list, not an object"),
+        (b"[]", "contains a list, not an object"),
         ('{"a": "ü"}'.encode("latin-1"), "is not UTF-8"),
     ],
 )
@@ -177,7 +177,7 @@ def test_broken_json_is_named_as_the_file_it_is(broken, name, load, content, why
         ({"model_type": "no_such_type"}, "no_such_type"),
         ({"num_attention_heads": 3, "head_dim": ...}, "not a multiple of the number of attention heads"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers"),
-        ({"hidden_act": "no_such_activation"}, "'no_such_activation' is known to transformers"),
+        ({"hidden_act": "no_such_activation"}, "'no_such_activation' is unknown to transformers"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "(?i)gptq"),
     ],
 )
@@ -190,7 +190,7 @@ def test_configurations_that_transformers_cannot_use(broken, changes, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attn_implementation": "nothing"}, "attn_implementation is 'nothing': .*; set sdpa"),
+        ({"attn_implementation": "nothing"}, "attn_implementation is 'nothing': .*; set it to sdpa"),
         ({"lora": LoRA(target_modules="nothing")}, "lora.target_modules is 'nothing': .*names among down_proj, gate_"),
         ({"lora": LoRA(target_modules="(")}, r"lora.target_modules is '\(': missing \)"),
     ],
@@ -224,7 +224,7 @@ CODE = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTo
 def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(broken, load, monkeypatch):
     monkeypatch.setattr("builtins.input", never)
     (broken.path / "own.py").write_text("raise AssertionError('was run')")
-    with pytest.raises(UserError, match="never run here"):
+    with pytest.raises(UserError, match="never run"):
         load(broken.json("config.json", model_type="unheard_of", auto_map=CODE))
 
 
@@ -273,9 +273,9 @@ def test_lengths_beyond_the_model(tiny_model_path, tmp_path, lengths, message):
             "neither its tokenizer nor its generation_config.json has an end-of-",
         ),
         ({}, {"eos_token_id": "</s>"}, "eos_token_id in its generation_config.json is '</s>'"),
-        ({}, {"eos_token_id": [1, 500]}, r"has the id 500, and the model's embedding has 106 rows: .*resize"),
-        ({"eos_token": "<new>"}, {}, r"'<new>' has the id 106, and the model's embedding has 106 rows"),
-        ({"pad_token": "<new>"}, {}, r"'<new>' has the id 106, and the model's embedding has 106 rows"),
+        ({}, {"eos_token_id": [1, 500]}, r"has the id 500, but the model's embedding has 106 rows: .*resize"),
+        ({"eos_token": "<new>"}, {}, r"'<new>' has the id 106, but the model's embedding has 106 rows"),
+        ({"pad_token": "<new>"}, {}, r"'<new>' has the id 106, but the model's embedding has 106 rows"),
     ],
 )
 def test_special_tokens_that_the_model_cannot_use(broken, tmp_path, special, generation, message):
@@ -321,7 +321,9 @@ class NotFound(RepositoryNotFoundError):
 def test_a_name_that_the_hub_does_not_have(hub):
     asked = hub(NotFound())
     for load in (load_tokenizer, load_config, load_policy):
-        with pytest.raises(UserError, match="'nobody/nothing': no such folder, and the hub has no repository of that"):
+        with pytest.raises(
+            UserError, match="'nobody/nothing': no such folder, and the hub has no repository with that"
+        ):
             load("nobody/nothing")
     assert asked.asked == 3
 

@@ -45,11 +45,11 @@ class Foreign:
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ({"w": torch.zeros(2)}, "holds bare weights"),
-        ([1, 2], "holds a list"),
+        ({"w": torch.zeros(2)}, "contains only weights"),
+        ([1, 2], "contains a list"),
         ({"state_dict": {}, "epoch": 1}, "was not saved by a run of lightning_grpo"),
         ({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, "it has no grpo"),
-        ({"a": Foreign()}, "other Python objects"),
+        ({"a": Foreign()}, "Python objects other than"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path, content, named):
@@ -63,18 +63,18 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
     path = tmp_path / "a.ckpt"
     torch.save(own(), path)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match="can't be read as a checkpoint: it was cut off"):
+    with pytest.raises(UserError, match="can't be read: the file is incomplete"):
         CheckpointFiles().load_checkpoint(path)
 
 
 def test_another_models_weights_are_refused():
     here = {"a": torch.zeros(2), "b": torch.zeros(3)}
     require_same_weights(here, dict(here))
-    with pytest.raises(UserError, match="it lacks 1 tensors, such as a"):
+    with pytest.raises(UserError, match="it lacks 1 tensors of this model, for example a"):
         require_same_weights(here, {"b": torch.zeros(3)})
-    with pytest.raises(UserError, match="it has besides 1 tensors, such as c"):
+    with pytest.raises(UserError, match="it has 1 tensors that this model lacks, for example c"):
         require_same_weights(here, here | {"c": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"b is \[4\] there and \[3\] here"):
+    with pytest.raises(UserError, match=r"b has shape \[4\] instead of \[3\]"):
         require_same_weights(here, here | {"b": torch.zeros(4)})
 
 

@@ -218,7 +218,7 @@ def test_weights_that_are_not_finite_are_refused(run, tmp_path):
     checkpoint = torch.load(run[1], weights_only=True)
     checkpoint["state_dict"]["policy.model.norm.weight"][3] = 1e6
     torch.save(checkpoint, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"1 of its tensors hold NaN or infinite values: model.norm.weight"):
+    with pytest.raises(UserError, match=r"1 of its tensors have NaN or infinite values: model.norm.weight"):
         export(tmp_path / "a.ckpt", tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
 

@@ -66,12 +66,16 @@ def test_checkpoints_hold_nothing_but_plain_data_and_lora_only_its_adapter(tmp_p
 @pytest.mark.parametrize(
     ("was", "now", "message"),
     [
-        ({"rank": 4}, {"rank": 4, "alpha": 64}, "lora.alpha is 64 .* trained with 32: .* count 2 times .*; set 32"),
-        ({"rank": 4}, {"rank": 8}, "lora.rank is 8 and the checkpoint's adapters have rank 4"),
-        ({"target_modules": ["q_proj"]}, {}, r"lacks 24 adapter weights .*; set \['q_proj'\]"),
-        ({}, {"target_modules": ["q_proj"]}, "has 24 others, .*; set 'all-linear'"),
-        ({"rank": 4}, None, "LoRA adapters alone and lora is not set; set lora to {'rank': 4, 'alpha': 32"),
-        (None, {"rank": 4}, "whole weights and lora is set, with rank 4"),
+        (
+            {"rank": 4},
+            {"rank": 4, "alpha": 64},
+            "lora.alpha is 64, .* trained with 32: .* scaled by 2; set lora.alpha to 32",
+        ),
+        ({"rank": 4}, {"rank": 8}, "lora.rank is 8, but the checkpoint's adapters have rank 4"),
+        ({"target_modules": ["q_proj"]}, {}, r"lacks 24 adapter weights .*; set lora.target_modules to \['q_proj'\]"),
+        ({}, {"target_modules": ["q_proj"]}, "has 24 others, .*; set lora.target_modules to 'all-linear'"),
+        ({"rank": 4}, None, "only LoRA adapters, but lora is not set; set lora to {'rank': 4, 'alpha': 32"),
+        (None, {"rank": 4}, "full weights, but lora is set, with rank 4"),
     ],
 )
 def test_other_adapters_are_refused(tmp_path, tiny_model_path, was, now, message):

@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics that are true means, the terminal, checkpoints that can be found again."""
+"""Progress in the terminal, metrics of completions and rewards, checkpoints, and stopping on signals."""

@@ -1,4 +1,4 @@
-"""Checkpoints between optimizer steps, the last step included, where ``--ckpt_path last`` finds them."""
+"""Saving of checkpoints between optimizer steps, and finding the one that ``--ckpt_path last`` names."""
 
 import logging
 import math
@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 class Checkpoint(ModelCheckpoint):
     """Saves every ``every_n_train_steps`` optimizer steps, every ``every_n_minutes``, and at the end of training.
 
-    A run that starts anew never writes into a folder that holds another run's checkpoints: it takes ``checkpoints-2``,
-    ``checkpoints-3``, … beside it. ``--ckpt_path last`` resumes the one that was saved last, in its folder.
+    A new run never writes to a folder with checkpoints of another run; it uses ``checkpoints-2``, ``checkpoints-3``, …
+    instead. ``--ckpt_path last`` resumes from the newest checkpoint, and continues in its folder.
 
     Args:
-        dirpath: folder; None takes ``checkpoints`` under trainer.default_root_dir, the same after a restart.
-        every_n_train_steps: optimizer steps between two checkpoints; 0 saves by time alone.
-        every_n_minutes: minutes between two checkpoints, for runs whose steps are slow. Ten lose little when a machine
-            fails, and a checkpoint takes seconds, a percent or two of that. None saves by steps alone.
-        save_top_k: how many to keep: the latest, or the best by ``monitor``; -1 keeps all.
-        monitor: metric that says which are best, for example val/pass@1; ``step`` keeps the latest.
-        mode: whether the metric is better at its ``max`` or its ``min``.
+        dirpath: folder. None: ``checkpoints`` in trainer.default_root_dir, which stays the same after a restart.
+        every_n_train_steps: optimizer steps between two checkpoints. 0 saves only by time.
+        every_n_minutes: minutes between two checkpoints, for runs with slow steps. Saving takes seconds, so with 10
+            minutes it costs about 1 % of the time. None saves only by steps.
+        save_top_k: number of checkpoints to keep, the latest or the best by ``monitor``; -1 keeps all.
+        monitor: metric that ranks checkpoints, for example val/pass@1; ``step`` keeps the latest.
+        mode: ``max`` if a higher value of the metric is better, ``min`` if a lower one is.
     """
 
     def __init__(
@@ -47,9 +47,13 @@ class Checkpoint(ModelCheckpoint):
         mode: str = "max",
     ) -> None:
         if every_n_train_steps < 0:
-            raise UserError(f"checkpoint.every_n_train_steps is {every_n_train_steps}; set 1 or more, or 0 for none")
+            raise UserError(
+                f"checkpoint.every_n_train_steps is {every_n_train_steps}; set 1 or more, or 0 to save only by time"
+            )
         if every_n_minutes is not None and not 0 < every_n_minutes < math.inf:
-            raise UserError(f"checkpoint.every_n_minutes is {every_n_minutes}; set a number above 0, or null for none")
+            raise UserError(
+                f"checkpoint.every_n_minutes is {every_n_minutes}; set a number above 0, or null to save only by steps"
+            )
         if save_top_k < -1:
             raise UserError(f"checkpoint.save_top_k is {save_top_k}; set 1 or more, or -1 to keep all")
         if mode not in ("max", "min"):
@@ -81,7 +85,7 @@ class Checkpoint(ModelCheckpoint):
         return self._base or Path(os.path.abspath(trainer.default_root_dir)) / "checkpoints"
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        # Lightning looks for ``last`` before it calls setup
+        # Lightning looks for ``last`` before it calls `setup`.
         folder = newest(self._folder(trainer))
         self.dirpath = str(folder)
         found = {str(file)} if (file := newest_file(folder)) else set()
@@ -89,7 +93,7 @@ class Checkpoint(ModelCheckpoint):
         return found
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the folder, and how files are written and read."""
+        """Choose the folder, and replace the class that writes and reads files."""
         if not self._resumes:
             base = self._folder(trainer)
             self.dirpath = str(unused(base) if stage == "fit" and trainer.is_global_zero else base)
@@ -98,43 +102,43 @@ class Checkpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io = CheckpointFiles()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A resumed run goes on in the folder of its checkpoint."""
+        """Continue in the folder of the checkpoint that the run resumes from."""
         restores = trainer.state.fn == TrainerFn.FITTING and trainer.strategy.lightning_restore_optimizer
         if restores and "optimizer_states" not in checkpoint:
             raise UserError(
-                f"ckpt_path {trainer.ckpt_path} holds weights without the optimizer's state: training can't be resumed "
-                "from it; name a checkpoint that lightning-grpo fit saved"
+                f"ckpt_path {trainer.ckpt_path} has weights but no optimizer state, so training can't be resumed "
+                "from it; set ckpt_path to a checkpoint that lightning-grpo fit saved"
             )
         folder = Path(os.path.abspath(str(trainer.ckpt_path))).parent
         if folder in family(self._folder(trainer)):
             self.dirpath = str(folder)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mark the folder as in use, before a long start-up is paid for."""
+        """Mark the folder as in use, before time is spent on start-up."""
         self._claim(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training begins or goes on."""
+        """Start the clock for checkpoints by time."""
         super().on_train_start(trainer, pl_module)
-        self._claim(trainer)  # some strategies read the checkpoint after on_fit_start
+        self._claim(trainer)  # some strategies read the checkpoint after `on_fit_start`
         self._saved_at, self._step = time.monotonic(), trainer.global_step
 
     def _claim(self, trainer: Trainer) -> None:
         folder = Path(self.dirpath)
-        # the same on all ranks, though the first one alone holds the lock
+        # All ranks compare the folder, though only the first one has the lock.
         if trainer.fast_dev_run or self._claimed == folder:
             return
         self._release()
         self._claimed = folder
-        refusal = None
+        refused = None
         if trainer.is_global_zero:
             try:
                 self._lock = FolderLock(folder)
             except (UserError, OSError) as error:
-                refusal = error
-        refusal = trainer.strategy.broadcast(refusal)
-        if refusal is not None:
-            raise refusal
+                refused = error
+        refused = trainer.strategy.broadcast(refused)
+        if refused is not None:
+            raise refused
         if trainer.is_global_zero and folder != (base := self._folder(trainer)) and not any(folder.glob("*.ckpt")):
             log.info("%s belongs to another run; checkpoints of this one go to %s", base, folder)
 
@@ -144,36 +148,36 @@ class Checkpoint(ModelCheckpoint):
         self._lock = self._claimed = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let others use the folder."""
+        """Let other runs use the folder."""
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let others use the folder."""
+        """Let other runs use the folder."""
         self._release()
 
     # ── Saving ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save once enough steps, or enough minutes, have passed."""
+        """Save if enough steps or minutes have passed."""
         super().on_train_batch_end(trainer, pl_module, *args)
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         if self.every_n_minutes is None or not stepped or self._should_skip_saving_checkpoint(trainer):
             return
-        # clocks differ between ranks: the first one decides
+        # Clocks differ between ranks, so the first rank decides.
         if trainer.strategy.broadcast(time.monotonic() - self._saved_at >= 60 * self.every_n_minutes):
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step too."""
+        """Save the last step."""
         if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run and self.save_top_k != 0:
             self.save(trainer)
         super().on_train_end(trainer, pl_module)
 
     def save(self, trainer: Trainer) -> str:
-        """Save the present step now, whatever its rank by ``monitor``, as ``last``. All ranks come here together.
+        """Save the current step as ``last``, regardless of ``monitor``. All ranks must call this together.
 
         Returns:
-            The file's path. Of those that are not among the best, only the newest is kept.
+            The path of the file. Of files that are not among the best, only the newest is kept.
         """
         candidates = self._monitor_candidates(trainer)
         path = self.format_checkpoint_name(candidates)
@@ -196,7 +200,7 @@ class Checkpoint(ModelCheckpoint):
         self._saved_at = time.monotonic()
 
     def _save_folder(self, trainer: Trainer, filepath: str) -> None:
-        """A sharded checkpoint, which is a folder: written beside and renamed, as `CheckpointFiles` does with files."""
+        """Save a sharded checkpoint, a folder, to a temporary name and rename it, as `CheckpointFiles` does."""
         partial = os.path.join(os.path.dirname(filepath), f".{os.path.basename(filepath)}{PARTIAL}")
         super()._save_checkpoint(trainer, partial)
         if trainer.is_global_zero:
@@ -207,13 +211,13 @@ class Checkpoint(ModelCheckpoint):
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
-        """Point ``last`` to a checkpoint in one step, so that there is one at any moment."""
+        """Point ``last`` to a checkpoint atomically, so that it exists at any time."""
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
             _link(filepath, linkpath)
         trainer.strategy.barrier()
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Remove a checkpoint, which ``last`` does not name by then."""
+        """Remove a checkpoint, after pointing ``last`` to another one if necessary."""
         last = os.path.join(os.path.dirname(filepath), LAST)
         if trainer.is_global_zero and os.path.realpath(last) == os.path.realpath(filepath):
             _link(self._last_checkpoint_saved, last)

@@ -1,4 +1,4 @@
-"""Which folder a run's checkpoints go to: none that another run uses, or used."""
+"""The choice of a folder for checkpoints, which no other run uses or has used."""
 
 import fcntl
 import os
@@ -16,13 +16,13 @@ LAST = "last.ckpt"
 
 
 def family(base: Path) -> list[Path]:
-    """``base`` and its successors ``base-2``, ``base-3``, … as far as they exist; ``base`` itself in any case."""
+    """Return ``base``, and those of its successors ``base-2``, ``base-3``, … that exist."""
     numbers = (path.name.removeprefix(f"{base.name}-") for path in base.parent.glob(f"{base.name}-*") if path.is_dir())
     return [base, *(base.with_name(f"{base.name}-{n}") for n in sorted(int(n) for n in numbers if n.isdecimal()))]
 
 
 def newest(base: Path) -> Path:
-    """The folder of the family whose newest checkpoint was written last; ``base`` if there is none."""
+    """Return the folder of the family with the newest checkpoint, or ``base`` if there is none."""
     written = {folder: newest_file(folder) for folder in family(base)}
     return max(
         (folder for folder in written if written[folder]), key=lambda f: written[f].stat().st_mtime_ns, default=base
@@ -30,7 +30,7 @@ def newest(base: Path) -> Path:
 
 
 def newest_file(folder: Path) -> Path | None:
-    """The checkpoint that ``last`` names; if a run was killed before it named one, that which was written last."""
+    """Return the checkpoint that ``last`` points to, or the newest file if a killed run left no ``last``."""
     if (folder / LAST).exists():
         return folder / LAST
     written = {file: file.stat().st_mtime_ns for file in folder.glob("*.ckpt") if file.exists()}
@@ -38,7 +38,7 @@ def newest_file(folder: Path) -> Path | None:
 
 
 def unused(base: Path) -> Path:
-    """The first folder of the family, or the next one, that holds no checkpoint and is not in use."""
+    """Return the first folder of the family, or the next new one, that has no checkpoint and is not in use."""
     folders = family(base)
     number = int(folders[-1].name.removeprefix(f"{base.name}-")) + 1 if len(folders) > 1 else 2
     candidates = [*folders, base.with_name(f"{base.name}-{number}")]
@@ -46,13 +46,13 @@ def unused(base: Path) -> Path:
 
 
 def user_of(folder: Path) -> str | None:
-    """The process that writes checkpoints to ``folder``, in words; None if there is none, or it has died."""
+    """Describe the process that writes checkpoints to ``folder``; None if there is none, or it has died."""
     try:
         file = (folder / LOCK).open("r+")
     except OSError:
         return None
     with file:
-        # where locks are not supported, the process id alone decides
+        # Without support for locks, the process id is decisive.
         if _try_lock(file):
             return None
         words = file.read().split()
@@ -63,7 +63,7 @@ def user_of(folder: Path) -> str | None:
 
 
 class FolderLock:
-    """Marks a folder as in use by this process until `release`; the system releases it if the process dies.
+    """Marks a folder as in use until `release`, or until this process dies.
 
     Raises:
         UserError: another process uses the folder.
@@ -86,7 +86,7 @@ class FolderLock:
             remove(partial)
 
     def release(self) -> None:
-        """Let others use the folder. Safe to call twice."""
+        """Let other processes use the folder. It can be called twice."""
         if not self._file.closed:
             (self.folder / LOCK).unlink(missing_ok=True)
             self._file.close()

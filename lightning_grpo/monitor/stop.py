@@ -1,4 +1,4 @@
-"""Stops a run that was sent a signal between two micro-batches, with a checkpoint from which it can be resumed."""
+"""Stop a run on a signal between two micro-batches, after saving a checkpoint to resume from."""
 
 import logging
 import os
@@ -17,17 +17,17 @@ log = logging.getLogger(__name__)
 
 
 class StopOnSignal(Callback):
-    """Leaves training when Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 arrives (see `lightning_grpo.stopping`).
+    """Stops training on Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 (see `lightning_grpo.stopping`).
 
-    Must stand before the callback that owns the engine, so that the checkpoint is written before anything is closed:
-    schedulers give a run a limited time to end.
+    It must precede the callback that owns the engine, so that the checkpoint is saved before the engine is closed:
+    schedulers give a run limited time to end.
     """
 
     def __init__(self) -> None:
         self._training = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Pass signals on to the ranks that this process started."""
+        """Forward signals to the ranks that this process has started."""
         launcher = trainer.strategy.launcher
         engines = (getattr(callback, "engine_args", None) or {} for callback in trainer.callbacks)
         stopping.forward_to(
@@ -37,38 +37,38 @@ class StopOnSignal(Callback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on there is something to save."""
+        """Defer signals from now on to the next micro-batch."""
         stopping.install()
         stopping.defer()
         self._training = True
         stopping.stop_if_asked(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning has just put its own handler in place."""
+        """Install the handlers again, as Lightning has just installed its own."""
         stopping.install()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning has just put its own handler in place."""
+        """Install the handlers again, as Lightning has just installed its own."""
         stopping.install()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning has just put its own handler in place."""
+        """Install the handlers again, as Lightning has just installed its own."""
         stopping.install()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning has just put its own handler in place."""
+        """Install the handlers again, as Lightning has just installed its own."""
         stopping.install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Between two micro-batches."""
+        """Stop between two micro-batches if a signal has arrived."""
         stopping.stop_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last checkpoint is written by others."""
+        """Training has ended, and `Checkpoint` saves the last step."""
         self._training = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the present step. All ranks are here together."""
+        """Save the current step. All ranks call this together."""
         if not isinstance(exception, Stopped) or not self._training or trainer.state.fn != TrainerFn.FITTING:
             return
         self._training = False
@@ -78,14 +78,14 @@ class StopOnSignal(Callback):
             return
         try:
             exception.saved = os.path.relpath(checkpoint.save(trainer))
-        except Exception as error:  # its cause is reported beside the reason why the run ended
+        except Exception as error:  # reported together with the reason why the run ended
             exception.failure = error
         if _is_requeued(trainer, exception.signum):
             trainer._signal_connector._slurm_sigusr_handler_fn(exception.signum, None)
 
 
 def _is_requeued(trainer: Trainer, signum: int) -> bool:
-    """Whether SLURM sent the signal to have the job put into its queue again."""
+    """Whether SLURM sent the signal in order to requeue the job."""
     environment = trainer._accelerator_connector.cluster_environment
     is_slurm = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
     return is_slurm and signum == environment.requeue_signal

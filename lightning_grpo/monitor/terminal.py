@@ -1,4 +1,4 @@
-"""What a person sees: one line of figures an optimizer step, and a summary at the end."""
+"""Terminal output: one line of metrics per optimizer step, and a summary at the end."""
 
 import logging
 import sys
@@ -26,13 +26,15 @@ HELD_OUT = ("reward", "completions/mean_length")
 
 
 def held_out_figures(metrics: dict[str, float]) -> dict[str, float]:
-    """The held-out metrics that a person is shown; the logs have them all."""
-    named = {name: name.split("/", 1)[1] for name in metrics}
-    return {name: metrics[name] for name, short in named.items() if short in HELD_OUT or short.startswith("pass@")}
+    """The held-out metrics to show in the terminal; the logs contain all of them."""
+    short_names = {name: name.split("/", 1)[1] for name in metrics}
+    return {
+        name: metrics[name] for name, short in short_names.items() if short in HELD_OUT or short.startswith("pass@")
+    }
 
 
 def figures(metrics: dict[str, Any]) -> str:
-    """The metrics of one optimizer step on one line, the seconds of its longer phases last."""
+    """Format the metrics of an optimizer step on one line, followed by the seconds of its longer phases."""
     shown = [
         f"{label} {form.format(float(metrics[name]))}" for label, (name, form) in FIGURES.items() if name in metrics
     ]
@@ -42,15 +44,15 @@ def figures(metrics: dict[str, Any]) -> str:
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Where a run's config and predictions lie: the first logger's folder, or the root if it has none.
+    """Return the folder of a run's config and predictions: that of the first logger, or the root without a logger.
 
-    All ranks come here together: Lightning broadcasts it.
+    All ranks must call this together, as Lightning broadcasts the folder.
     """
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 class TerminalHandler(logging.StreamHandler):
-    """Writes log records above a progress bar instead of into it."""
+    """Writes log records above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
@@ -58,7 +60,7 @@ class TerminalHandler(logging.StreamHandler):
 
 
 class StepProgressBar(ProgressBar):
-    """Counts optimizer steps and shows the step's figures: a bar on a terminal, a line a step elsewhere."""
+    """Shows the metrics of each optimizer step: in a progress bar on a terminal, else one line per step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,11 +69,11 @@ class StepProgressBar(ProgressBar):
         self._started = 0.0
 
     def disable(self) -> None:
-        """Called by Lightning on all ranks but the first."""
+        """Disable output; Lightning calls this on all ranks except the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Called by Lightning."""
+        """Enable output; called by Lightning."""
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -80,7 +82,7 @@ class StepProgressBar(ProgressBar):
             tqdm.write(" ".join(map(str, args)), file=sys.stderr)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar where training starts or goes on."""
+        """Open the bar when training starts or resumes."""
         self._step, self._started, self._first = trainer.global_step, time.monotonic(), trainer.global_step
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
@@ -91,7 +93,7 @@ class StepProgressBar(ProgressBar):
             )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Show the figures once the optimizer has stepped."""
+        """Show the metrics after an optimizer step."""
         if not self._enabled or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -106,7 +108,7 @@ class StepProgressBar(ProgressBar):
             print(f"step {self._step}/{total or '?'}  {elapsed:.0f}s<{left:.0f}s  {line}", file=sys.stderr, flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show what the held-out prompts gave."""
+        """Show the held-out metrics."""
         if self._enabled and (held_out := getattr(pl_module, "held_out", None)):
             when = "before training" if trainer.sanity_checking else f"step {trainer.global_step}"
             self.print(
@@ -118,7 +120,7 @@ class StepProgressBar(ProgressBar):
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the bar, so that the error stands below it."""
+        """Close the bar, so that the error is printed below it."""
         self._close()
 
     def _close(self) -> None:
@@ -135,7 +137,7 @@ class StepProgressBar(ProgressBar):
 
 
 class RunSummary(Callback):
-    """Prints at the end what the held-out prompts gave before and after, and where everything lies."""
+    """Prints the held-out metrics before and after training, and the paths of checkpoint, config and logs."""
 
     def __init__(self) -> None:
         self._before: dict[str, float] = {}
@@ -144,20 +146,20 @@ class RunSummary(Callback):
         self._folder: Path | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the run's logs lie."""
+        """Remember the folder of the logs."""
         self._folder = run_folder(trainer)  # on every rank
 
     def state_dict(self) -> dict[str, Any]:
-        """The held-out figures and the folder of the logs, for whoever describes the checkpoint."""
+        """The held-out metrics and the folder of the logs, which `lightning-grpo export` reads from the checkpoint."""
         folder = None if self._folder is None else str(self._folder.absolute())
         return {"before": self._before, "after": self._after, "step": self._step, "folder": folder}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare with the figures of the run that is resumed."""
+        """Restore the metrics of the run that is resumed."""
         self._before, self._after, self._step = (state_dict[name] for name in ("before", "after", "step"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the first evaluation and the last."""
+        """Remember the first and the last evaluation."""
         if trainer.sanity_checking:
             self._before = dict(pl_module.held_out)
         else:

@@ -1,6 +1,6 @@
-"""What a model must have to be trained: all of its weights, each a finite number, and a token that ends a completion.
+"""Checks before training: all weights of the model exist and are finite, and a token ends completions.
 
-transformers fills in what a checkpoint lacks with random numbers, and goes on.
+transformers would initialize missing weights at random and only log a warning.
 """
 
 import logging
@@ -17,53 +17,54 @@ from lightning_grpo.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def some(names: Collection[str], most: int = 3) -> str:
-    """The first few names in order, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(islice(sorted(names), most)) + more
+def shortened(names: Collection[str], limit: int = 3) -> str:
+    """Return the first names in order, and the number of further ones."""
+    further = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(islice(sorted(names), limit)) + further
 
 
 def require_causal(model: str, config: PreTrainedConfig) -> None:
-    """Refuse encoder-decoders, and encoders that a language-model head was put on."""
+    """Raise `UserError` for encoder-decoders, and for encoders with a language-model head."""
     if config.is_encoder_decoder:
         raise UserError(
             f"model is {model!r}: {config.model_type} is an encoder-decoder; set a causal (decoder-only) language model"
         )
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", True) is False:
         raise UserError(
-            f"model is {model!r}: {config.model_type} with is_decoder false sees the tokens that it is to predict; set "
-            "a causal language model"
+            f"model is {model!r}: {config.model_type} with is_decoder false attends to the tokens that it has to "
+            "predict; set a causal language model"
         )
 
 
 def require_complete(model: str, loading_info: Mapping[str, Any]) -> None:
-    """Refuse weights that were not in the checkpoint, or not in the shape that its configuration asks for.
+    """Raise `UserError` if weights are missing in the checkpoint, or have another shape than in its configuration.
 
     Args:
         model: the folder or hub name, for messages.
-        loading_info: what ``from_pretrained`` returns under ``output_loading_info``. A tied head counts as there.
+        loading_info: the information that ``from_pretrained`` returns with ``output_loading_info``. A tied head is
+            not missing.
     """
     missing, unexpected = loading_info["missing_keys"], loading_info["unexpected_keys"]
     if mismatched := loading_info["mismatched_keys"]:
-        name, held, wanted = min(mismatched)
+        name, saved, expected = min(mismatched)
         raise UserError(
-            f"model is {model!r}: {len(mismatched)} of its tensors differ in shape from its config.json: {name} is "
-            f"{tuple(held)}, not {tuple(wanted)}; use the configuration that belongs to these weights"
+            f"model is {model!r}: {len(mismatched)} of its tensors differ in shape from config.json: {name} is "
+            f"{tuple(saved)}, not {tuple(expected)}; use the configuration of these weights"
         )
     if missing:
-        others = f" (it has {some(unexpected)}, which the model lacks)" if unexpected else ""
+        others = f" (it has {shortened(unexpected)}, which the model lacks)" if unexpected else ""
         raise UserError(
-            f"model is {model!r}: its weights lack {len(missing)} tensors of the model: {some(missing)}{others}; copy "
-            "the checkpoint again, or set from_scratch to true to train from random weights"
+            f"model is {model!r}: its weights lack {len(missing)} tensors of the model: {shortened(missing)}{others}; "
+            "copy the checkpoint again, or set from_scratch to true to train from random weights"
         )
     if unexpected:
-        log.warning("%s has %d tensors that the model doesn't use: %s", model, len(unexpected), some(unexpected))
+        log.warning("%s has %d tensors that the model doesn't use: %s", model, len(unexpected), shortened(unexpected))
 
 
 @torch.no_grad()
 def require_finite(model: str, policy: PreTrainedModel) -> None:
-    """Refuse weights that are NaN or infinite."""
-    # the extremes take one pass without a copy, and are NaN if any value is
+    """Raise `UserError` if any weight is NaN or infinite."""
+    # aminmax needs one pass and no copy, and is NaN if any value is NaN
     broken = [
         name
         for name, p in policy.named_parameters()
@@ -71,26 +72,26 @@ def require_finite(model: str, policy: PreTrainedModel) -> None:
     ]
     if broken:
         raise UserError(
-            f"model is {model!r}: {len(broken)} of its tensors hold NaN or infinite values: {some(broken)}; use an "
-            "earlier checkpoint, or, if dtype is float16, set it to float32 or bfloat16"
+            f"model is {model!r}: {len(broken)} of its tensors have NaN or infinite values: {shortened(broken)}; use "
+            "an earlier checkpoint, or, if dtype is float16, set it to float32 or bfloat16"
         )
 
 
 def require_end_token(
     model: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, generation: GenerationConfig
 ) -> None:
-    """Refuse a model without a token that ends completions, and special tokens beyond its embedding."""
+    """Raise `UserError` if no token ends completions, or a special token is not in the embedding."""
     ends = generation.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     if not ends:
         raise UserError(
             f"model is {model!r}: neither its tokenizer nor its generation_config.json has an end-of-sequence token, "
-            "so no completion would ever end; set eos_token in tokenizer_config.json, or eos_token_id in "
+            "so completions would never end; set eos_token in tokenizer_config.json, or eos_token_id in "
             "generation_config.json"
         )
-    if odd := [end for end in ends if not isinstance(end, int)]:
+    if invalid := [end for end in ends if not isinstance(end, int)]:
         raise UserError(
-            f"model is {model!r}: eos_token_id in its generation_config.json is {odd[0]!r}; set a token's id, or a "
+            f"model is {model!r}: eos_token_id in its generation_config.json is {invalid[0]!r}; set a token's id, or a "
             "list of them"
         )
     rows = config.get_text_config().vocab_size
@@ -98,7 +99,7 @@ def require_end_token(
         if 0 <= token < rows:
             continue
         raise UserError(
-            f"model is {model!r}: the special token {tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, and "
+            f"model is {model!r}: the special token {tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, but "
             f"the model's embedding has {rows} rows: tokens were added without resizing it; call "
             "model.resize_token_embeddings(len(tokenizer)) and save both again"
         )

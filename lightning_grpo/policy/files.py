@@ -1,6 +1,6 @@
-"""Finding a checkpoint's files, in a folder or on the hub, and saying which of them can't be read, and why.
+"""The files of a checkpoint in a folder or on the hub, and errors that name the one that can't be read.
 
-Nothing here runs code that comes with a checkpoint, nor asks at the terminal whether to.
+Code that comes with a checkpoint is never run, and the user is not asked to allow it.
 """
 
 import json
@@ -18,23 +18,23 @@ from safetensors import SafetensorError, safe_open
 from lightning_grpo.errors import UserError
 
 HUB_TIMEOUT = 5.0
-"""Seconds in which the hub has to answer whether it has a repository."""
+"""Seconds to wait for the hub's answer whether a repository exists."""
 REMEDY = "set the folder of a Hugging Face checkpoint, or a hub name that this machine can reach"
 
 
 @cache
 def hub_reachable(name: str, kind: str = "model", *, option: str = "model") -> bool:
-    """Whether the hub has the repository ``name`` and answers now; False leaves its cache on this machine.
+    """Whether the hub can be reached and has the repository ``name``; if not, only the local cache can be used.
 
-    One request, without retries: transformers and datasets try six times for each file.
+    It is one request without retries, whereas transformers and datasets try six times per file.
 
     Args:
-        name: of a repository, or of what should have been a folder.
+        name: name of a repository, or of a folder that does not exist.
         kind: ``model`` or ``dataset``.
-        option: that holds ``name``, for messages.
+        option: name of the option whose value is ``name``, for messages.
 
     Raises:
-        UserError: it is no repository's name, or the hub answers that it has none and the cache doesn't either.
+        UserError: it is not a valid repository name, or neither the hub nor the cache has the repository.
     """
     try:
         validate_repo_id(name)
@@ -48,17 +48,17 @@ def hub_reachable(name: str, kind: str = "model", *, option: str = "model") -> b
         if isinstance(try_to_load_from_cache(name, "config.json", repo_type=kind), str):
             return False
         raise UserError(
-            f"{option} is {name!r}: no such folder, and the hub has no repository of that name, or none that you may "
+            f"{option} is {name!r}: no such folder, and the hub has no repository with that name, or none that you can "
             "read (log in with `hf auth login` for a private one)"
         ) from error
     except Exception:
-        # whatever else a request can fail with: the cache may do
+        # whatever else makes the request fail, the cache may have the files
         return False
     return True
 
 
 def loading_options(model: str) -> dict[str, Any]:
-    """What every ``from_pretrained`` gets beside the folder or hub name ``model``."""
+    """Return the arguments for every ``from_pretrained`` of the folder or hub name ``model``."""
     if not model:
         raise UserError(f"model is empty; {REMEDY}")
     if Path(model).is_file():
@@ -70,10 +70,10 @@ def loading_options(model: str) -> dict[str, Any]:
 
 
 def read_json(model: str, name: str) -> dict[str, Any]:
-    """The object in the JSON file ``name`` of the folder ``model``; empty if there is no such file.
+    """Return the object in the JSON file ``name`` of the folder ``model``, or an empty one if there is no such file.
 
     Raises:
-        UserError: it is not UTF-8, not JSON, or not an object.
+        UserError: the file is not UTF-8, not JSON, or not an object.
     """
     path = Path(model) / name
     if not path.is_file():
@@ -84,23 +84,25 @@ def read_json(model: str, name: str) -> dict[str, Any]:
         kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
         raise UserError(f"model is {model!r}: its {name} is not {kind} ({error}); copy the file again") from error
     if not isinstance(value, dict):
-        raise UserError(f"model is {model!r}: its {name} holds {type(value).__name__}, not an object; copy it again")
+        raise UserError(
+            f"model is {model!r}: its {name} contains a {type(value).__name__}, not an object; copy the file again"
+        )
     return value
 
 
 def unreadable(what: str, model: str, error: Exception) -> UserError:
-    """The error to raise because ``what`` (config.json, tokenizer, weights) of ``model`` could not be loaded.
+    """Return the error to raise if ``what`` (config.json, tokenizer, weights) of ``model`` can't be loaded.
 
-    It names the file that is broken, as far as that can be found out.
+    It names the invalid file if that can be determined.
     """
     reason = shorten(str(error), 300, placeholder=" …") or type(error).__name__
     if isinstance(error, KeyError):
-        reason = f"no {reason} is known to transformers"
+        reason = f"{reason} is unknown to transformers"
     if "trust_remote_code" in str(error):
         return UserError(
             f"model is {model!r}: its {what} needs Python code that comes with the checkpoint (auto_map in its "
-            "configuration, trust_remote_code in transformers), which is never run here; use a checkpoint of an "
-            "architecture that transformers itself has"
+            "configuration, trust_remote_code in transformers), which is never run; use a checkpoint of an "
+            "architecture that is part of transformers"
         )
     folder = Path(model)
     if not folder.is_dir():
@@ -113,14 +115,15 @@ def unreadable(what: str, model: str, error: Exception) -> UserError:
     if what == "weights":
         for path in sorted(folder.glob("*.safetensors")):
             _require_header(model, path)
-    held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    contents = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return UserError(
-            f"model is {model!r}: that folder holds a LoRA adapter without its base model; merge the two (PEFT's "
+            f"model is {model!r}: that folder contains a LoRA adapter without its base model; merge both (with PEFT's "
             "merge_and_unload), save the result, and set its folder"
         )
     return UserError(
-        f"model is {model!r}: that folder has no readable {what} ({reason}); it holds {held}; set a checkpoint's folder"
+        f"model is {model!r}: that folder has no readable {what} ({reason}); it contains {contents}; set the "
+        "folder of a checkpoint"
     )
 
 

@@ -1,4 +1,4 @@
-"""Loads what is trained: tokenizer, policy (whole or LoRA) and its frozen reference."""
+"""Loading of the tokenizer, the policy (full or LoRA) and its frozen reference."""
 
 import copy
 import logging
@@ -40,28 +40,28 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Low-rank adapters instead of whole weights (Hu et al. 2021, arXiv:2106.09685)."""
+    """Train low-rank adapters instead of all weights (Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: int = 16
-    """Rank r of each adapter. 1 to 32 is enough for reinforcement learning."""
+    """Rank of each adapter. 1 to 32 is enough for reinforcement learning."""
     alpha: float = 32.0
     """The adapter's output is scaled by alpha / rank."""
     dropout: float = 0.0
-    """Share of adapter inputs dropped while training. Above 0, log-probs are
-    those of a thinned policy, and not of the one that samples."""
+    """Share of adapter inputs that are dropped in training. If it is not 0, the log-probs in training are not those of
+    the policy that samples."""
     target_modules: str | list[str] = "all-linear"
-    """Which linear layers carry an adapter: names, a regular expression, or all of them."""
+    """Linear layers that get an adapter: names, a regular expression, or all-linear."""
 
     def __post_init__(self) -> None:
-        # without an adapter (rank 0), leave lora out
+        # rank 0 is not allowed: without adapters, lora is None
         check_ranges(self, {"rank": "[1, inf)", "alpha": "(0, inf)", "dropout": "[0, 1)"}, prefix="lora.")
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """Load the tokenizer of a model.
 
     Raises:
-        UserError: the folder or hub name holds none that can be read.
+        UserError: the folder or hub name has no readable tokenizer.
     """
     options = loading_options(model)
     try:
@@ -71,12 +71,12 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_config(model: str, *, dropout: bool = False) -> PreTrainedConfig:
-    """The model's configuration, without its weights; unless ``dropout``, every dropout is switched off.
+    """Load the configuration of a model. Unless ``dropout`` is True, all dropout is disabled.
 
-    Dropout would make the log-probs of scoring and of the update differ, and the ratio with them.
+    Dropout would cause differences between the log-probs of scoring and of the update, and a ratio other than 1.
 
     Raises:
-        UserError: the folder or hub name holds none that can be read, or that of a model that is not causal.
+        UserError: the folder or hub name has no readable configuration, or the model is not causal.
     """
     options = loading_options(model)
     try:
@@ -90,7 +90,7 @@ def load_config(model: str, *, dropout: bool = False) -> PreTrainedConfig:
 
 
 def _switch_off_dropout(config: PreTrainedConfig) -> None:
-    """In the configuration itself and in those it holds, as of a text and a vision tower."""
+    """Disable dropout in the configuration and in nested ones, such as those of a text and a vision model."""
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             _switch_off_dropout(value)
@@ -99,7 +99,7 @@ def _switch_off_dropout(config: PreTrainedConfig) -> None:
 
 
 def load_generation_config(model: str, config: PreTrainedConfig) -> GenerationConfig:
-    """What generation_config.json says, or, if there is none, what of it stands in config.json.
+    """Load generation_config.json, or the generation options in config.json if there is no such file.
 
     Raises:
         UserError: the file can't be read.
@@ -121,21 +121,21 @@ def load_policy(
     from_scratch: bool = False,
     seed: int = 0,
 ) -> PreTrainedModel | PeftModel:
-    """Load a causal language model to be trained, in training mode.
+    """Load a causal language model for training, in training mode.
 
     Args:
         model: folder of a Hugging Face checkpoint, or its hub name.
-        dtype: of the parameters. float32 keeps master weights that small learning rates can move.
-        lora: adapters to train instead of the whole weights.
+        dtype: dtype of the parameters. In float32, small learning rates are not lost to rounding.
+        lora: adapters to train instead of all weights.
         gradient_checkpointing: recompute activations in the backward pass.
-        attn_implementation: transformers' name of the attention to use; by default its SDPA, but for what
-            `lightning_grpo.policy.attention` does faster, or transformers' choice for models that can't be given
-            either.
-        from_scratch: random weights by the folder's configuration instead of its checkpoint.
-        seed: of the random weights and of a new adapter.
+        attn_implementation: name of the attention in transformers. The default is SDPA, replaced by
+            `lightning_grpo.policy.attention` if that is faster; models that support neither use the default of
+            transformers.
+        from_scratch: use random weights with the folder's configuration instead of its checkpoint.
+        seed: seed of the random weights and of a new adapter.
 
     Raises:
-        UserError: an unknown dtype; a model that can't be found or read; weights that are not complete and finite.
+        UserError: the dtype is unknown, the model can't be found or read, or its weights are incomplete or not finite.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; set one of {', '.join(DTYPES)}")
@@ -168,13 +168,13 @@ def _errors_named(model: str, attn_implementation: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError, SafetensorError, UnpicklingError) as error:
         if "attn_implementation" in str(error) or "FlashAttention" in str(error):
             raise UserError(
-                f"attn_implementation is {attn_implementation!r}: {error}; set sdpa, or leave it out"
+                f"attn_implementation is {attn_implementation!r}: {error}; set it to sdpa, or leave it unset"
             ) from error
         raise unreadable("weights", model, error) from error
 
 
 def with_adapters(policy: PreTrainedModel, lora: LoRA) -> PeftModel:
-    """Put new adapters into ``policy``.
+    """Add new adapters to ``policy``.
 
     Raises:
         UserError: ``lora.target_modules`` names no layers.
@@ -191,18 +191,18 @@ def with_adapters(policy: PreTrainedModel, lora: LoRA) -> PeftModel:
     except (ValueError, re.error) as error:
         linears = {name.rpartition(".")[2] for name, module in policy.named_modules() if isinstance(module, nn.Linear)}
         raise UserError(
-            f"lora.target_modules is {lora.target_modules!r}: {error}; set all-linear, or names among "
+            f"lora.target_modules is {lora.target_modules!r}: {error}; set it to all-linear, or to names among "
             f"{', '.join(sorted(linears))}"
         ) from error
 
 
 def _load_weights(model: str, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """The checkpoint's weights, all of them and all finite."""
+    """Load the weights of a checkpoint, and check that they are complete and finite."""
     options |= loading_options(model)
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report of what is missing; `require_complete` says it
+    transformers_logging.set_verbosity_error()  # `require_complete` reports missing tensors instead
     try:
-        # weights of another shape are refused below, with both shapes
+        # `require_complete` rejects weights with another shape, and reports both shapes.
         policy, info = AutoModelForCausalLM.from_pretrained(
             model, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
@@ -218,29 +218,31 @@ def _load_weights(model: str, config: PreTrainedConfig, **options: Any) -> PreTr
 
 
 def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
-    """The reference of full training: a copy of the policy as it is now, in evaluation mode, without gradients."""
+    """Return a copy of the policy as the reference, in evaluation mode and without gradients."""
     return copy.deepcopy(policy).eval().requires_grad_(False)
 
 
 @contextmanager
 def full_precision_buffers(model: nn.Module) -> Iterator[None]:
-    """Leave the float32 buffers of ``model`` as they are while its dtype is changed to one of 16 bits, as
-    transformers does when it loads in that dtype: rounded rotary frequencies would be other positions."""
-    kept = [
+    """Keep the float32 buffers of ``model`` unchanged while its dtype is converted to 16 bits.
+
+    transformers does the same when it loads a model in 16 bits: rounded rotary frequencies would change positions.
+    """
+    buffers = [
         (module, name, buffer)
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
         if buffer.dtype == torch.float32
     ]
     yield
-    for module, name, buffer in kept:
-        now = getattr(module, name)
-        if now.dtype.itemsize < buffer.dtype.itemsize:
-            setattr(module, name, buffer.to(now.device))
+    for module, name, buffer in buffers:
+        converted = getattr(module, name)
+        if converted.dtype.itemsize < buffer.dtype.itemsize:
+            setattr(module, name, buffer.to(converted.device))
 
 
 def shard(policy: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Split the parameters over the ranks of ``mesh``, gathered layer by layer where they are used (FSDP2)."""
+    """Shard the parameters over the ranks of ``mesh``; each layer is gathered when it is used (FSDP2)."""
     base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
     layers = [module for module in policy.modules() if type(module).__name__ in (base._no_split_modules or ())]
     for layer in layers:
