@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lightning_grpo.policy.attention import MAX_KEYS, NAME, _multiplies_bfloat16, train_attention
 from lightning_grpo.policy.load import LoRA, frozen_copy, load_policy
 from lightning_grpo.policy.logprobs import completion_logprobs
-from lightning_grpo.rollout.hf.decoding import quick_decoding
+from lightning_grpo.rollout.hf.decoding import decoding_mode
 
 pytestmark = pytest.mark.skipif(not _multiplies_bfloat16(), reason="needs bfloat16 products")
 
@@ -197,7 +197,7 @@ def test_models_that_take_no_attention_by_name_have_their_own(tmp_path, name, se
     ids, mask = torch.arange(8).view(2, 4), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     with torch.no_grad():
         plain = policy(input_ids=ids, attention_mask=mask).logits
-        with quick_decoding(policy):
+        with decoding_mode(policy):
             quick = policy(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(quick[1], plain[1]) and torch.equal(quick[0, 1:], plain[0, 1:])
 

@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Mistra
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lightning_grpo.policy.attention import DECODING_NAME, decode_attention
 from lightning_grpo.policy.load import load_policy
-from lightning_grpo.rollout.hf.decoding import NAME, BufferedLayer, attend, buffered_cache, quick_decoding
+from lightning_grpo.rollout.hf.decoding import BufferedLayer, buffered_cache, decoding_mode
 
 
 def test_a_buffered_layer_holds_what_a_dynamic_one_does():
@@ -46,7 +47,7 @@ def test_attention_is_sdpas(queries, heads):
     query, (key, value) = torch.randn(3, heads, queries, 8), torch.randn(2, 3, 2, 5, 8)
     mask = (torch.rand(3, 1, queries, 5) < 0.7) | torch.eye(5, dtype=torch.bool)[0]
     for options in ({"scaling": 0.3}, {"scaling": 0.3, "position_bias": torch.randn(1, heads, queries, 5)}):
-        found, _ = attend(module, query, key, value, mask, **options)
+        found, _ = decode_attention(module, query, key, value, mask, **options)
         expected, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
         torch.testing.assert_close(found, expected)
 
@@ -55,18 +56,18 @@ def test_attention_is_sdpas(queries, heads):
 def test_the_model_is_left_as_it_was(tiny_model_path, load):
     policy = load(tiny_model_path)
     own = policy.config._attn_implementation
-    with pytest.raises(KeyError), torch.autocast("cpu", torch.bfloat16, cache_enabled=False), quick_decoding(policy):
-        assert policy.config._attn_implementation == NAME
+    with pytest.raises(KeyError), torch.autocast("cpu", torch.bfloat16, cache_enabled=False), decoding_mode(policy):
+        assert policy.config._attn_implementation == DECODING_NAME
         assert torch.is_autocast_cache_enabled()
         raise KeyError
-    assert policy.config._attn_implementation == own != NAME
+    assert policy.config._attn_implementation == own != DECODING_NAME
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        with quick_decoding(policy):
+        with decoding_mode(policy):
             pass
         assert not torch.is_autocast_cache_enabled()
 
 
 def test_another_attention_than_sdpa_stays(tiny_model_path):
     policy = AutoModelForCausalLM.from_pretrained(tiny_model_path, attn_implementation="eager")
-    with quick_decoding(policy):
+    with decoding_mode(policy):
         assert policy.config._attn_implementation == "eager"

@@ -52,7 +52,7 @@ PRESETS: dict[str, Preset] = {
         importance_sampling_level="sequence",
         aggregation="sequence_mean",
         paper="GSPO, arXiv:2507.18071",
-        use="Mixture-of-experts policies with several updates per rollout; no effect with one.",
+        use="Mixture-of-experts policies with several updates per rollout; no benefit with one.",
     ),
     "luspo": Preset(
         surrogate=Clipped(epsilon=2e-3, epsilon_high=2.5e-3),

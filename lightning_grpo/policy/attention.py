@@ -1,13 +1,17 @@
-"""Attention of a policy that trains on a CPU, registered with transformers under `NAME`.
+"""Attention functions registered with transformers, which replace SDPA if they are faster.
 
-It uses `kernels.attention` if that is faster than SDPA: in bfloat16, SDPA takes 1.3 to 4 times as long on a CPU, mostly
-in the backward (benchmarks/attention.py). In float32 both are equally fast, and SDPA is used.
+`train_attention` (`NAME`) uses `kernels.attention` on CPUs: in bfloat16, SDPA takes 1.3 to 4 times as long there,
+mostly in the backward (benchmarks/attention.py). In float32 both are equally fast, and SDPA is used.
+`decode_attention` (`DECODING_NAME`) is for sampling token by token.
+
+Shapes: N rows, T queries, L keys, H query heads, K key heads, D head size.
 """
 
 import functools
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -15,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from lightning_grpo.kernels.attention import attention
 
 # transformers rejects models without SDPA if the name contains "sdpa".
-NAME = "sdpa_or_products"
+NAME, DECODING_NAME = "sdpa_or_products", "sdpa_one_query"
 
 # The largest number of keys for which matrix products are faster.
 MAX_KEYS = 2048
@@ -77,5 +81,22 @@ def _multiplies_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-AttentionInterface.register(NAME, train_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def decode_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
+) -> tuple[Tensor, None]:
+    """Return attention [N, T, H, D] like SDPA. For one query per row, heads that share keys become further queries.
+
+    The keys are then neither repeated for each of these heads nor read more than once.
+    """
+    N, H, T, D = query.shape
+    plain = options.get("position_bias") is None and (attention_mask is None or attention_mask.shape[1] == 1)
+    if T > 1 or not plain:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    folded = query.reshape(N, key.shape[1], -1, D)
+    out = scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=options.get("scaling"))
+    return out.reshape(N, 1, H, -1), None
+
+
+for _name, _function in ((NAME, train_attention), (DECODING_NAME, decode_attention)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, sdpa_mask)

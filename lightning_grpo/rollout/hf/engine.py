@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.engine import Engine
-from lightning_grpo.rollout.hf.decoding import buffered_cache, quick_decoding
+from lightning_grpo.rollout.hf.decoding import buffered_cache, decoding_mode
 from lightning_grpo.rollout.hf.sampling import draw, sampled_logprobs
 from lightning_grpo.rollout.hf.stop import StopStrings
 from lightning_grpo.rollout.seeds import uniform
@@ -129,7 +129,7 @@ class HFEngine(Engine):
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        with torch.no_grad(), eval_mode(self.policy), self.context(), quick_decoding(self.policy):
+        with torch.no_grad(), eval_mode(self.policy), self.context(), decoding_mode(self.policy):
             yield
 
     def _batches(self, request: SampleRequest) -> Iterator[list[_Row]]:
