@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -16,7 +16,7 @@ class Mean(NamedTuple):
     """A mean, stored as sum and count, which are added when merging over micro-batches and ranks."""
 
     value: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # not tuple.count
 
     def merge(self, other: "Mean") -> "Mean":
         return Mean(self.value + other.value, self.count + other.count)
@@ -65,7 +65,7 @@ class Percentile99(NamedTuple):
         return cls(counts.scatter_add_(0, index.flatten(), mask.flatten().to(counts.dtype)))
 
     @property
-    def count(self) -> Tensor:
+    def count(self) -> Tensor:  # type: ignore[override]
         return self.counts.sum()
 
     def merge(self, other: "Percentile99") -> "Percentile99":
@@ -82,7 +82,7 @@ class Spread(NamedTuple):
 
     value: Tensor
     square: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # not tuple.count
 
     @classmethod
     def of(cls, x: Tensor) -> "Spread":
@@ -138,7 +138,8 @@ class Window:
     def add(self, metrics: Mapping[str, Metric]) -> None:
         """Merge ``metrics`` with those of the same name."""
         for name, metric in metrics.items():
-            self.metrics[name] = self.metrics[name].merge(metric) if name in self.metrics else metric
+            earlier: Any = self.metrics.get(name)
+            self.metrics[name] = metric if earlier is None else earlier.merge(metric)
 
     def mean(self, name: str, values: Tensor) -> None:
         """Add the elements of ``values`` (any shape) to the mean ``name``, except NaN ("does not apply")."""
@@ -149,9 +150,8 @@ class Window:
     def seconds(self, name: str, seconds: float) -> None:
         """Add to ``time/{name}``. The value of the slowest rank is reported."""
         earlier = self.metrics.get(f"time/{name}")
-        self.metrics[f"time/{name}"] = Max(
-            torch.tensor(seconds + (float(earlier.value) if earlier else 0.0), dtype=torch.float64)
-        )
+        total = seconds + (float(earlier.compute()) if earlier else 0.0)
+        self.metrics[f"time/{name}"] = Max(torch.tensor(total, dtype=torch.float64))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -163,7 +163,7 @@ class Window:
     def stop_clock(self) -> None:
         """Add ``step_time``, the seconds since the window was created, and ``time/update``, those of no other phase."""
         total = time.perf_counter() - self.started
-        phases = sum(float(metric.value) for name, metric in self.metrics.items() if name.startswith("time/"))
+        phases = sum(float(metric.compute()) for name, metric in self.metrics.items() if name.startswith("time/"))
         self.seconds("update", total - phases)
         self.add({"step_time": Max(torch.tensor(total, dtype=torch.float64))})
 

@@ -259,6 +259,6 @@ def _one_line(error: BaseException) -> str:
 def log_to_terminal() -> None:
     """Show what this package logs, on the first rank's terminal."""
     logger = logging.getLogger("lightning_grpo")
-    logger.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)
+    logger.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.WARNING)
     if not logger.handlers:
         logger.addHandler(TerminalHandler())

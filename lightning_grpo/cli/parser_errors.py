@@ -235,7 +235,8 @@ def _class_names() -> list[str]:
     found: set[str] = set()
     queue: list[type] = [Callback, Logger, Optimizer, Reward]
     while queue:
-        queue += (kinds := queue.pop().__subclasses__())
+        kinds: list[type] = queue.pop().__subclasses__()
+        queue += kinds
         found.update(kind.__name__ for kind in kinds if not kind.__name__.startswith("_"))
     return sorted(found)
 

@@ -19,7 +19,7 @@ class ShortHelpParser(OneLineParser):
     """A parser whose help leaves out rare options of the trainer, and the environment variables, whose names follow
     from those of the options."""
 
-    def format_help(self) -> str:
+    def format_help(self) -> str:  # type: ignore[override]  # no caller passes a formatter
         """The help as it is printed."""
         rare = [
             (action, action.help)

@@ -61,7 +61,7 @@ def _states(w: Workload) -> Parts:
     state = STATE_BYTES[w.optimizer]
     if w.optimizer != "adamw_8bit":
         state *= w.trained_bytes / 4
-    parts = {"weights": w.shape.params * w.weight_bytes}
+    parts: dict[str, float] = {"weights": w.shape.params * w.weight_bytes}
     if w.lora_rank:
         parts["LoRA adapters"] = w.trained * w.trained_bytes
     parts["optimizer"] = w.trained * state

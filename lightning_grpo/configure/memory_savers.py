@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import combinations
+from typing import Literal
 
 from lightning_grpo.configure.devices import GiB, Hardware
 from lightning_grpo.configure.memory import Memory, predict_memory
@@ -113,7 +114,7 @@ def _sleep(w: Workload) -> Workload | None:
 def _lora(w: Workload) -> Workload | None:
     if w.lora_rank:
         return None
-    low = "float16" if w.precision.startswith("16") else "bfloat16"
+    low: Literal["float16", "bfloat16"] = "float16" if w.precision.startswith("16") else "bfloat16"
     return replace(w, lora_rank=16, optimizer="adamw", dtype="float32" if w.precision == "32-true" else low)
 
 

@@ -35,7 +35,7 @@ LARGEST_MICRO_BATCH = {"cpu": 4096, "cuda": 65536}
 
 
 # Names of --preset that are accepted until 0.3.
-FORMER_PRESETS = {"classic": "baseline"}
+FORMER_PRESETS: dict[str, Literal["baseline"]] = {"classic": "baseline"}
 
 
 def plan(

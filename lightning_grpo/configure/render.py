@@ -59,7 +59,7 @@ def config(plan: Plan) -> dict[str, Any]:
     if w.lora_rank:
         rank = c["lora_rank"]
         module["lora"] = {"rank": rank, "alpha": 2.0 * rank.value, "target_modules": "all-linear"}
-    optimizer = {"lr": c["learning_rate"]}
+    optimizer: dict[str, Any] = {"lr": c["learning_rate"]}
     optimizer["weight_decay"] = c["weight_decay"]
     if w.optimizer == "adamw" and w.precision != "16-mixed":
         optimizer["fused"] = True

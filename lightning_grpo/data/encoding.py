@@ -21,7 +21,7 @@ CHUNK = 1000
 class Rendered(NamedTuple):
     """A row whose prompt has been rendered as text."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # not tuple.index
     where: str
     messages: str | list[Message]
     text: str

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from string import ascii_lowercase
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_grpo.data.files import READERS, is_file_name, read_files
 from lightning_grpo.data.rows import Row
@@ -20,6 +20,7 @@ KINDS = (
     "hub name (owner/name), reasoning_gym:TASK, arithmetic, or letters"
 )
 MAX_ENUMERATED = 100_000
+Rows = TypeVar("Rows", bound=Iterable)
 
 
 def arithmetic(
@@ -152,7 +153,7 @@ def offline() -> Iterator[None]:
     import datasets
     import huggingface_hub
 
-    modules = (datasets.config, huggingface_hub.constants)
+    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [module.HF_HUB_OFFLINE for module in modules]
     try:
         for module in modules:
@@ -167,7 +168,7 @@ def _reason(error: Exception) -> str:
     return shorten(str(error), 400, placeholder=" …") or type(error).__name__
 
 
-def _call(source: str, make: Callable[..., Iterable[Row]], *fixed: Any, args: dict[str, Any]) -> Iterable[Row]:
+def _call(source: str, make: Callable[..., Rows], *fixed: Any, args: dict[str, Any]) -> Rows:
     try:
         inspect.signature(make).bind(*fixed, **args)
     except TypeError as error:

@@ -57,7 +57,7 @@ def _library() -> ctypes.CDLL | None:
 def _compile(command: list[str], folder: Path) -> ctypes.CDLL:
     source, file = Path(__file__).with_suffix(".cpp"), folder / "cpp_rows.so"
     subprocess.run([*command, source, "-o", file], check=True, capture_output=True, text=True, errors="replace")
-    return ctypes.CDLL(file)
+    return ctypes.CDLL(str(file))
 
 
 def accumulate(

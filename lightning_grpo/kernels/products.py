@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def block_logits(
         return w, linear(hidden, w, b)
     a = view(memory, torch.Size((len(hidden), len(w) + (-len(w) % 64 if hidden.is_cuda else 0))))
     out = a[:, : len(w)]
-    dtype = {} if out.dtype == hidden.dtype else {"out_dtype": out.dtype}
+    dtype: dict[str, Any] = {} if out.dtype == hidden.dtype else {"out_dtype": out.dtype}
     if b is None:
         torch.mm(hidden, w.T, **dtype, out=out)
     else:

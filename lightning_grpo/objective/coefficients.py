@@ -46,12 +46,12 @@ class Coefficients:
         kl, entropy = (None if x is None or isnan(x) else x for x in (kl, entropy))
         if (control := self.base.adaptive_beta) is not None and kl is not None:
             self.beta = control.step(self.beta, kl)
-        if (control := self.base.adaptive_entropy) is not None and entropy is not None:
-            self.entropy_coef = control.step(self.entropy_coef, entropy)
-            self.bonus = entropy <= control.target
+        if (bonus_control := self.base.adaptive_entropy) is not None and entropy is not None:
+            self.entropy_coef = bonus_control.step(self.entropy_coef, entropy)
+            self.bonus = entropy <= bonus_control.target
 
     def state_dict(self) -> dict[str, float | bool]:
         return {"beta": self.beta, "entropy_coef": self.entropy_coef, "bonus": self.bonus}
 
     def load_state_dict(self, state: dict[str, float | bool]) -> None:
-        self.beta, self.entropy_coef, self.bonus = state["beta"], state["entropy_coef"], state["bonus"]
+        self.beta, self.entropy_coef, self.bonus = state["beta"], state["entropy_coef"], bool(state["bonus"])

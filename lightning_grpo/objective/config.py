@@ -141,7 +141,7 @@ class ObjectiveConfig:
         clip = {name: getattr(self, name) for name in CLIP_OPTIONS if getattr(self, name) is not None and name in takes}
         if "epsilon" in clip:
             clip.setdefault("epsilon_high", None)
-        return replace(preset, surrogate=replace(preset.surrogate, **clip), **changes)
+        return replace(preset, surrogate=replace(preset.surrogate, **clip), **changes)  # type: ignore[type-var]
 
     @property
     def needs_reference(self) -> bool:

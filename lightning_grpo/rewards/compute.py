@@ -116,8 +116,8 @@ def _call_all(rewards: Sequence[Reward], arguments: dict[str, Any]) -> list[Any]
         together = _gather([rewards[i] for i in waiting], [answers[i] for i in waiting], arguments)
         limit = None if None in limits else max(limits)
         judged = within(limit, names, arguments, partial(asyncio.run, together), loop=True)
-        for i, answer in zip(waiting, judged, strict=True):
-            answers[i] = answer
+        for i, scores in zip(waiting, judged, strict=True):
+            answers[i] = scores
     return answers
 
 

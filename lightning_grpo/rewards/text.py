@@ -27,5 +27,5 @@ def decode_completions(
 def template_opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
     """The tag that a prompt ends in, with the white space after it, such as ``<think>`` and a line break, which chat
     templates of reasoning models open themselves; empty if there is none."""
-    found = _OPENING.search(tokenizer.decode(list(prompt_ids[-16:]), skip_special_tokens=False))
+    found = _OPENING.search(str(tokenizer.decode(list(prompt_ids[-16:]), skip_special_tokens=False)))
     return found.group() if found else ""
