@@ -83,7 +83,7 @@ CHECKPOINTS = [
     Row("best", ["--ckpt_path", "best"], ["ckpt_path is best", "last"]),
     Row("no last", ["--ckpt_path", "last"], ["ckpt_path is last", "has no checkpoint"], command="test"),
     Row("empty", ["--ckpt_path", "{tmp}/a.ckpt"], ["a.ckpt is an empty file"], files={"a.ckpt": b""}),
-    Row("noise", ["--ckpt_path", "{tmp}/a.ckpt"], ["a.ckpt can't be read as"], files={"a.ckpt": bytes(range(256)) * 9}),
+    Row("noise", ["--ckpt_path", "{tmp}/a.ckpt"], ["a.ckpt can't be read"], files={"a.ckpt": bytes(range(256)) * 9}),
 ]
 
 DATA: list[Row] = []

@@ -1,5 +1,5 @@
-// The row arithmetic of torch_rows.py without a softcap: a row stays in the first cache for its two passes, one for
-// the largest logit and one for everything else. A row is cut at its target, which takes no part in the sums.
+// The row arithmetic of torch_rows.py without a softcap. A row stays in the first-level cache for its two passes: one for
+// the largest logit, and one for the sums. A row is split at its target, which is excluded from the sums.
 
 #include <cmath>
 #include <cstdint>
@@ -26,7 +26,7 @@ inline void write(bfloat16 &to, float x) {
     to = (whole + 0x7fff + (whole >> 16 & 1)) >> 16;
 }
 
-// e^x for x <= 88 to 1e-7 of it, and 0 below -87; NaN stays NaN. 2^k times Cephes' polynomial for the rest.
+// e^x for x <= 88 with a relative error of 1e-7, and 0 below -87; NaN stays NaN. 2^k times the polynomial of Cephes.
 inline float exponential(float x) {
     float inside = x < -87 ? -87 : x;
     float k = std::rint(inside * 1.44269504f);
@@ -66,7 +66,7 @@ void sums(const T *a, T *w, int64_t n, float factor, float floor, float m, float
         if (weights) write(w[j], e);
     }
     s_out += s;
-    // Summed from the top, where most of the weight is: rounding is of the sum's own size.
+    // Summation starts with the largest terms, so that rounding is relative to the sum.
     t_out += t + m * s;
 }
 
@@ -122,7 +122,7 @@ void gradient(const T *a, int64_t a_stride, T *out, int64_t out_stride, int64_t 
         bool here = target >= 0 && target < width;
         int64_t left = here ? target : width, right = left + here;
         float factor = factors[i], by_entropy = c_entropy ? c_entropy[i] : 0, mean = lse[i] - entropy[i];
-        // Written last: `out` may be `a`.
+        // Written last, because `out` may be `a`.
         float z = here ? read(row[target]) * factor : 0;
         slopes(row, to, left, factor, floor, lse[i], c[i], by_entropy, mean);
         slopes(row + right, to + right, width - right, factor, floor, lse[i], c[i], by_entropy, mean);

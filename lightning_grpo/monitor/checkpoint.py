@@ -88,9 +88,9 @@ class Checkpoint(ModelCheckpoint):
         # Lightning looks for ``last`` before it calls `setup`.
         folder = newest(self._folder(trainer))
         self.dirpath = str(folder)
-        found = {str(file)} if (file := newest_file(folder)) else set()
-        self._resumes = bool(found)
-        return found
+        checkpoints = {str(file)} if (file := newest_file(folder)) else set()
+        self._resumes = bool(checkpoints)
+        return checkpoints
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder, and replace the class that writes and reads files."""

@@ -96,8 +96,8 @@ def require_checkpoint_file(path: str, option: str = "ckpt_path") -> None:
     """Raise `UserError` unless ``path`` is a non-empty file, or the folder of a sharded checkpoint."""
     if not os.path.exists(path):
         folder = os.path.dirname(path) or "."
-        found = sorted(name for name in os.listdir(folder) if name.endswith(".ckpt")) if os.path.isdir(folder) else []
-        there = f"{folder} has {', '.join(found[-5:])}" if found else f"{folder} has no .ckpt file"
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".ckpt")) if os.path.isdir(folder) else []
+        there = f"{folder} has {', '.join(names[-5:])}" if names else f"{folder} has no .ckpt file"
         raise UserError(f"{option} {path} does not exist ({there}); set it to one that does, or to last for the newest")
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "meta.pt")):
         raise UserError(

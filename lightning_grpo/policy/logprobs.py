@@ -132,21 +132,21 @@ def _unshared(model, head: Head, batch: _Batch, _) -> tuple[Tensor, Tensor]:
 
 def _call(model, head: Head, batch: _Batch, inputs: dict, predicting: Callable):
     """Run the model; ``predicting`` selects the hidden states [N, T, H] that predict completion tokens."""
-    found = None
+    result = None
 
     def forward(hidden: Tensor) -> Tensor:
-        nonlocal found
+        nonlocal result
         active = predicting(hidden)[batch.completion_mask]
-        found = head.logprobs(own, active, batch.options())
+        result = head.logprobs(original, active, batch.options())
         return hidden[..., :1]
 
-    own = head.module.forward
+    original = head.module.forward
     with override_forward(head.module, forward):
         logits = model(**inputs).logits
     if isinstance(model, FSDPModule):
-        # Its backward hooks hang on the model's output.
-        found = (found[0] + 0 * logits.sum(), found[1])
-    return found
+        # FSDP registers its backward hooks on the output of the model.
+        result = (result[0] + 0 * logits.sum(), result[1])
+    return result
 
 
 def _through_logits(model, batch: _Batch) -> tuple[Tensor, Tensor]:
