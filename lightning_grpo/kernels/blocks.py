@@ -64,7 +64,7 @@ def scratch_like(memory: Tensor, hidden: Tensor, width: int) -> Tensor:
     return memory if memory.dtype == hidden.dtype else block_memory(hidden, width, hidden.dtype)
 
 
-def room_for(hidden: Tensor, weight: Tensor, limit: int | None = None) -> Tensor:
+def gradient_buffer(hidden: Tensor, weight: Tensor, limit: int | None = None) -> Tensor:
     """Allocate memory for the g of all blocks of these rows, with padding, but at most ``limit`` bytes."""
     size = len(hidden) * (len(weight) + 64)
     return hidden.new_empty(size if limit is None else min(size, limit // hidden.element_size()))

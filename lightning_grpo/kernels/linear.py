@@ -9,7 +9,15 @@ from torch.autograd.function import once_differentiable
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.kernels import rows
-from lightning_grpo.kernels.blocks import Block, block_width, budget_for, cut, room_for, scratch_like, targets_by_block
+from lightning_grpo.kernels.blocks import (
+    Block,
+    block_width,
+    budget_for,
+    cut,
+    gradient_buffer,
+    scratch_like,
+    targets_by_block,
+)
 from lightning_grpo.kernels.products import block_logits, block_memory, logits_dtype, product, view, write
 from lightning_grpo.kernels.scaling import in_range, power_above
 from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform, check_type
@@ -100,8 +108,8 @@ class _LinearLogprob(torch.autograd.Function):
             ctx.coefficient = coefficient
             blocks = [Block(ids) for ids in cut(weight, block_width(hidden, weight))]
         else:
-            room = room_for(hidden, weight, budget_for(hidden).kept if recording and not entropy_grad else 0)
-            softmax, blocks = _softmax(hidden, weight, bias, targets, transform, room)
+            buffer = gradient_buffer(hidden, weight, budget_for(hidden).kept if recording and not entropy_grad else 0)
+            softmax, blocks = _softmax(hidden, weight, bias, targets, transform, buffer)
         if recording and not ctx.frozen:
             ctx.transform, ctx.ids = transform, [block.ids for block in blocks]
             kept = (x for block in blocks for x in (block.g, block.scale))
@@ -156,9 +164,9 @@ def _multiple(c: Tensor, coefficient: Tensor) -> float | None:
 
 
 def _softmax(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: Transform, room: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: Transform, buffer: Tensor
 ) -> tuple[Softmax, list[Block]]:
-    """Return the softmax of the rows, and the blocks of the vocabulary with as many gradients as fit in ``room``."""
+    """Return the softmax of the rows, and the blocks of the vocabulary with as many gradients as fit in ``buffer``."""
     stats = Statistics.empty(len(hidden), hidden.device)
     width = block_width(hidden, weight)
     memory = block_memory(hidden, width, logits_dtype(hidden))
@@ -166,8 +174,8 @@ def _softmax(
     for ids in cuts:
         _, a = block_logits(hidden, weight, bias, ids, memory)
         g = None
-        if a.numel() <= room.numel():
-            g, room = view(room, a.shape), room[a.numel() :]
+        if a.numel() <= buffer.numel():
+            g, buffer = view(buffer, a.shape), buffer[a.numel() :]
         joins = rows.rows_for(a, g, transform).accumulate(a, ids, targets, transform, stats, weights=g)
         blocks.append(Block(ids) if g is None else Block(ids, g, stats.m + joins[1].log()))
     softmax = stats.finish()
@@ -224,10 +232,10 @@ def _with_known_coefficient(
     grad_weight, grad_bias = (
         torch.zeros_like(x) if need else None for x, need in zip((weight, bias), needs[1:], strict=True)
     )
-    room = room_for(hidden[:step], weight)
+    buffer = gradient_buffer(hidden[:step], weight)
     for start in range(0, max(len(hidden), 1), step):
         i = slice(start, start + step)
-        softmax, blocks = _softmax(hidden[i], weight, bias, targets[i], transform.rows(i), room)
+        softmax, blocks = _softmax(hidden[i], weight, bias, targets[i], transform.rows(i), buffer)
         softmaxes.append(softmax)
         chunk = hidden[i], weight, bias, targets[i], transform.rows(i), softmax, blocks
         part, _, _ = _gradients(*chunk, coefficient[i], None, needs, (grad_weight, grad_bias))
