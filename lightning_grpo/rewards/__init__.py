@@ -1,25 +1,21 @@
-"""Rewards: what judges a completion."""
+"""Rewards: what scores a completion."""
 
-from lightning_grpo.rewards.answers import ExactMatch, PrefixMatch
-from lightning_grpo.rewards.base import FunctionReward, Reward, as_rewards, completion_text
-from lightning_grpo.rewards.compute import compute_rewards
-from lightning_grpo.rewards.early import EarlyJudge
-from lightning_grpo.rewards.format import LengthPenalty, RegexFormat
-from lightning_grpo.rewards.reasoning_gym import ReasoningGym
-from lightning_grpo.rewards.text import decode_completions, template_opening
+from lightning_grpo.lazy import lazy_names
 
-__all__ = [
-    "EarlyJudge",
-    "ExactMatch",
-    "FunctionReward",
-    "LengthPenalty",
-    "PrefixMatch",
-    "ReasoningGym",
-    "RegexFormat",
-    "Reward",
-    "as_rewards",
-    "completion_text",
-    "compute_rewards",
-    "decode_completions",
-    "template_opening",
-]
+_MODULES = {
+    "answers": ("ExactMatch", "PrefixMatch"),
+    "base": ("FunctionReward", "Reward", "as_rewards", "completion_text"),
+    "code": ("CodeTests",),
+    "compute": ("compute_rewards",),
+    "early": ("EarlyJudge",),
+    "format": ("LengthPenalty", "RegexFormat"),
+    "reasoning_gym": ("ReasoningGym",),
+    "text": ("decode_completions", "template_opening"),
+    "text_reward": ("TextReward",),
+}
+__all__ = sorted(name for names in _MODULES.values() for name in names)
+
+# worker processes import rewards without torch and transformers
+__getattr__, __dir__ = lazy_names(
+    __name__, {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+)

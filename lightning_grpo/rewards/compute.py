@@ -15,6 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# classes that configuration files name are found among those that are imported
+import lightning_grpo.rewards.answers
+import lightning_grpo.rewards.code
+import lightning_grpo.rewards.format
+import lightning_grpo.rewards.reasoning_gym  # noqa: F401
 from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.rewards.base import FunctionReward, Reward, Scores, call_with
 from lightning_grpo.rewards.time_limit import in_hand, overdue, within

@@ -1,0 +1,209 @@
+"""Programs that a model wrote, run against tests."""
+
+import ast
+import json
+import os
+import re
+import resource
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lightning_grpo.errors import UserError
+from lightning_grpo.ranges import check_ranges
+from lightning_grpo.rewards.sandbox import program
+from lightning_grpo.rewards.text_reward import TextReward
+
+_FENCE = re.compile(r"^```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+_MAX_OUTPUT = 1 << 20
+_MISSING = object()
+
+
+def extract_code(text: str) -> str | None:
+    """The last fenced block of Python in a completion; None if there is none."""
+    blocks = _FENCE.findall(text)
+    return blocks[-1] if blocks else None
+
+
+@lru_cache(maxsize=4096)
+def read_assertion(test: str) -> tuple[str, Any]:
+    """The expression that a test ``assert EXPRESSION == VALUE`` evaluates, and the value, a Python literal.
+
+    ``assert EXPRESSION`` expects true, ``assert not EXPRESSION`` false.
+
+    Raises:
+        UserError: the test has another form.
+    """
+    try:
+        (statement,) = ast.parse(test.strip()).body
+        if not isinstance(statement, ast.Assert):
+            raise ValueError
+        condition = statement.test
+        if isinstance(condition, ast.Compare):
+            (operator,), (right,) = condition.ops, condition.comparators
+            if not isinstance(operator, ast.Eq | ast.Is):
+                raise ValueError
+            return ast.unparse(condition.left), ast.literal_eval(right)
+        if isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not):
+            return f"bool({ast.unparse(condition.operand)})", False
+        return f"bool({ast.unparse(condition)})", True
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"the test {test[:80]!r} is not of the form 'assert EXPRESSION == VALUE' with a literal VALUE; its value "
+            "is compared outside of the program, so that the program can't forge it: rewrite or drop this test"
+        ) from error
+
+
+@dataclass(kw_only=True, eq=False)
+class CodeTests(TextReward):
+    """The share of tests, from 0 to 1, that the program in the completion passes; 0 without a program.
+
+    The program is the last fenced block of Python. Each row has a list of tests: ``assert f(2) == 4`` (as in MBPP,
+    arXiv:2108.07732), or ``{"input": stdin, "output": stdout}`` (as in APPS, arXiv:2105.09938). A program never sees
+    the expected values: it can pass only by computing them. It runs in a process of its own, with the standard library,
+    an empty folder and limited time and memory; Linux seccomp and Landlock refuse it other processes, signals, the
+    network and other files.
+    """
+
+    tests: str = "tests"
+    """Column with the list of tests."""
+    all_or_nothing: bool = False
+    """1 only if all tests pass, else 0."""
+    program_seconds: float = 4.0
+    """Limit on the time of the program, over all its tests."""
+    memory_mb: int = 512
+    """Limit on the program's address space."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ranges = {"program_seconds": "(0, inf)", "memory_mb": "[64, inf)"}
+        check_ranges(self, ranges, prefix="CodeTests.")
+        if not self.sandbox:
+            raise UserError("CodeTests.sandbox is False; programs of a model run only in worker processes: remove it")
+        if self.seconds <= self.program_seconds:
+            raise UserError(
+                f"CodeTests.seconds is {self.seconds:g}; set more than program_seconds = {self.program_seconds:g}"
+            )
+
+    def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
+        for row, values in enumerate(columns):
+            tests = values.get(self.tests)
+            if not isinstance(tests, list) or not tests:
+                raise UserError(
+                    f"CodeTests.tests is {self.tests!r}, which is {tests!r:.80} in row {row}; set it to a column with "
+                    f"a list of tests, one of {', '.join(values) or '(none)'}"
+                )
+            for test in tests:
+                if isinstance(test, str):
+                    read_assertion(test)
+                elif not isinstance(test, Mapping) or not {"input", "output"} <= set(test):
+                    raise UserError(
+                        f"CodeTests: row {row} has the test {test!r:.80}; set 'assert EXPRESSION == VALUE' or "
+                        '{"input": ..., "output": ...}'
+                    )
+
+    def score(self, text: str, row: Mapping[str, Any]) -> float:
+        code = extract_code(text)
+        if code is None:
+            return 0.0
+        deadline = time.monotonic() + self.program_seconds
+        tests = row[self.tests]
+        assertions = [read_assertion(test) for test in tests if isinstance(test, str)]
+        passed = 0
+        if assertions:
+            request = {"code": code, "expressions": [expression for expression, _ in assertions]}
+            values = _values(self._run(request, deadline), len(assertions))
+            passed = sum(_equal(value, expected) for value, (_, expected) in zip(values, assertions, strict=True))
+        for test in tests:
+            if isinstance(test, Mapping):
+                output = self._run({"code": code, "stdin": test["input"]}, deadline)
+                passed += _lines(output.decode(errors="replace")) == _lines(test["output"])
+        return float(passed == len(tests)) if self.all_or_nothing else passed / len(tests)
+
+    def _run(self, request: Mapping[str, Any], deadline: float) -> bytes:
+        """What a program writes, empty if it is killed."""
+        return run_program(request, deadline - time.monotonic(), self.memory_mb)
+
+
+def run_program(request: Mapping[str, Any], seconds: float, memory_mb: int = 512) -> bytes:
+    """What a program writes to its stdout; empty if it exceeds its time, or writes more than 1 MiB.
+
+    Args:
+        request: what `lightning_grpo.rewards.sandbox.program` reads.
+        seconds: after which the process is killed.
+        memory_mb: limit on its address space.
+    """
+
+    def limit() -> None:
+        limits = {
+            resource.RLIMIT_AS: memory_mb << 20,
+            resource.RLIMIT_CPU: int(seconds) + 1,
+            resource.RLIMIT_FSIZE: 1 << 20,
+            resource.RLIMIT_NOFILE: 64,
+            resource.RLIMIT_CORE: 0,
+        }
+        for name, value in limits.items():
+            resource.setrlimit(name, (value, value))
+
+    if seconds <= 0:
+        return b""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as given:
+        given.write(json.dumps(request).encode())
+        given.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-X", "utf8", _script()],
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+            preexec_fn=limit,
+        )
+        try:
+            return _read(process.stdout.fileno(), time.monotonic() + seconds)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def _script() -> str:
+    return str(Path(program.__file__))
+
+
+def _read(pipe: int, deadline: float) -> bytes:
+    output = bytearray()
+    while (left := deadline - time.monotonic()) > 0 and len(output) <= _MAX_OUTPUT:
+        if select.select([pipe], [], [], left)[0]:
+            data = os.read(pipe, 1 << 16)
+            if not data:
+                return bytes(output)
+            output += data
+    return b""
+
+
+def _values(output: bytes, count: int) -> list[Any]:
+    """The values of a program's expressions; `_MISSING` for each that raised, or that it did not reach."""
+    values = []
+    for line in output.splitlines()[:count]:
+        try:
+            values.append(ast.literal_eval(json.loads(line)["value"]))
+        except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
+            values.append(_MISSING)
+    return values + [_MISSING] * (count - len(values))
+
+
+def _equal(value: Any, expected: Any) -> bool:
+    return value is not _MISSING and value == expected
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]

@@ -1,0 +1,1 @@
+"""Processes that evaluate what a model wrote, separated from the run."""
