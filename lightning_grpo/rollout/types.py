@@ -113,7 +113,7 @@ class SampleRequest:
 
 
 def extents(mask: Tensor) -> Tensor:
-    """[N] int64: each row's columns of ``mask`` [N, T] up to its last True; 0 for a row without any."""
+    """[N] int64: the number of columns of ``mask`` [N, T] up to the last True of each row; 0 without a True."""
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return (mask * places).amax(1) if mask.shape[1] else mask.sum(1)
 
@@ -147,14 +147,13 @@ class Rollout:
     prompt_ids          [N, P]     int64, left-padded
     prompt_mask         [N, P]     bool, True on real tokens
     completion_ids      [N, T]     int64, right-padded
-    completion_mask     [N, T]     bool, True on the tokens that the policy wrote (the end-of-sequence token included).
-                                   False before the last of them: in context, written by somebody else. False after
-                                   it: padding
-    rollout_logprobs    [N, T]     float32, the engine's own; 0 where completion_mask is False
-    truncated           [N]        bool, True where the completion was ended by its length or a cut-off
-    versions            [N, T]     int64, policy version that sampled the token; 0 where completion_mask is False
-    early_rewards       [N, R]     float32, of the rewards that were judged while others were sampled (R of them);
-                                   None where there are none
+    completion_mask     [N, T]     bool, True on tokens that the policy sampled, including the end-of-sequence token.
+                                   False before the last of them: context that the policy did not sample, such as
+                                   tool output. False after it: padding
+    rollout_logprobs    [N, T]     float32, reported by the engine; 0 if completion_mask is False
+    truncated           [N]        bool, True if the completion was cut off at the length limit or by a cutoff
+    versions            [N, T]     int64, policy version that sampled the token; 0 if completion_mask is False
+    early_rewards       [N, R]     float32, of the R rewards that are computed during sampling; None if there are none
     ==================  =========  ==================================================================
     """
 

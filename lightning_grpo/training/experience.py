@@ -1,4 +1,4 @@
-"""A scored rollout and how it is cut into the micro-batches of the update.
+"""A rollout with its rewards and advantages, and its division into micro-batches.
 
 Shapes: N = B·G completions on this rank, R rewards, P prompt length, T completion length.
 """
@@ -15,7 +15,7 @@ from lightning_grpo.rollout.types import COMPLETION_TOKENS, Rollout, extents
 
 @dataclass(kw_only=True)
 class Experience(Rollout):
-    """A rollout with its rewards and what the objective needs of them.
+    """A rollout with rewards, advantages and the log-probs that the objective needs.
 
     ==================  =========  ==================================================================
     number              int        number of the rollout, counted over the whole training
@@ -36,19 +36,19 @@ class Experience(Rollout):
 def cut_windows(
     experience: Rollout, *, windows: int, accumulate: int, micro_batch_size: int, skip_zero_advantage: bool
 ) -> list[list[int]]:
-    """The micro-batches of one pass over the experience: ``windows · accumulate`` lists of rows.
+    """Return the micro-batches of one pass over the experience: ``windows · accumulate`` lists of rows.
 
-    An optimizer step takes one window of ``accumulate`` micro-batches. Windows hold consecutive rows, so that the
-    same prompts meet in the same step on any number of ranks. Within a window the groups are ordered by length, which
-    saves padding and changes no gradient.
+    An optimizer step uses one window of ``accumulate`` micro-batches. A window consists of consecutive rows, so that a
+    step has the same prompts on any number of ranks. Within a window groups are sorted by length, which reduces padding
+    and does not change the gradient.
 
     Args:
         experience: N = windows · accumulate · micro_batch_size rows; an `Experience` if any may be skipped.
         windows: optimizer steps in a pass.
         accumulate: micro-batches in an optimizer step.
-        micro_batch_size: rows in a micro-batch; fewer where rows were skipped.
-        skip_zero_advantage: leave out rows that add nothing to the gradient. A micro-batch keeps at least one row,
-            since every rank must run a backward pass for each.
+        micro_batch_size: rows in a micro-batch; fewer if rows are skipped.
+        skip_zero_advantage: skip rows without a gradient. A micro-batch keeps at least one row, because every rank must
+            run a backward pass for each micro-batch.
     """
     size = accumulate * micro_batch_size
     if len(experience) != windows * size:
@@ -70,7 +70,7 @@ def cut_windows(
         skipped = set(rows).difference(queue)
         filler = min(skipped, key=lambda row: (int(lengths[row]), row), default=None)
         for k in range(accumulate):
-            # spread evenly: the peak of memory is that of the fullest micro-batch
+            # Distribute rows evenly, because the largest micro-batch determines the peak of memory.
             batch = queue[len(queue) * k // accumulate : len(queue) * (k + 1) // accumulate]
             batches.append(batch or [filler])
     return batches
