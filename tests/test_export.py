@@ -20,7 +20,6 @@ import yaml
 from conftest import char_tokenizer, tiny_llama
 from fitting import data, fit, module
 from peft import AutoPeftModelForCausalLM, PeftModel
-from test_distributed import free_port
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightning_grpo import GRPOModule
@@ -32,6 +31,8 @@ from lightning_grpo.export.hub import push
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.policy.load import LoRA
 from lightning_grpo.rewards import PrefixMatch
+from lightning_grpo.rollout.server.tcp import free_port
+from lightning_grpo.rollout.vllm.callback import require_sendable
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,6 +90,40 @@ def test_lora_as_adapter_and_merged(kind, targets, tmp_path, request):
     assert torch.allclose(logprobs(AutoModelForCausalLM.from_pretrained(merged)), expected, atol=1e-4)
     base = logprobs(AutoModelForCausalLM.from_pretrained(trained.model_path))
     assert (base - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True, "alpha_pattern": {"q_proj": 64.0}, "rank_pattern": {"k_proj": 2}},
+        {"use_dora": True},
+        {"modules_to_save": ["embed_tokens"], "exclude_modules": ["up_proj"]},
+        {"modules_to_save": ["lm_head"], "layers_to_transform": [1], "target_modules": ["q_proj"]},
+        {"init_lora_weights": "gaussian", "target_modules": "lm_head"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_kinds_of_lora(options, tmp_path, tiny_model_path):
+    trained, checkpoint = train(tmp_path, tiny_model_path, lora=LoRA(rank=4, **options))
+    expected = logprobs(trained.policy)
+    assert torch.equal(logprobs(GRPOModule.load_from_checkpoint(checkpoint).policy), expected)
+    export(checkpoint, tmp_path / "adapter")
+    assert torch.equal(logprobs(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
+    export(checkpoint, tmp_path / "merged", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logprobs(merged), expected, atol=1e-4)
+    assert (logprobs(AutoModelForCausalLM.from_pretrained(tiny_model_path)) - expected).abs().max() > 0.1
+
+
+def test_lora_that_a_sync_can_not_carry_is_refused_at_setup(tiny_model_path):
+    for mode, options, named in [
+        ("merged", {"use_dora": True}, "lora.use_dora is true, .* or the rollout to HFRollout"),
+        ("adapter", {"rank_pattern": {"q_proj": 2}}, "lora.rank_pattern is .*; set rollout lora: merged"),
+        ("adapter", {"modules_to_save": ["lm_head"]}, "lora.modules_to_save is .*; set rollout lora: merged"),
+    ]:
+        with pytest.raises(UserError, match=named):
+            require_sendable(module(tiny_model_path, lora=LoRA(**options)), mode)
+    require_sendable(module(tiny_model_path, lora=LoRA(rank_pattern={"q_proj": 2})), "merged")
 
 
 # ── dtypes, sizes, what else is in the folder ─────────────────────────────────────────────────────────────────────────
@@ -324,7 +359,7 @@ def test_what_the_hub_refuses_is_said(hub, tmp_path, monkeypatch):
         push(tmp_path, "me/policy", "bad")
     with pytest.raises(UserError, match="push_to_hub is 'a/b/c', which is no name on the hub; set OWNER/NAME"):
         push(tmp_path, "a/b/c", "good")
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free_port('127.0.0.1')}")
     with pytest.raises(RunError, match=r"not uploaded to me/policy: .*refused"):
         push(tmp_path, "me/policy", "good")
 
@@ -420,7 +455,7 @@ def test_the_printed_command_serves_base_and_adapter(run, tmp_path):
 
 @contextmanager
 def served(command, folder):
-    port = free_port()
+    port = free_port("127.0.0.1")
     command = [*command, "--port", str(port), "--max-model-len", "64", "--enforce-eager", "--max-num-seqs", "4"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with (folder / "log").open("w") as log:

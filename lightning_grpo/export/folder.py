@@ -170,7 +170,7 @@ def load_adapter(policy: PeftModel, saved: SavedPolicy) -> None:
     Raises:
         UserError: the checkpoint's adapters are on other layers, or of another shape.
     """
-    own = {name: tensor for name, tensor in policy.state_dict().items() if "lora_" in name}
+    own = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     require_same_weights(own, saved.weights, remedy=f"; its base model is not {saved.model}")
     policy.load_state_dict(saved.weights, strict=False, assign=True)
 
@@ -189,8 +189,8 @@ def _merged_weights(saved: SavedPolicy, config: PreTrainedConfig) -> dict[str, T
         head, source = (layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in (head, source))
         if head.weight is source.weight:
             head.weight = nn.Parameter(head.weight.detach().clone())
-            config.tie_word_embeddings = False
     merged = policy.merge_and_unload()
+    config.tie_word_embeddings = merged.config.tie_word_embeddings  # False if the two matrices differ now
     return merged.to(DTYPES[dtype]).state_dict()
 
 

@@ -41,6 +41,13 @@ def check(saved: Mapping[str, Any] | None, lora: LoRA | None, names: Set[str]) -
             f"lora.alpha is {lora.alpha:g}, but the checkpoint's adapters were trained with {saved['alpha']:g}: their "
             f"output would be scaled by {lora.alpha / saved['alpha']:g}; set lora.alpha to {saved['alpha']:g}"
         )
+    for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        # the names of the weights don't show these; checkpoints of earlier versions have the defaults
+        was, now = saved.get(name, getattr(LoRA(), name)), getattr(lora, name)
+        if was != now:
+            raise UserError(
+                f"lora.{name} is {now}, but the checkpoint's adapters were trained with {was}; set lora.{name} to it"
+            )
     missing, extra = names - set(saved["names"]), set(saved["names"]) - names
     if missing or extra:
         raise UserError(

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pickle import UnpicklingError
 from typing import Any, Literal
 
@@ -51,10 +51,31 @@ class LoRA:
     the policy that samples."""
     target_modules: str | list[str] = "all-linear"
     """Linear layers that get an adapter: names, a regular expression, or all-linear."""
+    exclude_modules: str | list[str] | None = None
+    """Layers among these that get none: names, or a regular expression."""
+    layers_to_transform: list[int] | None = None
+    """Numbers of the decoder layers that get adapters; None means all of them."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some layers, by name or regular expression."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other values of alpha for some layers, by name or regular expression."""
+    use_rslora: bool = False
+    """Scale by alpha / √rank (rsLoRA, arXiv:2312.03732), which keeps large ranks stable."""
+    use_dora: bool = False
+    """Train each weight's magnitude apart from its direction (DoRA, arXiv:2402.09353). Only HFRollout samples it."""
+    modules_to_save: list[str] | None = None
+    """Modules to train whole beside the adapters."""
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    """How adapters begin: true gives the base model exactly, as gaussian does."""
 
     def __post_init__(self) -> None:
         # rank 0 is not allowed: without adapters, lora is None
         check_ranges(self, {"rank": "[1, inf)", "alpha": "(0, inf)", "dropout": "[0, 1)"}, prefix="lora.")
+        if self.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+            raise UserError(
+                f"lora.init_lora_weights is {self.init_lora_weights!r}; set true, false, gaussian or orthogonal: other "
+                "ways change the base model's weights, which checkpoints and engines don't hold"
+            )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -179,13 +200,17 @@ def with_adapters(policy: PreTrainedModel, lora: LoRA) -> PeftModel:
     Raises:
         UserError: ``lora.target_modules`` names no layers.
     """
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
+    options = asdict(lora)
+    try:
+        config = LoraConfig(
+            r=options.pop("rank"),
+            lora_alpha=options.pop("alpha"),
+            lora_dropout=options.pop("dropout"),
+            task_type="CAUSAL_LM",
+            **options,  # these have PEFT's own names
+        )
+    except ValueError as error:
+        raise UserError(f"lora: PEFT refuses this combination of options: {error}") from error
     try:
         return get_peft_model(policy, config)
     except (ValueError, re.error) as error:

@@ -18,6 +18,7 @@ from lightning_grpo.rollout.vllm.callback import (
     VLLMRollout,
     adapter_engine_args,
     refuse_bias,
+    require_sendable,
     stop_strings,
     weights_for,
 )
@@ -163,6 +164,7 @@ class VLLMServerRollout(RolloutCallback):
             _require_gpu(transfer)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        require_sendable(pl_module, self.lora)
         if stage == "fit":
             refuse_bias(pl_module, self.sampling_args or {})
 

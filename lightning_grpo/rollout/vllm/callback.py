@@ -126,6 +126,7 @@ class VLLMRollout(RolloutCallback):
         if self.engine_args["dtype"] == "auto" and not torch.cuda.is_available():
             self.engine_args["dtype"] = str(compute_dtype(trainer, pl_module)).removeprefix("torch.")
         self._check_length(pl_module)
+        require_sendable(pl_module, self.lora)
         if stage == "fit":
             refuse_bias(pl_module, self.sampling_args or {})
 
@@ -220,6 +221,24 @@ def stop_strings(pl_module: L.LightningModule) -> list[str]:
 def weights_for(pl_module: L.LightningModule, lora: str) -> Iterator[tuple[str, Tensor]]:
     """A fresh stream of the policy's weights, merged, or of its adapter alone."""
     return adapter_weights(pl_module.policy) if lora == "adapter" else pl_module.policy_weights()
+
+
+def require_sendable(pl_module: L.LightningModule, mode: str) -> None:
+    """Raise `UserError` unless a sync in this mode, merged or adapter, carries all that the module's LoRA trains."""
+    lora = getattr(pl_module, "lora", None)
+    if lora is None:
+        return
+    if lora.use_dora:
+        raise UserError(
+            "lora.use_dora is true, and vLLM takes neither DoRA nor weights that it is merged into here; set it to "
+            "false, or the rollout to HFRollout"
+        )
+    for name in ("modules_to_save", "rank_pattern"):
+        if mode == "adapter" and getattr(lora, name):
+            raise UserError(
+                f"rollout lora is adapter, which sends low-rank adapters of one rank alone, and lora.{name} is "
+                f"{getattr(lora, name)}; set rollout lora: merged"
+            )
 
 
 def adapter_engine_args(pl_module: L.LightningModule) -> dict[str, Any]:
