@@ -86,7 +86,7 @@ def test_an_error_in_a_callback_leaves_the_trainers_process():
             "Free memory on device cuda:0 (10.1/79.2 GiB) on startup is less than desired GPU memory utilization "
             "(0.3, 23.8 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
             {"gpu_memory_utilization": 0.3},
-            r"gpu_memory_utilization=0.3.*GiB.*Lower gpu_memory_utilization, or end what else uses this GPU",
+            r"gpu_memory_utilization=0.3.*GiB.*Lower gpu_memory_utilization, or stop other processes on this GPU",
         ),
         (
             "No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",

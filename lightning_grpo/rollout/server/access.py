@@ -1,7 +1,8 @@
-"""The API key for every route of a vLLM server.
+"""Require the API key on every route of a vLLM server.
 
-vLLM asks for its API key under ``/v1`` and ``/inference`` alone. The routes that take weights, call methods of the
-workers, pause and put to sleep are open to whoever reaches the port, on a shared machine every user of it.
+vLLM requires its API key only under ``/v1`` and ``/inference``. The routes that load weights, call methods of the
+workers, pause the server or put it to sleep are open to everyone who can reach the port; on a shared machine that is
+every user.
 """
 
 import hmac
@@ -12,7 +13,7 @@ from typing import Any
 from lightning_grpo.errors import UserError
 
 OPEN_PATH = "/health"
-"""Answers without the key: whether the server is up, and nothing else."""
+"""The one route without the key; it only reports whether the server runs."""
 
 _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]

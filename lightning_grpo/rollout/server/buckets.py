@@ -1,7 +1,7 @@
-"""Tensors in buckets, and their way to another process through a buffer on the GPU that both share.
+"""Tensors in buckets, and their transfer to another process through a buffer on a GPU that both share.
 
-The buffer's place travels as JSON through a `WeightServer`. No side unpickles anything. Each receiver gets an export of
-its own: torch counts the references to an export, and two receivers would release the same one twice.
+The buffer's handle is sent as JSON by a `WeightServer`; nothing is unpickled. Each receiver gets an export of its own:
+torch counts the references to an export, and two receivers would release the same one twice.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ from lightning_grpo.errors import UserError
 from lightning_grpo.rollout.server.tcp import WeightClient, WeightServer
 
 BUCKET = 256 << 20
-"""Bytes sent at a time, unless a single tensor is larger."""
+"""Bytes per bucket, unless a single tensor is larger."""
 Bucket = list[tuple[str, Tensor]]
 
 
@@ -44,7 +44,7 @@ def describe(bucket: Bucket) -> dict[str, Any]:
 
 
 def send_buckets(server: WeightServer, weights: Iterable[tuple[str, Tensor]], size: int = BUCKET) -> None:
-    """Send the weights to all receivers of the server, which call `fetch_buckets`."""
+    """Send the weights to all receivers that are connected to the server and call `fetch_buckets`."""
     buffer = torch.empty(0, dtype=torch.uint8)
     places: list[dict[str, Any]] = []
     for bucket in buckets(weights, size):
@@ -87,7 +87,7 @@ def fetch_buckets(client: WeightClient, device: torch.device) -> Iterator[tuple[
 
 
 def export(buffer: Tensor) -> dict[str, Any]:
-    """Where a one-dimensional buffer of bytes lies on this process's GPU, as JSON."""
+    """The handle of a one-dimensional buffer of bytes on this process's GPU, as JSON values."""
     _, arguments = reduce_tensor(buffer)
     return {
         "gpu": _gpu(buffer.device),

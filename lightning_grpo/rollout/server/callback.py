@@ -1,4 +1,4 @@
-"""vLLM servers for a module: one in a child process, or any number that run already."""
+"""The callbacks for vLLM servers: one in a child process, or any number of running ones."""
 
 import os
 import secrets
@@ -27,19 +27,19 @@ TransferName = Literal["auto", "tcp", "ipc", "nccl"]
 
 
 class VLLMProcessRollout(VLLMRollout):
-    """Samples with a vLLM server that is a child of this process: on cores or a GPU of its own, its memory, threads and
-    libraries apart from the trainer's. Each rank starts one. It can sample while the policy trains.
+    """Samples with a vLLM server in a child process, on cores or a GPU of its own, with separate memory, threads and
+    libraries. Each rank starts one. It can sample while the policy trains.
 
     Args:
-        cores: CPU cores of the server, by number. Empty shares the trainer's.
-        environment: variables of the server, such as CUDA_VISIBLE_DEVICES.
-        tensor_parallel_size: GPUs that hold one copy of the model together.
-        data_parallel_size: copies of the model.
-        transfer: how weights travel: tcp, ipc (through memory of the GPU that trainer and server share), nccl (between
-            GPUs) or auto: tcp on a CPU, ipc where the server has no GPU of its own (none in environment, and no
-            parallelism), else nccl.
+        cores: CPU cores of the server, by number. Empty shares the trainer's cores.
+        environment: additional environment variables of the server, such as CUDA_VISIBLE_DEVICES.
+        tensor_parallel_size: number of GPUs that share one copy of the model.
+        data_parallel_size: number of copies of the model.
+        transfer: how weights are sent: tcp, ipc (through memory of the GPU that trainer and server share), nccl
+            (between GPUs) or auto: tcp on a CPU, ipc if the server has no GPU of its own (no CUDA_VISIBLE_DEVICES in
+            environment and no parallelism), else nccl.
         start_timeout: seconds that the server may take to start.
-        kwargs: those of `VLLMRollout`; sleep_level is without effect.
+        kwargs: the options of `VLLMRollout`; sleep_level has no effect.
     """
 
     engine_class = ServerEngine
@@ -97,7 +97,7 @@ class VLLMProcessRollout(VLLMRollout):
 
     def settings(self, pl_module: L.LightningModule) -> dict[str, Any]:
         settings = super().settings(pl_module)
-        # The proof's sequences get places of their own beside the completions.
+        # The check sequences are scored while completions are sampled.
         return settings | {"max_num_seqs": settings["max_num_seqs"] + CHECK_SEQUENCES}
 
     def _gpu_environment(self) -> dict[str, str]:
@@ -117,20 +117,21 @@ class VLLMProcessRollout(VLLMRollout):
 class VLLMServerRollout(RolloutCallback):
     """Samples with vLLM servers that are already running, here or on other machines.
 
-    They are started with VLLM_SERVER_DEV_MODE=1, an API key and the flags that ``docs/engines.md`` lists. One of these
-    makes every route ask for the key; vLLM on its own leaves those open that take weights and commands.
+    Start them with VLLM_SERVER_DEV_MODE=1, an API key and the flags in ``docs/engines.md``. One of these flags protects
+    all routes with the key; without it vLLM accepts weights and commands from everyone.
 
     Args:
-        urls: of the servers, such as http://node7:8000. Requests go to the one with the fewest in flight.
-        api_key_variable: environment variable that holds the servers' API key, if they ask for one.
-        max_in_flight: requests sent to one server at a time, as far as it samples that many at once
-            (``--max-num-seqs``, less four that stay free for the proof).
-        lora: what a sync sends where adapters are trained: merged (whole weights) or adapter (the adapter alone; the
-            servers are started with flags for it, which the error shows where they are missing).
+        urls: URLs of the servers, such as http://node7:8000. Each request goes to the server with the most room.
+        api_key_variable: environment variable with the servers' API key, if they require one.
+        max_in_flight: the largest number of requests at one server at a time; at most its ``--max-num-seqs``, less four
+            that are reserved for the check after a sync.
+        lora: what a sync sends if adapters are trained: merged (whole weights) or adapter (only the adapter; the
+            servers need flags for it, which the error message shows if they are missing).
         sampling_args: any other argument of vLLM's SamplingParams, by name.
-        weights_host: this machine's address as the servers see it. Empty finds it out.
-        transfer: how weights travel: tcp, ipc (through memory of the GPU that trainer and servers share), or nccl
-            (between GPUs; the servers are started for it). auto is nccl if all servers were started for it, else tcp.
+        weights_host: this machine's address at which the servers reach it. Empty detects it.
+        transfer: how weights are sent: tcp, ipc (through memory of the GPU that trainer and servers share), or nccl
+            (between GPUs; the servers must be started for it). auto is nccl if all servers were started for it, else
+            tcp.
         tolerance: the largest |Δ log-prob| in nats, mean and max, that is accepted after a weight sync. Empty derives
             both from the dtypes and the first sync.
     """
@@ -200,4 +201,4 @@ def _checked(engine: ServerEngine, pl_module: L.LightningModule) -> ServerEngine
 
 def _require_gpu(transfer: str) -> None:
     if not torch.cuda.is_available():
-        raise UserError(f"transfer is {transfer}, which takes weights from a GPU, and there is none here; set tcp")
+        raise UserError(f"transfer is {transfer}, which sends weights from a GPU, and there is none here; set tcp")

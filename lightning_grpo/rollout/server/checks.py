@@ -1,4 +1,4 @@
-"""What a vLLM server must have been started with to be sampled from and to take weights."""
+"""The flags with which a vLLM server must be started, and the check that it was."""
 
 import json
 import logging
@@ -25,11 +25,11 @@ SERVER_FLAGS = (
     "--middleware",
     "lightning_grpo.rollout.server.access.RequireKey",
 )
-"""What a server needs beside the model. The middleware reads the API key from VLLM_API_KEY."""
+"""The flags that a server needs besides the model. The middleware reads the API key from VLLM_API_KEY."""
 SERVER_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-"""What it needs in its environment, the latter for adapters alone."""
+"""The environment variables that it needs; the second one only for adapters."""
 CHECK_SEQUENCES = 4
-"""Sequences that a server scores beside its completions after a weight sync."""
+"""Sequences that a server scores after a weight sync while it samples completions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,40 +38,40 @@ class ServerInfo:
 
     url: str
     dtype: torch.dtype
-    """What it computes in."""
+    """The dtype that it computes in."""
     max_num_seqs: int
-    """Completions that each copy of the model samples at once."""
+    """Completions that each copy of the model samples at the same time."""
     copies: int
-    """Copies of the model, among which it deals out requests."""
+    """Copies of the model, among which it distributes requests."""
     has_tokenizer: bool
-    """Whether it can look for stop strings."""
+    """Whether it has a tokenizer, which stop strings require."""
     adapter_rank: int | None
-    """The largest LoRA adapter that it takes in place of whole weights; None where it takes those."""
+    """The largest rank of a LoRA adapter that it loads in place of whole weights; None if it loads whole weights."""
     transfer: str | None
     """vLLM's own weight transfer that it was started for, such as nccl; None if it was started for none."""
 
 
 async def check_server(endpoint: Endpoint) -> ServerInfo:
-    """Can this server be used?
+    """Check that a server was started as needed.
 
     Raises:
-        ConnectionError: it can't be reached.
-        PermissionError: it refuses the API key.
-        ValueError: it was started otherwise; the message has the command.
+        ConnectionError: it cannot be reached.
+        PermissionError: it rejects the API key.
+        UserError: it was started with other flags; the message has the command to use.
     """
     try:
         await endpoint.call("/health", method="GET")
     except EndpointLost as error:
-        raise UnreachableError(f"{error}: it can't be reached; is the vLLM server up?") from error
+        raise UnreachableError(f"{error}: cannot be reached; is the vLLM server up?") from error
     try:
         info = await endpoint.call("/server_info?config_format=json", method="GET")
-        # A run that died within a sync leaves the server paused.
+        # The server is still paused if an earlier run died during a sync.
         await endpoint.call("/resume")
     except ValueError as error:
-        raise UserError(f"{endpoint.url} can't take weights; start it with: {command()}") from error
+        raise UserError(f"{endpoint.url} cannot load weights; start it with: {command()}") from error
     if await endpoint.is_open("/get_world_size"):
         log.warning(
-            "%s takes weights and commands without an API key from everyone who reaches it; start it with: %s",
+            "%s accepts weights and commands from everyone without an API key; start it with: %s",
             endpoint.url,
             command(),
         )
@@ -101,22 +101,22 @@ async def check_server(endpoint: Endpoint) -> ServerInfo:
 
 
 def _copies(parallel: dict[str, Any]) -> int:
-    # With a balancer outside, every copy, or every node, is a server of its own.
+    # With an external or hybrid load balancer every copy, or every node, is a server of its own.
     if parallel["data_parallel_external_lb"]:
         return 1
     return parallel["data_parallel_size_local" if parallel["data_parallel_hybrid_lb"] else "data_parallel_size"]
 
 
 def check_alike(infos: Sequence[ServerInfo], adapter: dict[str, Any] | None) -> None:
-    """Can these servers be used together, for the adapter that `adapter_settings` describes or for whole weights?
+    """Check that servers can be used together, for the adapter that `adapter_settings` describes or for whole weights.
 
     Raises:
-        ValueError: names the first that can't.
+        UserError: names the first server that cannot.
     """
     for info in infos:
         if info.dtype != infos[0].dtype:
             raise UserError(
-                f"{info.url} computes in {info.dtype}, {infos[0].url} in {infos[0].dtype}; start them alike"
+                f"{info.url} computes in {info.dtype}, {infos[0].url} in {infos[0].dtype}; start them with one dtype"
             )
         if adapter is None and info.adapter_rank is not None:
             raise UserError(f"{info.url} takes adapters; set rollout lora: adapter, or start it with: {command()}")
@@ -128,7 +128,7 @@ def check_alike(infos: Sequence[ServerInfo], adapter: dict[str, Any] | None) -> 
 
 
 def check_stop(infos: Sequence[ServerInfo], stop: Sequence[str]) -> None:
-    """Raise `ValueError` where there are stop strings and a server can't look for them."""
+    """Raise `UserError` if there are stop strings and a server has no tokenizer."""
     for info in infos:
         if stop and not info.has_tokenizer:
             raise UserError(
@@ -138,17 +138,17 @@ def check_stop(infos: Sequence[ServerInfo], stop: Sequence[str]) -> None:
 
 
 def choose_transfer(infos: Sequence[ServerInfo], wanted: str, adapter: dict[str, Any] | None) -> str:
-    """How weights travel: tcp, ipc or nccl. auto is nccl if there is a GPU here and all servers were started for it,
-    else tcp.
+    """Choose how weights are sent: tcp, ipc or nccl. auto is nccl if there is a GPU here and all servers were started
+    for it, else tcp.
 
     Raises:
-        ValueError: if the servers were not started for what is wanted.
+        UserError: the servers were not started for the wanted transfer.
     """
     for_nccl = all(info.transfer == "nccl" for info in infos)
     if wanted == "auto":
         return "nccl" if torch.cuda.is_available() and adapter is None and for_nccl else "tcp"
     if wanted != "tcp" and adapter is not None:
-        raise UserError(f"transfer is {wanted}, but an adapter goes to servers over tcp alone; set tcp")
+        raise UserError(f"transfer is {wanted}, but an adapter goes to servers over tcp alone; set transfer: tcp")
     if wanted == "nccl" and not for_nccl:
         raise UserError(
             "transfer is nccl, but not all servers were started for it; set tcp, or start them with: "
@@ -158,7 +158,7 @@ def choose_transfer(infos: Sequence[ServerInfo], wanted: str, adapter: dict[str,
 
 
 def command(**engine_args: Any) -> str:
-    """What starts such a server, in a shell."""
+    """The shell command that starts such a server."""
     environment = [f"{name}={value}" for name, value in SERVER_ENVIRONMENT.items()] + ["VLLM_API_KEY=KEY"]
     program = "python -m vllm.entrypoints.openai.api_server --model MODEL"
     return " ".join([*environment, program, *SERVER_FLAGS, *map(shlex.quote, as_flags(engine_args))])

@@ -1,4 +1,4 @@
-"""Ends the last completions of a call early, so that it does not wait for a few long ones."""
+"""Cuts the last completions of a call short, so that it does not wait for a few long ones."""
 
 import asyncio
 from collections import defaultdict
@@ -8,11 +8,11 @@ from lightning_grpo.rollout.server.endpoint import Endpoint, EndpointLost
 
 
 class Cutoff:
-    """Cuts completions where they are, once as many have ended as are waited for and every one has begun.
+    """Aborts the running completions once enough have ended and every one has a token.
 
     Args:
-        count: completions of the call.
-        spare: of them, how many may be cut.
+        count: completions in the call.
+        spare: the number of them that may be cut short.
     """
 
     def __init__(self, count: int, spare: int) -> None:
@@ -23,19 +23,19 @@ class Cutoff:
         self._cut: set[str] = set()
 
     async def begun(self, request_id: str, endpoint: Endpoint) -> None:
-        """The first token came."""
+        """Record that the first token arrived."""
         self._begun.add(request_id)
         self._running[request_id] = endpoint
         await self._cut_if_due()
 
     async def ended(self, request_id: str) -> None:
-        """The last token came."""
+        """Record that the last token arrived."""
         self._running.pop(request_id)
         self._to_end -= 1
         await self._cut_if_due()
 
     def lost(self, request_id: str) -> None:
-        """It is asked for again, as another request."""
+        """Forget a request that is sent again under another id."""
         self._running.pop(request_id, None)
         self._begun.discard(request_id)
         self._cut.discard(request_id)
@@ -55,8 +55,8 @@ class Cutoff:
 
 
 async def _abort(endpoint: Endpoint, request_ids: list[str]) -> None:
-    # What vLLM calls the requests that come with these ids.
+    # vLLM adds this prefix to the ids of requests.
     body = {"request_ids": [f"generate-tokens-{request_id}" for request_id in request_ids]}
-    # Whoever reads from an endpoint that is lost learns that, and asks another.
+    # The request itself notices that the endpoint is lost, and is sent to another one.
     with suppress(EndpointLost):
         await endpoint.call("/inference/v1/abort_requests", body)

@@ -1,4 +1,4 @@
-"""One vLLM server over HTTP, and the event loop in which all of them are talked to."""
+"""HTTP client for one vLLM server, and the event loop in which all clients run."""
 
 import asyncio
 import json
@@ -13,15 +13,15 @@ from lightning_grpo.errors import ReportedError, UnreachableError, UserError
 
 
 class AccessRefused(ReportedError, PermissionError):
-    """The endpoint refuses the API key."""
+    """The endpoint rejects the API key."""
 
 
 class EndpointLost(UnreachableError):
-    """An endpoint can't be used: it can't be reached, it failed, or it holds other weights than it should."""
+    """An endpoint cannot be used: it cannot be reached, failed, or has the wrong weights."""
 
 
 class ConnectionDropped(EndpointLost):
-    """One connection did not come about or broke; the endpoint itself may be well."""
+    """One connection could not be made or broke; the endpoint itself may be healthy."""
 
 
 class Endpoint:
@@ -30,7 +30,7 @@ class Endpoint:
     Args:
         url: such as http://host:8000.
         api_key: sent as bearer token.
-        room: requests sent to it at a time.
+        room: the largest number of requests at the same time.
     """
 
     def __init__(self, url: str, api_key: str | None = None, *, room: int = 256) -> None:
@@ -41,23 +41,23 @@ class Endpoint:
             base_url=self.url,
             headers=headers,
             timeout=httpx.Timeout(600.0, connect=30.0),
-            # A transport of its own ignores HTTP_PROXY and the like: engines are reached directly, as their weights.
+            # An explicit transport ignores HTTP_PROXY and similar variables: servers are reached directly.
             transport=httpx.AsyncHTTPTransport(
-                # vLLM closes a connection that was idle for 5 s, perhaps at the moment of the next request.
+                # vLLM closes connections after 5 s of idleness, which may coincide with the next request.
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
             ),
         )
         self.in_flight = 0
         self.lost: str | None = None
-        """Why it is out of use; None while it is in use. A lost endpoint is tried again at the next weight sync."""
+        """Why the endpoint is not in use; None while it is. A lost endpoint is tried again at the next weight sync."""
 
     async def call(self, path: str, body: Any = None, *, method: str = "POST", copy: int | None = None) -> Any:
-        """The parsed reply; None where it is not JSON. ``copy`` says which copy of the model is asked.
+        """The parsed reply; None if it is not JSON. ``copy`` selects a copy of the model.
 
         Raises:
-            AccessRefused: the endpoint refuses the API key.
-            ValueError: it refuses the request.
-            EndpointLost: it can't be reached, or failed.
+            AccessRefused: the endpoint rejects the API key.
+            UserError: it rejects the request.
+            EndpointLost: it cannot be reached, or failed.
         """
         try:
             headers = {} if copy is None else {"X-data-parallel-rank": str(copy)}
@@ -68,7 +68,7 @@ class Endpoint:
             raise self._loss(error) from error
 
     async def stream(self, path: str, body: Any) -> AsyncIterator[dict[str, Any]]:
-        """The parsed events of a reply that comes piece by piece. Raises what `call` does."""
+        """The parsed events of a streamed reply. Raises the errors of `call`."""
         try:
             async with self.client.stream("POST", path, json=body) as reply:
                 if reply.status_code != 200:
@@ -83,15 +83,15 @@ class Endpoint:
         except httpx.HTTPError as error:
             raise self._loss(error) from error
 
-    async def is_well(self) -> bool:
-        """Whether it answers, and its engine runs."""
+    async def is_healthy(self) -> bool:
+        """Whether the server answers and its engine runs."""
         try:
             return (await self.client.get("/health")).status_code == 200
         except httpx.HTTPError:
             return False
 
     async def is_open(self, path: str) -> bool:
-        """Whether it answers a GET request to ``path`` that brings no API key."""
+        """Whether the server answers a GET request to ``path`` without an API key."""
         try:
             return (await self.client.get(path, headers={"Authorization": ""})).status_code == 200
         except httpx.HTTPError as error:
@@ -99,7 +99,7 @@ class Endpoint:
 
     def _refuse(self, reply: httpx.Response, path: str) -> None:
         if reply.status_code == 401:
-            raise AccessRefused(f"{self.url} refuses the API key (HTTP 401); set api_key")
+            raise AccessRefused(f"{self.url} rejects the API key (HTTP 401); set api_key")
         if reply.status_code in (400, 403, 404, 422):
             raise UserError(f"{self.url}{path} answered HTTP {reply.status_code}: {reply.text[:500]}")
         reply.raise_for_status()
@@ -111,7 +111,7 @@ class Endpoint:
 
 
 class EventLoop:
-    """An event loop in a thread of its own, so that connections outlive a call."""
+    """An event loop in a thread of its own, so that connections persist between calls."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -134,7 +134,7 @@ class EventLoop:
         return self._loop.is_closed()
 
     def close(self) -> None:
-        """Cancel what runs, so that whoever waits for it goes on, and end the thread."""
+        """Cancel all tasks, which wakes up the threads that wait for them, and end the thread."""
         self.wait(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

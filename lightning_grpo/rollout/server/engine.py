@@ -1,7 +1,6 @@
-"""vLLM in other processes: one engine over any number of `vllm serve` endpoints.
+"""One engine over any number of vLLM servers in other processes.
 
-Token ids travel in both directions, never text. Requests go to the endpoint with the most room; what an endpoint loses
-is asked again at another, with the same seed. Weights are fetched by the endpoints from here.
+Only token ids are exchanged, never text. The servers fetch the weights from this process.
 """
 
 import asyncio
@@ -43,22 +42,22 @@ server is alive."""
 
 
 class ServerEngine(Engine):
-    """An `Engine` over vLLM servers, which sample while this process does other things.
+    """An `Engine` over vLLM servers, which can sample while the policy trains.
 
     Args:
-        urls: of the servers, such as http://host:8000. Each was started with `SERVER_FLAGS` and `SERVER_ENVIRONMENT`.
+        urls: the servers, such as http://host:8000, each started with `SERVER_FLAGS` and `SERVER_ENVIRONMENT`.
         eos_token_ids: tokens that end a completion.
         api_key: sent as bearer token.
-        max_in_flight: requests sent to one endpoint at a time, as far as it samples that many at once.
+        max_in_flight: the largest number of requests at one server at a time; less if it samples fewer.
         sampling_args: any argument of `vllm.SamplingParams` by name, for every request.
-        adapter: what `adapter_settings` says that the servers were started with, where `update_weights` takes a LoRA
-            adapter (`adapter_weights`) instead of whole weights.
-        weights_host: address at which the servers can reach this process. None finds it out.
-        transfer: how weights travel: tcp; ipc (to servers on this process's GPU); nccl (to other GPUs, for which the
-            servers are started); auto, which is nccl if they were started for it and there is a GPU here, else tcp.
+        adapter: the `adapter_settings` with which the servers were started, if `update_weights` takes a LoRA adapter
+            (`adapter_weights`); None if it takes whole weights.
+        weights_host: address at which the servers reach this process. None detects it.
+        transfer: how weights are sent: tcp; ipc (to servers on this process's GPU); nccl (to other GPUs, if the servers
+            were started for it); auto, which is nccl if they were started for it and there is a GPU here, else tcp.
         pushes: whether this rank sends the weights. One rank of a distributed run does; all consume the stream.
-        barrier: called by all ranks before and after a sync; waits for the others.
-        run: the run's name in the versions that servers report, the same on all ranks. None draws one.
+        barrier: called by all ranks before and after a sync; waits for the other ranks.
+        run: the run's name in the versions that servers report, the same on all ranks. None draws a random one.
     """
 
     runs_in_background = updates_in_flight = True
@@ -120,16 +119,16 @@ class ServerEngine(Engine):
         return self._pool.endpoints
 
     def check_stop(self, stop: Sequence[str]) -> None:
-        """Raise `ValueError` where there are stop strings and a server can't look for them."""
+        """Raise `UserError` if there are stop strings and a server has no tokenizer to look for them."""
         check_stop(self._infos, stop)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise `ValueError` where a server has a tokenizer of its own that differs from this one."""
+        """Raise `UserError` if a server has a tokenizer that differs from this one."""
         facts = tokenizer_facts(tokenizer)
         for endpoint, info in zip(self.endpoints, self._infos, strict=True):
             if info.has_tokenizer:
-                told = self._loop.wait(endpoint.call("/collective_rpc", {"method": "tokenizer_facts"}))
-                require_same_tokenizer(told["results"][0], facts, at=endpoint.url)
+                reply = self._loop.wait(endpoint.call("/collective_rpc", {"method": "tokenizer_facts"}))
+                require_same_tokenizer(reply["results"][0], facts, at=endpoint.url)
 
     # ── Sampling ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -156,19 +155,13 @@ class ServerEngine(Engine):
     # ── Weights ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, *, in_flight: bool = False) -> None:
-        """Give every endpoint the weights. Collective.
-
-        Args:
-            weights: the policy's.
-            version: the policy's.
-            in_flight: stop requests that run where they are, and go on with the new weights, instead of letting them
-                end with the earlier ones.
+        """As `Engine.update_weights`, for every server. Collective.
 
         Raises:
-            WeightSyncError: where an endpoint took the weights only in part. An endpoint that can't be reached goes
-                out of use; `ConnectionError` where none is left.
+            WeightSyncError: a server loaded only a part of the weights.
+            ConnectionError: no server can be reached. Otherwise, those that cannot be reached are not used.
         """
-        # Another rank's requests must not slip over to the new weights.
+        # Requests of other ranks must finish before the weights change.
         self._barrier()
         if self._pushes:
             self._push(weights, version, in_flight)
@@ -177,7 +170,7 @@ class ServerEngine(Engine):
                 pass
         self._barrier()
         self._versions.synced = True
-        self._loop.wait(self._look_for(version))
+        self._loop.wait(self._require_version(version))
         self._versions.current = version
 
     def _push(self, weights: Iterable[tuple[str, Tensor]], version: int, in_flight: bool) -> None:
@@ -189,19 +182,19 @@ class ServerEngine(Engine):
                 self._loop.wait(register_adapter(alive))
             self._loop.wait(resume(alive, self._versions.tag(version)))
         except (ConnectionError, ValueError) as error:
-            raise WeightSyncError(f"the vLLM servers did not take the weights: {error}") from error
+            raise WeightSyncError(f"the vLLM servers did not load the weights: {error}") from error
 
     async def _reachable(self) -> list[Endpoint]:
-        """Endpoints that answer, those lost before included: they get the current weights like the others."""
+        """The endpoints that answer, including those that were lost: they receive the current weights too."""
 
         async def ping(endpoint: Endpoint) -> None:
             await endpoint.call("/health", method="GET")
 
         return await self._pool.keep(ping)
 
-    async def _look_for(self, version: int) -> None:
-        """Every rank sees for itself which endpoints hold the weights: it may have lost others than the rank that sent
-        them."""
+    async def _require_version(self, version: int) -> None:
+        """Use the endpoints that have the weights. Every rank checks it: it may have lost other endpoints than the rank
+        that sent the weights."""
 
         async def check(endpoint: Endpoint) -> None:
             reported = (await endpoint.call("/weight_info", method="GET"))["weight_version"]
@@ -216,7 +209,7 @@ class ServerEngine(Engine):
         return next(iter(self.replica_logprobs(sequences).values()))
 
     def replica_logprobs(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[Tensor]]:
-        """`logprobs` of every copy of the model in every endpoint in use, by its place. Requests may run there."""
+        """As `Engine.replica_logprobs`, for every copy in the endpoints in use. Completions may be sampled too."""
         copies = {
             place_of(endpoint.url, copy): (endpoint, copy)
             for endpoint, info in zip(self.endpoints, self._infos, strict=True)
@@ -227,10 +220,10 @@ class ServerEngine(Engine):
         async def score(endpoint: Endpoint, copy: int) -> list[Tensor]:
             return list(await asyncio.gather(*(self._score(endpoint, copy, sequence) for sequence in sequences)))
 
-        async def all_of_them() -> list[list[Tensor]]:
+        async def score_all() -> list[list[Tensor]]:
             return list(await asyncio.gather(*(score(*place) for place in copies.values())))
 
-        return dict(zip(copies, self._loop.wait(all_of_them()), strict=True))
+        return dict(zip(copies, self._loop.wait(score_all()), strict=True))
 
     async def _score(self, endpoint: Endpoint, copy: int, sequence: Sequence[int]) -> Tensor:
         params = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
@@ -240,7 +233,7 @@ class ServerEngine(Engine):
         return torch.tensor([entry[str(token)]["logprob"] for token, entry in scored], dtype=torch.float32)
 
     def close(self) -> None:
-        """End what runs, also in the background."""
+        """End running requests, including those in the background, and the connections."""
         if self._loop.closed:
             return
         self._loop.wait(self._pool.each(lambda endpoint: endpoint.client.aclose()))

@@ -1,6 +1,6 @@
-"""Weights from GPU to GPU into vLLM servers: CUDA IPC on one GPU, vLLM's own transfer over NCCL between GPUs.
+"""Transfer of weights from GPU to vLLM servers: CUDA IPC on one GPU, vLLM's own transfer over NCCL between GPUs.
 
-They travel in buckets: what is in a bucket goes over TCP or HTTP, its bytes don't. Not run on a GPU yet.
+Weights are sent in buckets, whose description is sent over TCP or HTTP. Not run on a GPU yet.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from lightning_grpo.rollout.vllm.isolation import isolate_vllm
 
 
 class IPCTransfer:
-    """For servers on this process's own GPU: they read each bucket from a buffer that this process fills."""
+    """For servers on this process's GPU, which read each bucket from a buffer that this process fills."""
 
     def send(
         self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]
@@ -32,7 +32,7 @@ class IPCTransfer:
 
 
 class NCCLTransfer:
-    """For servers on other GPUs, here or on other machines: one group of this process and all their workers.
+    """For servers on other GPUs, here or on other machines, in one process group with this process.
 
     Args:
         host: address at which the servers reach this process.
@@ -46,15 +46,15 @@ class NCCLTransfer:
     def send(
         self, loop: EventLoop, endpoints: Sequence[Endpoint], weights: Iterable[tuple[str, Tensor]]
     ) -> list[StoredTensor]:
-        self._meet(loop, endpoints)
-        # After a failure in the middle, the next sync makes the group anew.
+        self._connect(loop, endpoints)
+        # After a failure the next sync creates a new group.
         members, self._members = self._members, []
         _all(loop, endpoints, "/start_weight_update")
         for bucket in buckets(weights):
             calls = _start(loop, endpoints, "/update_weights", {"update_info": describe(bucket)})
             for _, tensor in bucket:
                 self._group.broadcast(tensor, src=0, stream=torch.cuda.current_stream())
-            # The servers' answers first: if one failed, the broadcast never ends.
+            # Wait for the answers first: if a server failed, the broadcast never ends.
             for call in calls:
                 call.result()
             torch.cuda.current_stream().synchronize()
@@ -62,8 +62,8 @@ class NCCLTransfer:
         self._members = members
         return collect_from_workers(loop, endpoints, self._host, "report_weights")
 
-    def _meet(self, loop: EventLoop, endpoints: Sequence[Endpoint]) -> None:
-        """Make the group anew if other endpoints are in use than before."""
+    def _connect(self, loop: EventLoop, endpoints: Sequence[Endpoint]) -> None:
+        """Create a new group if other endpoints are in use than before."""
         members = [endpoint.url for endpoint in endpoints]
         if members == self._members:
             return

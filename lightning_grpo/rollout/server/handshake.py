@@ -1,4 +1,4 @@
-"""Which connections to a port are let in: those that send a token in time. All others are closed, and cost no time."""
+"""Authentication of connections: those that send a token in time are accepted, others are closed without a delay."""
 
 import hmac
 import selectors
@@ -10,7 +10,7 @@ from typing import Any
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds that a connection has for the token."""
 MAX_PENDING = 64
-"""Connections that may be waited for at a time; the oldest makes room for one more."""
+"""The largest number of pending connections; the oldest is closed for a new one."""
 
 
 @dataclass
@@ -20,11 +20,11 @@ class _Pending:
 
 
 class Handshakes:
-    """Reads the token from all connections of a listener at the same time, so that none holds up another.
+    """Reads the token from all connections of a listener at the same time, so that none delays another.
 
     Args:
         listener: a listening socket; it becomes non-blocking.
-        token: what a connection has to send first, and nothing else before the handshake is over.
+        token: the bytes that a connection must send first.
     """
 
     def __init__(self, listener: socket.socket, token: str) -> None:
@@ -36,7 +36,7 @@ class Handshakes:
         self._pending: dict[socket.socket, _Pending] = {}
 
     def admitted(self, seconds: float) -> list[socket.socket]:
-        """The connections that completed the token, after a wait of at most ``seconds`` for something to happen."""
+        """The connections that sent the whole token, after waiting at most ``seconds`` for an event."""
         admitted = []
         for key, _ in self._selector.select(seconds):
             connection: Any = key.fileobj
@@ -51,7 +51,7 @@ class Handshakes:
         return admitted
 
     def close(self) -> None:
-        """Close the connections that have not been let in. Safe to call twice."""
+        """Close the pending connections. Safe to call twice."""
         for connection in list(self._pending):
             self._drop(connection)
         self._selector.close()

@@ -1,4 +1,4 @@
-"""Several endpoints as one: which are in use, and which has room for a request."""
+"""A pool of endpoints: which are in use, and which one has room for a request."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Pool:
-    """Endpoints, those out of use among them."""
+    """All endpoints of an engine, including those that are not in use."""
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.endpoints = list(endpoints)
@@ -21,10 +21,10 @@ class Pool:
 
     @property
     def alive(self) -> list[Endpoint]:
-        """Those in use.
+        """The endpoints in use.
 
         Raises:
-            ConnectionError: where there are none.
+            ConnectionError: there is none.
         """
         alive = [endpoint for endpoint in self.endpoints if endpoint.lost is None]
         if not alive:
@@ -33,7 +33,7 @@ class Pool:
 
     @asynccontextmanager
     async def room(self) -> AsyncIterator[Endpoint]:
-        """The endpoint with the most room, as soon as one has any, with a request less of it meanwhile."""
+        """Wait for an endpoint with room and reserve a place for one request at the one with the most room."""
         async with self._freed:
             while not (free := [e for e in self.alive if e.in_flight < e.room]):
                 await self._freed.wait()
@@ -50,13 +50,13 @@ class Pool:
                     self._freed.notify_all()
 
     def lose(self, endpoint: Endpoint, error: Exception) -> None:
-        """Take an endpoint out of use."""
+        """Stop using an endpoint until the next weight sync."""
         if endpoint.lost is None:
             endpoint.lost = str(error)
-            log.warning("out of use until the next weight sync: %s", endpoint.lost)
+            log.warning("This vLLM server is not used until the next weight sync: %s", endpoint.lost)
 
     async def keep(self, test: Callable[[Endpoint], Awaitable[None]]) -> list[Endpoint]:
-        """Use the endpoints that pass, those lost before among them, and no others. Raises what `alive` does."""
+        """Use exactly the endpoints that pass the test, including those lost before. Raises the errors of `alive`."""
 
         async def tested(endpoint: Endpoint) -> None:
             try:
@@ -69,5 +69,5 @@ class Pool:
         return self.alive
 
     async def each(self, action: Callable[[Endpoint], Awaitable[Any]]) -> list[Any]:
-        """The action on all endpoints at the same time."""
+        """Run the action on all endpoints at the same time; returns the results in order."""
         return list(await asyncio.gather(*map(action, self.endpoints)))

@@ -1,4 +1,4 @@
-"""A vLLM server as a child of this process: its own threads, memory and cores, gone when this process goes."""
+"""A vLLM server as a child of this process: it has its own threads, memory and cores, and ends with this process."""
 
 import ctypes
 import os
@@ -22,18 +22,18 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ServerProcess:
-    """Starts a server on a free local port and waits until it answers. Every route but ``/health`` asks for `api_key`.
+    """Starts a server on a free local port and waits until it answers. All routes except ``/health`` require `api_key`.
 
     Args:
         model: local folder or hub name.
         engine_args: any argument of `vllm serve` by its name in Python, such as max_num_seqs.
-        environment: variables of the child's own, such as CUDA_VISIBLE_DEVICES.
-        cores: CPU cores that it may use; None leaves the choice to the system.
-        log_file: takes all its output.
-        start_timeout: seconds to wait for it.
+        environment: additional environment variables of the child, such as CUDA_VISIBLE_DEVICES.
+        cores: CPU cores that it may use; None leaves the choice to the operating system.
+        log_file: file for all its output.
+        start_timeout: seconds to wait for the server.
 
     Raises:
-        RuntimeError: if it ends or does not answer in time; the message has the end of its log.
+        RunError: the server exits or does not answer in time; the message has the end of its log.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ServerProcess:
         raise RunError(f"the vLLM server ended with code {self.process.returncode}. {self._log_end()}")
 
     def _listens(self) -> bool:
-        """Whether it is the server itself that listens on its port, and nobody who took the port before it."""
+        """Whether the server itself listens on its port, and not another process that took the port first."""
         try:
             connections = psutil.Process(self.process.pid).net_connections("tcp")
         except psutil.Error:
@@ -103,9 +103,9 @@ class ServerProcess:
         return f"The end of its log, {self.log_file.resolve()}:\n" + "\n".join(errors + lines[-3:])
 
     def close(self) -> None:
-        """End the server and its workers. Safe to call twice."""
+        """Stop the server and its workers. Safe to call twice."""
         if self._closed:
-            # Its number may be another process's by now.
+            # The process id may belong to another process by now.
             return
         self._closed = True
         for signum, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
@@ -120,7 +120,7 @@ class ServerProcess:
 
 
 def _set_up_child(cores: list[int] | None) -> None:
-    # The kernel ends the server when its parent dies, however that happens.
+    # The kernel sends this signal to the server when its parent dies in any way.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if cores is not None:
         os.sched_setaffinity(0, cores)

@@ -21,25 +21,25 @@ class WeightReceiver:
     """Mixed into vLLM's worker; its methods are called by name through ``/collective_rpc``."""
 
     def receive_policy(self, host: str, port: str, token: str, url: str) -> None:
-        """Fetch and load what is offered, the adapter alone where the server takes adapters (``--enable-lora``), and
-        answer with what is stored afterwards at this server's ``url``. Of weights that workers share, each compares its
-        part with the same part of what came; of an adapter that they share, nothing is told."""
+        """Fetch and load the weights, or the adapter if the server takes adapters (``--enable-lora``), and answer with
+        the tensors that this worker of the server at ``url`` then stores. Workers that share a model compare their part
+        of each tensor with the same part of the received one; if they share an adapter, they report nothing."""
         with WeightClient(host, int(port), token) as client:
             client.answer(self._report(self._load(client.weights()), url))
 
     def receive_policy_on_gpu(self, host: str, port: str, token: str, url: str) -> None:
-        """The same through memory of the GPU that this worker and the trainer share."""
+        """As `receive_policy`, through memory of the GPU that this worker and the trainer share."""
         with WeightClient(host, int(port), token) as client:
             client.answer(self._report(self._load(fetch_buckets(client, self.device)), url))
 
     def report_weights(self, host: str, port: str, token: str, url: str) -> None:
-        """Answer with what is stored of weights that came another way; nothing where workers share them."""
+        """Answer with the stored tensors after another transfer; with none if workers share the model."""
         stored = [] if self._shares_model else stored_weights(self)
         with WeightClient(host, int(port), token) as client:
             client.answer(self._report(stored, url))
 
     def tokenizer_facts(self) -> dict[str, Any]:
-        """Of the tokenizer with which the server looks for stop strings."""
+        """The `tokenizer_facts` of the tokenizer that the server uses for stop strings."""
         from vllm.tokenizers import cached_tokenizer_from_config
 
         return tokenizer_facts(cached_tokenizer_from_config(self.model_config))
@@ -59,4 +59,4 @@ class WeightReceiver:
         at = place_of(url, self.parallel_config.data_parallel_index)
         if self._shares_model:
             at += f", worker {self.rank}"
-        return {"stored": [h.to_json(at=at) for h in stored]}
+        return {"stored": [tensor.to_json(at=at) for tensor in stored]}

@@ -112,7 +112,7 @@ class Sampler:
                 except EndpointLost as error:
                     cutoff.lost(request_id)
                     drops += isinstance(error, ConnectionDropped)
-                    if not isinstance(error, ConnectionDropped) or drops > MAX_DROPS or not await endpoint.is_well():
+                    if not isinstance(error, ConnectionDropped) or drops > MAX_DROPS or not await endpoint.is_healthy():
                         self._pool.lose(endpoint, error)
 
     async def _stream(self, endpoint: Endpoint, body: dict[str, Any], cutoff: Cutoff) -> Completion:

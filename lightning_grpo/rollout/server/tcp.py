@@ -1,7 +1,7 @@
-"""Tensors over TCP, one at a time: the trainer offers its weights, engines in other processes fetch them.
+"""Tensors over TCP, one at a time: the trainer serves its weights, engines in other processes fetch them.
 
-It needs no shared file system, no GPU and no common process group, and holds one tensor in memory on each side. Each
-message is the length of a JSON header (8 bytes, big-endian), the header, and the tensor's bytes. Engines answer with
+This needs no shared file system, GPU or common process group, and memory for one tensor on each side. Each message
+consists of the length of a JSON header (8 bytes, big-endian), the header, and the tensor's bytes. Engines answer with
 such a header.
 """
 
@@ -22,10 +22,10 @@ TIMEOUT = 600.0
 
 
 class WeightServer:
-    """The trainer's side: listens on a free port until closed.
+    """The trainer's side: listens on a free port until it is closed.
 
     Args:
-        host: address to listen on, as the engines reach it.
+        host: address to listen on, at which the engines reach it.
     """
 
     def __init__(self, host: str) -> None:
@@ -39,8 +39,8 @@ class WeightServer:
         """Wait until ``count`` receivers that know the token are connected. Other connections are closed.
 
         Args:
-            count: how many.
-            give_up: called at least once per second; raises when the receivers will not connect.
+            count: the number of receivers.
+            give_up: called at least once per second; raises an error when the receivers will not connect.
 
         Raises:
             ConnectionError: too few connected in time.
@@ -59,7 +59,7 @@ class WeightServer:
 
     @property
     def receivers(self) -> int:
-        """How many are connected."""
+        """The number of connected receivers."""
         return len(self._receivers)
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -74,12 +74,12 @@ class WeightServer:
         self.send_headers([{"end": True}] * self.receivers)
 
     def send_headers(self, headers: Sequence[dict[str, Any]]) -> None:
-        """Send each receiver a header of its own."""
+        """Send each receiver its own header."""
         for receiver, header in zip(self._receivers, headers, strict=True):
             _send_header(receiver, header)
 
     def answers(self) -> list[dict[str, Any]]:
-        """What each receiver answers."""
+        """Wait for one answer from each receiver."""
         return [_receive_header(receiver) for receiver in self._receivers]
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class WeightClient:
         self._connection.sendall(token.encode())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The offered tensors, on the CPU.
+        """The tensors that the server sends, on the CPU.
 
         Raises:
             ConnectionError: the stream ended before all tensors arrived.
@@ -108,7 +108,7 @@ class WeightClient:
             yield header["name"], tensor
 
     def header(self) -> dict[str, Any]:
-        """What `WeightServer.send_headers` sent."""
+        """The next header from the server."""
         return _receive_header(self._connection)
 
     def answer(self, answer: dict[str, Any]) -> None:
@@ -122,21 +122,21 @@ class WeightClient:
 
 
 def own_address(towards: Sequence[str]) -> str:
-    """This machine's address as the given hosts see it."""
+    """This machine's address from the point of view of the given hosts."""
     with socket.socket(_family(towards[0]), socket.SOCK_DGRAM) as probe:
         probe.connect((towards[0], 9))
         return probe.getsockname()[0]
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on at this machine's address `host`."""
+    """A free port at this machine's address `host`."""
     with socket.create_server((host, 0), family=_family(host)) as probe:
         return probe.getsockname()[1]
 
 
 def _family(host: str) -> socket.AddressFamily:
     """IPv4 if the host has such an address, else IPv6."""
-    families = {found[0] for found in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)}
+    families = {address[0] for address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)}
     return socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
 
 

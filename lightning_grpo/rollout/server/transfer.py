@@ -1,7 +1,7 @@
-"""The policy's weights into running vLLM servers.
+"""Send the policy's weights to running vLLM servers.
 
-A server pauses, takes the weights, forgets what it computed with the earlier ones, is told the new version and goes on.
-It reports that version for every token that it samples from then on.
+A server pauses, loads the weights, discards what it computed with the earlier ones, records the new version and
+resumes. From then on it reports that version for every token that it samples.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from lightning_grpo.rollout.vllm.adapter import ADAPTER_NAME, ADAPTER_PATH
 
 
 class TCPTransfer:
-    """Servers fetch the weights from here, one tensor at a time: no GPU, shared disk or common process group.
+    """Servers fetch the weights from this process, one tensor at a time: no GPU, shared disk or common process group.
 
     Args:
         host: address at which the servers reach this process.
@@ -39,9 +39,10 @@ def collect_from_workers(
     method: str,
     serve: Callable[[WeightServer], None] = lambda server: None,
 ) -> list[StoredTensor]:
-    """Call a method of `WeightReceiver` in every worker of every copy that the endpoints have; what they hold.
+    """Call a method of `WeightReceiver` in all workers of all copies of the endpoints; returns the tensors they store.
 
-    They answer through connections of their own: a server with several copies tells over HTTP what the first says.
+    Workers answer over connections of their own, because a server with several copies returns only the reply of the
+    first over HTTP.
     """
     server = WeightServer(host)
     try:
@@ -55,14 +56,14 @@ def collect_from_workers(
             for endpoint, call in zip(endpoints, calls, strict=True):
                 if call.done():
                     call.result()
-                    raise WeightSyncError(f"{endpoint.url} did not come for the weights")
+                    raise WeightSyncError(f"{endpoint.url} did not connect to receive the weights")
 
         server.accept(sum(workers), give_up=give_up)
         try:
             serve(server)
             answers = server.answers()
         except ConnectionError:
-            # Why a worker hung up.
+            # Raises the reason for which a worker closed its connection.
             for call in wait(calls, timeout=10).done:
                 call.result()
             raise
@@ -74,16 +75,16 @@ def collect_from_workers(
 
 
 async def pause(endpoints: Sequence[Endpoint], *, in_flight: bool) -> None:
-    """Stop sampling: after the requests that run, or (`in_flight`) in the middle of them."""
+    """Stop sampling: after the running requests, or (`in_flight`) in the middle of them."""
     mode = "keep" if in_flight else "wait"
     await asyncio.gather(*(endpoint.call(f"/pause?mode={mode}") for endpoint in endpoints))
 
 
 async def resume(endpoints: Sequence[Endpoint], tag: str) -> None:
-    """Forget the key-value caches, those of requests in flight included, take the new version's name, and sample on.
+    """Reset the key-value caches, including those of paused requests, record the new version, and continue sampling.
 
-    A request in flight keeps its tokens and their log-probs. Its cache is computed anew, so that its next token comes
-    from the new weights alone, and later requests find no block of the earlier ones.
+    A paused request keeps its tokens and their log-probs. Its cache is recomputed, so that its next token comes from
+    the new weights alone, and later requests find no cached block of the earlier ones.
     """
 
     async def one(endpoint: Endpoint) -> None:
@@ -96,7 +97,7 @@ async def resume(endpoints: Sequence[Endpoint], tag: str) -> None:
 
 
 async def register_adapter(endpoints: Sequence[Endpoint]) -> None:
-    """Let requests name the adapter that the servers hold in memory."""
+    """Register the adapter in the servers' memory under the name that requests use."""
 
     async def one(endpoint: Endpoint) -> None:
         models = (await endpoint.call("/v1/models", method="GET"))["data"]

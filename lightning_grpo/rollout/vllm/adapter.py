@@ -1,7 +1,7 @@
-"""A LoRA adapter into a live vLLM engine, in memory, and fingerprints of what it then computes with.
+"""Load a LoRA adapter into a running vLLM engine in memory, and fingerprint the engine's copy.
 
-vLLM reads adapters from disk. Put into its manager under the adapter's number, one is found there by every request that
-names the number, and the disk is never asked.
+vLLM reads adapters from disk, unless its manager has one under the number in the request. The adapter is therefore put
+into the manager directly.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,22 +16,24 @@ ADAPTER = 1
 ADAPTER_NAME = "policy"
 ADAPTER_PATH = "in memory"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks that vLLM reserves room for."""
+"""The ranks for which vLLM can reserve memory."""
 
 
 def adapter_settings(rank: int, layers: Iterable[str]) -> dict[str, Any]:
     """The engine's arguments for one adapter.
 
     Args:
-        rank: the adapter's.
-        layers: names of the layers that carry it. vLLM prepares no others: a prepared output head could not score
+        rank: the adapter's rank.
+        layers: names of the layers with an adapter. vLLM prepares only these: a prepared output head could not score
             sequences on a CPU.
 
     Raises:
-        ValueError: for a rank above what vLLM can hold.
+        UserError: the rank is larger than vLLM supports.
     """
     if rank > RANKS[-1]:
-        raise UserError(f"lora.rank is {rank}: vLLM takes {RANKS[-1]} at most; lower it, or set rollout lora: merged")
+        raise UserError(
+            f"lora.rank is {rank}: vLLM supports at most {RANKS[-1]}; lower it, or set rollout lora: merged"
+        )
     room = next(r for r in RANKS if r >= rank)
     return {
         "enable_lora": True,
@@ -43,20 +45,20 @@ def adapter_settings(rank: int, layers: Iterable[str]) -> dict[str, Any]:
 
 
 def adapter_request() -> Any:
-    """What a request carries to be computed with the adapter."""
+    """The argument of a request that is to be computed with the adapter."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(ADAPTER_NAME, ADAPTER, ADAPTER_PATH)
 
 
 def load_adapter(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[StoredTensor]:
-    """Replace the engine's adapter by a stream of `lightning_grpo.policy.weights.adapter_weights`.
+    """Replace the engine's adapter by the tensors of `lightning_grpo.policy.weights.adapter_weights`.
 
     Returns:
-        What the engine's layers hold of each tensor.
+        Each tensor as the engine's layers store it.
 
     Raises:
-        WeightSyncError: where layers of the engine take no adapter.
+        WeightSyncError: layers of the engine accept no adapter.
     """
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
@@ -68,7 +70,7 @@ def load_adapter(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Sto
     adapter = LoRAModel.from_lora_tensors(
         ADAPTER,
         tensors,
-        # alpha = r: the scaling is in the tensors
+        # alpha = r, because the tensors include the scaling.
         PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),
         device="cpu",
         dtype=manager.lora_config.lora_dtype,
@@ -78,7 +80,7 @@ def load_adapter(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Sto
     manager.add_adapter(adapter)
     manager.activate_adapter(ADAPTER)
     stored = list(_stored(manager, rank))
-    if missing := sorted(tensors.keys() - {h.name for h in stored}):
+    if missing := sorted(tensors.keys() - {tensor.name for tensor in stored}):
         raise WeightSyncError(
             f"the engine has no place for {len(missing)} tensors of the adapter: {', '.join(missing[:4])}; narrow "
             "lora.target_modules, or set rollout lora: merged"
@@ -91,7 +93,7 @@ def _stored(manager: Any, rank: int) -> Iterator[StoredTensor]:
     for place, layer in manager.modules.items():
         parent, _, leaf = place.rpartition(".")
         parts = manager.packed_modules_mapping.get(leaf, [leaf])
-        # Embeddings and the output head keep one tensor instead of a tuple; they are no part of `adapter_weights`.
+        # Embeddings and the output head have one tensor instead of a tuple; `adapter_weights` does not include them.
         if not isinstance(layer.lora_a_stacked, tuple) or len(parts) != len(layer.lora_a_stacked):
             continue
         for part, A, B in zip(parts, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):

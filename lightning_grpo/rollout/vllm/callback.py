@@ -1,4 +1,4 @@
-"""vLLM in the trainer's process, for a module."""
+"""The callback for vLLM in the trainer's process."""
 
 import logging
 from collections.abc import Iterator
@@ -26,39 +26,39 @@ CHANGES_DISTRIBUTION = {
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("min_tokens", "logit_bias", "bad_words", "allowed_token_ids", "structured_outputs"),
 }
-"""Names of vLLM's SamplingParams that make the sampled distribution another one than softmax(logits / temperature)."""
+"""Arguments of vLLM's SamplingParams that make the sampled distribution differ from softmax(logits / temperature)."""
 
 
 class VLLMRollout(RolloutCallback):
     """Samples with a vLLM engine that shares the trainer's process and device.
 
     Args:
-        dtype: what the engine computes in: bfloat16, float16, float32, or auto: on a CPU what the trainer computes in,
-            on a GPU the checkpoint's, but bfloat16 for a float32 checkpoint.
-        max_num_seqs: completions sampled at once.
+        dtype: the dtype that the engine computes in: bfloat16, float16, float32, or auto. On a CPU auto is the dtype
+            that the trainer computes in, on a GPU the checkpoint's, but bfloat16 for a float32 checkpoint.
+        max_num_seqs: completions sampled at the same time.
         max_num_batched_tokens: tokens of prompts and completions computed in one step of the engine. Empty lets vLLM
             choose.
         gpu_memory_utilization: share of the GPU's total memory for the engine's weights and key-value cache. The
-            trainer's own share must fit beside it.
+            trainer's own memory must fit beside it.
         kv_cache_memory_bytes: size of the key-value cache in bytes; on a GPU it replaces gpu_memory_utilization. Empty
-            on a CPU takes what max_num_seqs completions need, at most half of the free memory.
-        kv_cache_dtype: what the cache is kept in: auto (as dtype) or fp8.
-        enable_prefix_caching: compute what prompts have in common once.
-        block_size: tokens in a block of the key-value cache; shorter prompts can't share. Empty is 32 on a CPU (where
-            vLLM's own 128 is longer than most prompts) and vLLM's choice on a GPU.
-        enforce_eager: don't compile. On a CPU compiling takes about a minute at each start, and samples faster
+            on a CPU reserves memory for max_num_seqs completions, at most half of the free memory.
+        kv_cache_dtype: dtype of the cache: auto (as dtype) or fp8.
+        enable_prefix_caching: compute common beginnings of prompts once.
+        block_size: tokens in a block of the key-value cache; shorter prompts share no block. Empty is 32 on a CPU
+            (vLLM's own 128 is longer than most prompts) and vLLM's choice on a GPU.
+        enforce_eager: don't compile. Compiling on a CPU takes about a minute at each start, and makes sampling faster
             afterwards. Empty compiles on GPUs only.
-        quantization: how vLLM quantizes the weights it is given, such as fp8. Empty doesn't.
-        tensor_parallel_size: neighbouring ranks of the trainer that hold one engine's weights together, and sample the
-            prompts of all of them; 1 gives each rank a whole engine. For a server process: its GPUs.
-        sleep_level: what the engine gives back on a GPU while the policy trains: 0 nothing, 1 all memory (weights are
-            kept in host memory), 2 all memory, without a copy of the weights, which the next sync sends anyway. Empty
-            is 2, or 1 if the engine holds what no sync sends: the base model under ``lora: adapter``, a draft model,
-            scales of a quantization.
-        lora: what a sync sends where adapters are trained: merged (whole weights with the adapter in them, sampled at
-            full speed) or adapter (the adapter alone, on top of the checkpoint's weights: next to nothing to send, but
-            sampling computes the adapter beside each layer, on a CPU at a fraction of the speed).
-        log_file: takes what vLLM prints and logs. Empty is vllm-RANK.log in the trainer's root folder.
+        quantization: vLLM's method to quantize the weights, such as fp8. Empty does not quantize.
+        tensor_parallel_size: neighbouring ranks of the trainer that share one engine and sample the prompts of all of
+            them together; with 1 each rank has a whole engine. For a server process: the number of its GPUs.
+        sleep_level: what the engine releases on a GPU while the policy trains: 0 nothing, 1 all memory (weights are
+            kept in host memory), 2 all memory, without a copy of the weights, because the next sync sends them anyway.
+            Empty is 2, or 1 if the engine needs tensors that no sync sends: the base model under ``lora: adapter``, a
+            draft model, scales of a quantization.
+        lora: what a sync sends if adapters are trained: merged (whole weights with the adapter merged into them,
+            sampled at full speed) or adapter (only the adapter, which the engine adds to the checkpoint's weights: very
+            little to send, but the adapter is computed separately in each layer, on a CPU at a fraction of the speed).
+        log_file: file for the output and log of vLLM. Empty is vllm-RANK.log in the trainer's root folder.
         engine_args: any other argument of vLLM's EngineArgs, by name, such as speculative_config.
         sampling_args: any other argument of vLLM's SamplingParams, by name, such as structured_outputs.
         tolerance: the largest |Δ log-prob| in nats, mean and max, that is accepted after a weight sync. Empty derives
@@ -90,7 +90,9 @@ class VLLMRollout(RolloutCallback):
     ) -> None:
         super().__init__(tolerance=tolerance)
         if max_num_seqs < 1:
-            raise UserError(f"max_num_seqs is {max_num_seqs}; set how many completions are sampled at once, 1 or more")
+            raise UserError(
+                f"max_num_seqs is {max_num_seqs}; set the number of completions sampled at the same time, 1 or more"
+            )
         if not 0 < gpu_memory_utilization <= 1:
             raise UserError(f"gpu_memory_utilization is {gpu_memory_utilization}; set a share in (0, 1]")
         on_gpu = torch.cuda.is_available()
@@ -98,9 +100,13 @@ class VLLMRollout(RolloutCallback):
         self.kv_cache_memory_bytes = kv_cache_memory_bytes
         self.lora = lora
         if lora == "adapter" and sleep_level == 2:
-            raise UserError("sleep_level is 2: it drops the weights that lora: adapter never sends; set 1 or 0")
+            raise UserError(
+                "sleep_level is 2, which discards the base model, and lora: adapter never sends it; set 1 or 0"
+            )
         if tensor_parallel_size < 1:
-            raise UserError(f"tensor_parallel_size is {tensor_parallel_size}; set 1, or how many ranks share an engine")
+            raise UserError(
+                f"tensor_parallel_size is {tensor_parallel_size}; set 1, or the number of ranks that share an engine"
+            )
         self.log_file = log_file
         self.sampling_args = sampling_args
         settings = {
@@ -131,7 +137,7 @@ class VLLMRollout(RolloutCallback):
             refuse_bias(pl_module, self.sampling_args or {})
 
     def _check_length(self, pl_module: L.LightningModule) -> None:
-        """Refuse an engine that can't hold a prompt and its completion: vLLM would cut completions without a word."""
+        """Reject an engine that is too short for prompt and completion: vLLM would truncate completions silently."""
         given = self.engine_args.get("max_model_len")
         if not isinstance(given, int) or given < 0:
             return
@@ -139,8 +145,8 @@ class VLLMRollout(RolloutCallback):
         if given < needed:
             raise UserError(
                 f"rollout engine_args.max_model_len is {given}, but max_prompt_length {pl_module.max_prompt_length} + "
-                f"max_completion_length {pl_module.max_completion_length} = {needed} tokens: completions would be cut "
-                f"off early; leave it out, or set {needed} or more"
+                f"max_completion_length {pl_module.max_completion_length} = {needed} tokens: completions would be "
+                f"truncated; omit it, or set {needed} or more"
             )
 
     def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> VLLMEngine:
@@ -148,8 +154,8 @@ class VLLMRollout(RolloutCallback):
         ranks = settings["tensor_parallel_size"]
         if ranks > 1 and self.lora == "adapter":
             raise UserError(
-                f"tensor_parallel_size is {ranks} and lora is adapter: what ranks hold of an adapter together can not "
-                "be compared; set lora: merged"
+                f"tensor_parallel_size is {ranks} and lora is adapter: an adapter that ranks share cannot be verified; "
+                "set lora: merged"
             )
         if stop_strings(pl_module) or self.sampling_args:
             settings.setdefault("skip_tokenizer_init", False)
@@ -190,7 +196,7 @@ class VLLMRollout(RolloutCallback):
 
 
 def _holds_more_than_weights(engine_args: dict[str, Any]) -> bool:
-    """Whether the engine computes with tensors that no sync sends and that a sleep at level 2 would lose."""
+    """Whether the engine uses tensors that no sync sends and that a sleep at level 2 would discard."""
     return (
         engine_args.get("quantization") is not None
         or engine_args.get("speculative_config") is not None
@@ -199,27 +205,27 @@ def _holds_more_than_weights(engine_args: dict[str, Any]) -> bool:
 
 
 def refuse_bias(pl_module: L.LightningModule, sampling_args: dict[str, Any]) -> None:
-    """Refuse to train on samples of another distribution than the policy's, unless a correction is asked for.
+    """Refuse to train on samples of another distribution than the policy's without a correction.
 
     Raises:
-        ValueError: with the options that change the distribution.
+        UserError: names the options that change the distribution.
     """
     corrected = getattr(getattr(pl_module, "objective", None), "rollout_correction", None) is not None
     if (biased := sorted(CHANGES_DISTRIBUTION & sampling_args.keys())) and not corrected:
         raise UserError(
             f"rollout sampling_args has {', '.join(biased)}: the engine would sample from another distribution than "
-            "the one trained, which biases the gradient; leave them out, or set objective.rollout_correction"
+            "the policy's, which biases the gradient; omit them, or set objective.rollout_correction"
         )
 
 
 def stop_strings(pl_module: L.LightningModule) -> list[str]:
-    """Those of training and of validation."""
+    """The stop strings of training and of validation."""
     held_out = getattr(pl_module, "validation_sampling", pl_module.sampling)
     return [*pl_module.sampling.stop, *held_out.stop]
 
 
 def weights_for(pl_module: L.LightningModule, lora: str) -> Iterator[tuple[str, Tensor]]:
-    """A fresh stream of the policy's weights, merged, or of its adapter alone."""
+    """A fresh stream of the policy's merged weights, or of its adapter only."""
     return adapter_weights(pl_module.policy) if lora == "adapter" else pl_module.policy_weights()
 
 
@@ -245,14 +251,16 @@ def adapter_engine_args(pl_module: L.LightningModule) -> dict[str, Any]:
     """The engine's arguments for the module's adapter.
 
     Raises:
-        ValueError: where it has none, or its base model is in no checkpoint.
+        UserError: the module has no adapter, or its base model is in no checkpoint.
     """
     if pl_module.lora is None:
-        raise UserError("rollout lora is adapter, but the module trains whole weights; set the module's lora")
+        raise UserError(
+            "rollout lora is adapter, but the module trains whole weights; set model.lora, or rollout lora: merged"
+        )
     if pl_module.from_scratch:
         raise UserError(
-            "rollout lora is adapter, but from_scratch gives the policy weights that no checkpoint holds and the "
-            "engine would not have; set rollout lora: merged"
+            "rollout lora is adapter, but with from_scratch the policy's weights are random and the engine cannot load "
+            "them from a checkpoint; set rollout lora: merged"
         )
     return adapter_settings(pl_module.lora.rank, pl_module.policy.base_model.targeted_module_names)
 
@@ -261,7 +269,7 @@ def _cpu_cache_bytes(config: PretrainedConfig, max_num_seqs: int, max_model_len:
     """Bytes of key-value cache for `max_num_seqs` sequences at full length, at most half of the free memory."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Four bytes an element bound every dtype; blocks round each sequence up.
+    # No dtype has more than four bytes per element; 128 tokens cover rounding up to whole blocks.
     per_sequence = 2 * config.num_hidden_layers * heads * head_size * 4 * (max_model_len + 128)
     room = psutil.virtual_memory().available // 2
     if per_sequence > room:

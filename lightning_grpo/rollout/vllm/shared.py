@@ -1,4 +1,4 @@
-"""One vLLM engine over several of the trainer's processes, each of which holds a shard of every matrix."""
+"""One vLLM engine over several of the trainer's processes, each with a shard of every matrix."""
 
 import secrets
 from collections.abc import Iterable
@@ -19,12 +19,12 @@ class SharedVLLMEngine(VLLMEngine):
     """A `VLLMEngine` whose weights are split over ``engine_args["tensor_parallel_size"]`` neighbouring ranks of the
     trainer's default process group: ranks 0 and 1, 2 and 3, … for two.
 
-    They compute in step, so all methods are collective. `generate` samples the prompts of all of them together and
-    returns each rank its own; `logprobs` takes the same sequences everywhere. Every rank takes all weights and keeps
-    its shard of them.
+    All methods are collective. `generate` samples the prompts of all these ranks together and returns each rank its own
+    completions; `logprobs` must be called with the same sequences on every rank. Every rank receives all weights and
+    keeps its shard.
 
     Raises:
-        ValueError: where the trainer's ranks don't make whole groups.
+        UserError: the number of ranks is no multiple of tensor_parallel_size.
     """
 
     def __init__(self, model: str, *, engine_args: dict[str, Any], **kwargs: Any) -> None:
@@ -45,7 +45,9 @@ class SharedVLLMEngine(VLLMEngine):
     def generate(self, request: SampleRequest, on_group: OnGroup | None = None) -> list[list[Completion]]:
         requests, rank = self._gather(request)
         if any((r.sampling, r.max_tokens) != (request.sampling, request.max_tokens) for r in requests):
-            raise UserError("the ranks of one engine ask for completions of different sampling or length")
+            raise UserError(
+                "the ranks that share an engine requested completions with different sampling or max_tokens"
+            )
         start = sum(len(r.prompts) for r in requests[:rank])
         stop = start + len(request.prompts)
 
@@ -61,13 +63,13 @@ class SharedVLLMEngine(VLLMEngine):
         return super().generate(joint, on_own_group)[start:stop]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, *, in_flight: bool = False) -> None:
-        """As `VLLMEngine.update_weights`; every rank hears what the others hold, and of their failures."""
+        """As `VLLMEngine.update_weights`; every rank learns the tensors and failures of the others."""
         failure = None
         try:
             super().update_weights(weights, version)
         except Exception as error:
             failure = error
-            # The others go on with the stream, which may be collective.
+            # The other ranks continue with the stream, which may be collective.
             for _ in weights:
                 pass
         ranks, _ = self._gather((failure and f"{failure}", self.stored))
@@ -81,7 +83,7 @@ class SharedVLLMEngine(VLLMEngine):
         ]
 
     def _gather(self, value: Any) -> tuple[list[Any], int]:
-        """What all ranks of the engine give, and this one's place among them."""
+        """The values of all ranks of the engine, and this rank's index among them."""
         from vllm.distributed import get_tp_group
 
         group = get_tp_group()
@@ -91,7 +93,8 @@ class SharedVLLMEngine(VLLMEngine):
 
 
 def _name_shared_memory(run: str) -> None:
-    """On a CPU ranks reduce over shared memory, whose name would be the same for all runs of a machine."""
+    """Give this run's shared memory a unique name. Ranks on a CPU reduce over shared memory, and its name would be the
+    same in all runs on a machine."""
     from vllm.distributed.device_communicators import cpu_communicator
 
     named = cpu_communicator._CPUSHMDistributed

@@ -1,5 +1,8 @@
-"""Does an engine that has a tokenizer have the trainer's? Tokens are all that passes between them, so a difference
-would show in nothing but odd samples and stop strings that never match."""
+"""Comparison of an engine's tokenizer with the trainer's.
+
+Engine and trainer exchange only token ids. A difference would show only in odd samples and in stop strings that never
+match.
+"""
 
 import hashlib
 import json
@@ -13,7 +16,7 @@ PROBE = "Grüße aus 東京!\n\n\tdef f(x):  return 3.14 * x  # 1234567890 👍 
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What has to agree, as plain JSON, so that a server can tell it too."""
+    """The properties that must agree, as JSON values, so that a server can report them too."""
     template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
     return {
         "vocabulary size": len(tokenizer),
@@ -31,9 +34,9 @@ def require_same_tokenizer(engine: dict[str, Any], trainer: dict[str, Any], *, a
         at: names the engine.
 
     Raises:
-        ValueError: says what differs.
+        UserError: names the differences.
     """
     differing = [name for name in trainer if engine.get(name) != trainer[name]]
     if differing:
         shown = "; ".join(f"{name}: {str(engine.get(name))[:80]}, not {str(trainer[name])[:80]}" for name in differing)
-        raise UserError(f"{at} has another tokenizer than the trainer ({shown}); give both the same tokenizer files")
+        raise UserError(f"{at} has another tokenizer than the trainer ({shown}); use the same tokenizer files for both")

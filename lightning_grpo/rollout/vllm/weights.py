@@ -1,9 +1,9 @@
-"""Weights into a live vLLM model, and fingerprints of what it then computes with.
+"""Load weights into a running vLLM model, and fingerprint its tensors.
 
-On a CPU vLLM packs each weight matrix into the layout of its kernels and drops the original, and its own reload builds
-every layer anew. Where the layout is known, tensors are written straight into their places here, and only matrices
-that moved are packed. The fingerprint of a packed matrix is taken where it enters the packing, so that what was not
-packed anew is known as stale.
+On a CPU vLLM packs each weight matrix into the layout of its kernels and frees the original, and its own reload builds
+every layer again. If the layout is known, tensors are written directly into their places here, and only matrices that
+changed are packed. The fingerprint of a packed matrix is computed before packing, so that a matrix that was not packed
+again is known to be stale.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,16 +26,16 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Sto
     Args:
         worker: vLLM's worker, in this process.
         weights: all of the model's tensors, each once, a tied head under the embedding's name. The tensors of a fused
-            layer are kept until it is whole.
+            layer are kept in memory until the layer is complete.
 
     Returns:
-        What the engine holds now, for every tensor whose place in the engine is known: plain, fused and tied linear
-        layers, embeddings and norms of models built like Llama, as far as they are not quantized. Nothing for models
-        whose tensors vLLM transposes or reorders (GPT-2, Falcon).
+        The engine's tensors, as far as their place in the engine is known: plain, fused and tied linear layers,
+        embeddings and norms of models built like Llama, unless they are quantized. Empty for models whose tensors vLLM
+        transposes or reorders (GPT-2, Falcon).
 
     Raises:
-        WeightSyncError: where a parameter of the engine got no value, or a tensor has no place in it.
-        ValueError: where a tensor has another shape than its place.
+        WeightSyncError: a parameter of the engine received no value, or a tensor belongs to none.
+        UserError: a tensor has another shape than its place.
     """
     model = worker.get_model()
     _compute_from_parameters(model)
@@ -44,7 +44,7 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Sto
     stream = _noting_blocks(weights, places, blocks)
     first = next(stream, ("", None))
     stream = chain([first], stream)
-    # Where vLLM renames the checkpoint's tensors, the first has another name already.
+    # If vLLM renames the checkpoint's tensors, the first name is unknown already.
     if worker.device.type == "cpu" and first[0] in places and _are_complete(places, model):
         stored = _write(places, stream)
     else:
@@ -55,13 +55,13 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[Sto
 
 
 def stored_weights(worker: Any) -> list[StoredTensor]:
-    """What a running engine holds in the parameters themselves, as `load_weights` returns it."""
+    """The tensors in the parameters of a running engine, in the form that `load_weights` returns."""
     return _stored(_places(worker.get_model()))
 
 
 def replace_functions() -> None:
-    """Two functions that are wrong for a guest on a CPU: one binds the process's memory to a NUMA node, one compiles
-    for up to 20 s to count the rank of a sampled token."""
+    """Replace two functions of vLLM that are unsuitable on a CPU: one binds the process's memory to a NUMA node, the
+    other compiles for up to 20 s to count the rank of a sampled token."""
     from vllm.platforms import current_platform
     from vllm.v1.sample import sampler
 
@@ -70,27 +70,27 @@ def replace_functions() -> None:
         sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
 
 
-# ── Where the checkpoint's tensors lie ────────────────────────────────────────────────────────────────────────────
+# ── Places of the checkpoint's tensors ────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A block of a checkpoint's tensor in rows of an engine's parameter: all of it, unless ranks share the model."""
+    """A block of a checkpoint's tensor in rows of a parameter; the whole tensor unless ranks share the model."""
 
     name: str
     prefix: str
     layer: nn.Module
     parameter: str
     shape: tuple[int, ...]
-    """Of the checkpoint's tensor."""
+    """The shape of the checkpoint's tensor."""
     corner: tuple[int, ...]
-    """Where the block begins in it."""
+    """The index in the tensor at which the block begins."""
     block: tuple[int, ...]
     """The block's shape."""
     row: int
-    """Where it begins in the parameter."""
+    """The row of the parameter at which the block begins."""
     parts: tuple[str, ...]
-    """Names of all that the parameter is made of."""
+    """Names of all tensors that the parameter is made of."""
 
     @property
     def value(self) -> nn.Parameter:
@@ -102,7 +102,9 @@ class _Place:
 
     def block_of(self, tensor: Tensor) -> Tensor:
         if tensor.shape != self.shape:
-            raise UserError(f"the shape of {self.name} is {tuple(tensor.shape)}, but {self.prefix} takes {self.shape}")
+            raise UserError(
+                f"the shape of {self.name} is {tuple(tensor.shape)}, but {self.prefix} requires {self.shape}"
+            )
         for dim, (start, size) in enumerate(zip(self.corner, self.block, strict=True)):
             tensor = tensor.narrow(dim, start, size)
         return tensor
@@ -112,7 +114,7 @@ class _Place:
 
 
 def _places(model: nn.Module) -> dict[str, list[_Place]]:
-    """By the tensor's name; a tied one has several. Nothing of quantized layers and fused experts."""
+    """Places by tensor name; a tied tensor has several. Quantized layers and fused experts are omitted."""
     places: dict[str, list[_Place]] = {}
     fusions = getattr(model, "packed_modules_mapping", {})
     if "qkv_proj" not in fusions:
@@ -138,7 +140,7 @@ def _places(model: nn.Module) -> dict[str, list[_Place]]:
                     names = [f"{parent}.{part}.{parameter}" for part in fused]
                 blocks = _linear_blocks(layer, matrix=parameter == "weight")
                 if len(names) < len(blocks):
-                    # The checkpoint has it fused: ranks would hold several blocks of one tensor.
+                    # The tensor is fused in the checkpoint: ranks would have several blocks of one tensor.
                     if layer.tp_size > 1:
                         continue
                     shape = (sum(block[0] for _, _, block in blocks), *blocks[0][0][1:])
@@ -160,19 +162,19 @@ def _vocabulary_block(layer: nn.Module, value: Tensor) -> _Block:
 
 
 def _linear_blocks(layer: nn.Module, *, matrix: bool) -> list[_Block]:
-    """Of each tensor that the layer is made of: its shape in the checkpoint, this rank's corner and block."""
+    """For each tensor of the layer: its shape in the checkpoint, and the corner and shape of this rank's block."""
     whole = getattr(layer, "output_sizes", [layer.output_size])
     if hasattr(layer, "total_num_kv_heads"):
-        # Ranks beyond the number of heads share one: the layer's own sizes count it twice.
+        # With more ranks than heads, ranks share a head, which the layer's own sizes count twice.
         keys = layer.total_num_kv_heads
         whole = [layer.total_num_heads * layer.head_size, keys * layer.head_size, keys * layer.v_head_size]
-    sizes = [(n, mine) for n, mine in zip(whole, layer.output_partition_sizes, strict=True)]
+    sizes = list(zip(whole, layer.output_partition_sizes, strict=True))
     columns = [(layer.input_size, getattr(layer, "input_size_per_partition", layer.input_size))] if matrix else []
     blocks = []
     for size in sizes:
         dims = [size, *columns]
-        corner = [layer.tp_rank * (n // mine) // layer.tp_size * mine if n != mine else 0 for n, mine in dims]
-        blocks.append((tuple(n for n, _ in dims), tuple(corner), tuple(mine for _, mine in dims)))
+        corner = [layer.tp_rank * (n // local) // layer.tp_size * local if n != local else 0 for n, local in dims]
+        blocks.append((tuple(n for n, _ in dims), tuple(corner), tuple(local for _, local in dims)))
     return blocks
 
 
@@ -183,15 +185,15 @@ def _are_complete(places: dict[str, list[_Place]], model: nn.Module) -> bool:
 
 
 def _compute_from_parameters(model: nn.Module) -> None:
-    """Take packed copies away from layers that have their weight itself: an embedding multiplies with nothing, and an
-    output head samples as fast without, but would keep the old copy when the embedding it is tied to is written."""
+    """Remove the packed copies of layers that also keep their weight. An embedding is used in no matrix product. An
+    output head is as fast without, and would keep an old copy when the embedding that it is tied to is replaced."""
     for layer in model.modules():
         if hasattr(layer, "cpu_linear") and getattr(layer, "weight", torch.empty(0)).numel():
             layer.cpu_linear = F.linear
 
 
 def _stored(places: dict[str, list[_Place]]) -> list[StoredTensor]:
-    """What lies in the parameters themselves; a tied one is read once."""
+    """The tensors in the parameters; a tied parameter is read once."""
     stored = []
     for name, homes in places.items():
         fingerprints: dict[int, Fingerprint] = {}
@@ -212,7 +214,7 @@ def _noting_blocks(
     places: dict[str, list[_Place]],
     blocks: dict[tuple[str, str], tuple[Fingerprint, Fingerprint]],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pass the weights on; note the fingerprints of blocks that this rank shall hold, with those of whole tensors."""
+    """Pass the weights on, and record the fingerprints of this rank's blocks and of the whole tensors."""
     for name, tensor in weights:
         for place in places.get(name, ()):
             if place.block != place.shape:
@@ -222,17 +224,17 @@ def _noting_blocks(
 
 
 def _of_whole(stored: StoredTensor, blocks: dict[tuple[str, str], tuple[Fingerprint, Fingerprint]]) -> StoredTensor:
-    """What the sender can compare: who holds its block of a tensor tells the whole tensor's fingerprint."""
+    """The tensor as the sender can compare it: with the whole tensor's fingerprint if this rank's block is right."""
     if (stored.name, stored.place) not in blocks:
         return stored
     block, whole = blocks[stored.name, stored.place]
     return replace(stored, fingerprint=whole if stored.fingerprint == block else None)
 
 
-# ── Straight into their places ────────────────────────────────────────────────────────────────────────────────────
+# ── Direct writing ────────────────────────────────────────────────────────────────────────────────────────────────
 
 _packed: WeakKeyDictionary[nn.Module, dict[str, Fingerprint]] = WeakKeyDictionary()
-"""What each layer's packed matrix was made from."""
+"""The fingerprints of the tensors from which each layer's matrix was packed."""
 
 
 def _write(places: dict[str, list[_Place]], weights: Iterable[tuple[str, Tensor]]) -> list[StoredTensor]:
@@ -253,13 +255,13 @@ def _write(places: dict[str, list[_Place]], weights: Iterable[tuple[str, Tensor]
                 place.rows_of(place.value.data).copy_(place.block_of(tensor))
     if missing:
         raise WeightSyncError(
-            f"no weights came for {len(missing)} tensors of the engine: {', '.join(sorted(missing)[:8])}"
+            f"the weights lack {len(missing)} tensors of the engine: {', '.join(sorted(missing)[:8])}"
         )
     return stored + _stored(places)
 
 
 def _pack(place: _Place, pieces: dict[str, Tensor]) -> list[StoredTensor]:
-    """Pack a layer's matrix for vLLM's kernels, unless it is packed from the same bits already."""
+    """Pack a layer's matrix for vLLM's kernels, unless it was packed from the same bits before."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     layer = place.layer
@@ -269,7 +271,7 @@ def _pack(place: _Place, pieces: dict[str, Tensor]) -> list[StoredTensor]:
     fingerprints = {name: Fingerprint.of(part) for name, part in zip(place.parts, rows, strict=True)}
     if _packed.get(layer) != fingerprints:
         _packed.pop(layer, None)
-        # The old one goes first: its memory is the new one's.
+        # The old matrix is freed first, so that the new one can take its memory.
         layer.cpu_linear = None
         layer.weight = nn.Parameter(whole, requires_grad=False)
         dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
@@ -277,7 +279,7 @@ def _pack(place: _Place, pieces: dict[str, Tensor]) -> list[StoredTensor]:
     return [StoredTensor(name, place.prefix, fingerprint) for name, fingerprint in fingerprints.items()]
 
 
-# ── By vLLM's own loaders ─────────────────────────────────────────────────────────────────────────────────────────
+# ── vLLM's own loaders ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _reload(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -296,7 +298,7 @@ def _reload(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     try:
         worker.reload_weights(weights_iterator=iter(weights))
     except Exception:
-        # Layers that waited for their weights get the earlier ones back, so that a next stream finds them whole.
+        # Incomplete layers get their earlier weights back, so that the next stream finds complete layers.
         finalize_layerwise_reload(model, worker.model_config)
         raise
     finally:
@@ -304,5 +306,5 @@ def _reload(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     missing = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()} - loaded
     if loaded and missing:
         raise WeightSyncError(
-            f"no weights came for {len(missing)} parameters of the engine: {', '.join(sorted(missing)[:8])}"
+            f"the weights lack {len(missing)} parameters of the engine: {', '.join(sorted(missing)[:8])}"
         )
