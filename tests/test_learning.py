@@ -42,7 +42,7 @@ def test_the_first_steps_are_pinned(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_seed_learns(tmp_path, seed):
-    rows = smoke(tmp_path, "--model.seed", str(seed), "--data.seed", str(seed))
+    rows = smoke(tmp_path, "--trainer.max_steps", "70", "--model.seed", str(seed), "--data.seed", str(seed))
     rewards = [float(row["reward"]) for row in rows]
     assert rewards[0] < 0.1
     assert sum(rewards[-5:]) / 5 >= 0.95
@@ -50,8 +50,13 @@ def test_every_seed_learns(tmp_path, seed):
 
 @pytest.mark.slow
 def test_samples_of_an_older_policy_teach_it_too(tmp_path):
-    options = ["--rollout", "engines.CopyRollout", "--model.rollout_ahead", "1"]
-    options += ["--model.objective.rollout_correction", "{level: token, mode: truncate, upper: 2.0}"]
+    options = ["--rollout", "engines.CopyRollout", "--model.rollout_ahead", "1", "--trainer.max_steps", "70"]
+    options += [
+        "--trainer.max_steps",
+        "70",
+        "--model.objective.rollout_correction",
+        "{level: token, mode: truncate, upper: 2.0}",
+    ]
     rows = smoke(tmp_path, *options)
     rewards, ages = ([float(row[name]) for row in rows] for name in ("reward", "staleness"))
     assert rewards[0] < 0.1 and ages[:4] == [0, 1, 1, 1]
@@ -69,5 +74,5 @@ class Shuffled(PrefixMatch):
 
 @pytest.mark.slow
 def test_shuffled_rewards_teach_nothing(tmp_path):
-    rows = smoke(tmp_path, "--trainer.max_steps", "40", "--model.rewards", "[test_learning.Shuffled]")
+    rows = smoke(tmp_path, "--trainer.max_steps", "24", "--model.rewards", "[test_learning.Shuffled]")
     assert max(float(row["reward"]) for row in rows) < 0.2

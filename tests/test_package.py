@@ -6,18 +6,28 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
+from lightning_grpo.configure import render
+from lightning_grpo.data.sources import read
+from lightning_grpo.errors import UserError
+from lightning_grpo.rewards.reasoning_gym import _scorer
+
 ROOT = Path(__file__).parents[1]
 NAMES = {"pyyaml": "yaml"}
 """Import names of distributions that have another name there."""
-# matplotlib's, tensorboard's and reasoning-gym's users are configure --plot, a logger and a reward; triton comes with
-# torch's CUDA builds alone, and vllm is an extra
-OPTIONAL = {"triton", "vllm"}
+OPTIONAL = {"triton"}
+"""Comes with torch's CUDA builds alone."""
 BY_CLASS_PATH = {"tensorboard"}
+
+
+EXTRAS = {"vllm": "vllm", "datasets": "datasets", "reasoning-gym": "reasoning_gym", "plot": "matplotlib"}
 
 
 def declared() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    distributions = [re.split(r"[\[<>=~! ]", line)[0].lower() for line in project["dependencies"]]
+    lines = project["dependencies"] + [line for extra in EXTRAS for line in project["optional-dependencies"][extra]]
+    distributions = [re.split(r"[\[<>=~! ]", line)[0].lower() for line in lines]
     return {NAMES.get(name, name).replace("-", "_") for name in distributions}
 
 
@@ -34,3 +44,21 @@ def imported() -> set[str]:
 
 def test_every_imported_package_is_declared_and_every_declared_one_imported():
     assert imported() - OPTIONAL == declared() - BY_CLASS_PATH
+
+
+@pytest.mark.parametrize(
+    ("extra", "use"),
+    [
+        ("datasets", lambda path: read("owner/name", args={}, size=None, seed=0)),
+        ("datasets", lambda path: read(str(path), args={}, size=None, seed=0)),
+        ("reasoning-gym", lambda path: read("reasoning_gym:chain_sum", args={}, size=1, seed=0)),
+        ("reasoning-gym", lambda path: _scorer("chain_sum", "{}")),
+        ("plot", lambda path: render.draw(None, path / "plan")),
+    ],
+    ids=["hub", "saved data set", "source", "reward", "plot"],
+)
+def test_a_missing_extra_is_named(monkeypatch, tmp_path, extra, use):
+    _scorer.cache_clear()
+    monkeypatch.setitem(sys.modules, EXTRAS[extra], None)
+    with pytest.raises(UserError, match=rf"needs {EXTRAS[extra]}.* pip install 'lightning-grpo\[{extra}\]'"):
+        use(tmp_path)

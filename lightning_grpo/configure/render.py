@@ -13,6 +13,7 @@ from lightning_grpo.configure.recommendations import TASKS, Choice
 from lightning_grpo.configure.result import Plan
 from lightning_grpo.configure.reward import reward_options
 from lightning_grpo.configure.summary import hours, identity_line, memory_line, time_line
+from lightning_grpo.errors import optional
 
 WIDTH = 108
 
@@ -224,6 +225,7 @@ def draw(plan: Plan, path: str | Path) -> list[Path]:
         plan: what to draw.
         path: file name; its ending is replaced by .png and .svg.
     """
+    optional("matplotlib", "plot", "--plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from lightning_grpo.data.files import READERS, is_file_name, read_files
 from lightning_grpo.data.rows import Row
-from lightning_grpo.errors import UserError
+from lightning_grpo.errors import UserError, optional
 from lightning_grpo.policy.files import hub_reachable
 
 KINDS = (
@@ -88,7 +88,7 @@ def reasoning_gym(task: str, size: int | None, seed: int, args: dict[str, Any]) 
 
     ``args`` configure the task, such as its difficulty.
     """
-    import reasoning_gym as gym
+    gym = optional("reasoning_gym", "reasoning-gym", f"data.source reasoning_gym:{task}")
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
@@ -109,6 +109,7 @@ def reasoning_gym(task: str, size: int | None, seed: int, args: dict[str, Any]) 
 
 def saved(option: str, source: str, /, split: str = "train") -> Iterable[Row]:
     """Read a folder written by ``datasets.save_to_disk``; ``split`` selects one of several splits."""
+    optional("datasets", "datasets", f"{option} {source}")
     from datasets import DatasetDict, load_from_disk
 
     path = Path(source).expanduser()
@@ -134,6 +135,7 @@ def hub(option: str, source: str, /, split: str = "train", **args: Any) -> Itera
 
     ``args`` are arguments of ``datasets.load_dataset`` (``name``, ``revision``, …).
     """
+    optional("datasets", "datasets", f"{option} {source}")
     from datasets import load_dataset
 
     reachable = hub_reachable(source, "dataset", option=option)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from lightning_grpo.errors import UserError
+from lightning_grpo.errors import UserError, optional
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards.answers import check_extraction, extract
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
@@ -34,7 +34,7 @@ REFUSED = {
 
 @lru_cache(maxsize=16)
 def _scorer(task: str, args: str) -> Any:
-    import reasoning_gym
+    reasoning_gym = optional("reasoning_gym", "reasoning-gym", "the reward ReasoningGym")
 
     return reasoning_gym.create_dataset(task, **json.loads(args), size=1, seed=0)
 
