@@ -1,8 +1,8 @@
-"""What this machine's processor multiplies fast, found by multiplying, and how many of its cores may be used.
+"""Measure how fast this processor multiplies each data type, and count the cores that may be used.
 
 Only some processors have instructions for bfloat16 (x86: AVX-512 BF16 and AMX; ARM: BF16). On the others a product in
-bfloat16 takes 5 to 100 times as long as in float32. No list of processors is kept: the products that a linear layer
-needs in training are timed once per process, on one thread, in some 50 milliseconds.
+bfloat16 takes 5 to 100 times as long as in float32. The products that a linear layer needs in training are timed once
+per process, on one thread, in about 50 milliseconds, so no list of processors is needed.
 """
 
 import math
@@ -16,26 +16,26 @@ from pathlib import Path
 import torch
 
 ROWS, WIDTH = 256, 576
-"""Of the products: tokens of a micro-batch, and the hidden size of a model that trains on a CPU."""
+"""Sizes of the timed products: tokens of a micro-batch, and the hidden size of a model that trains on a CPU."""
 
 BUDGET = 0.05
-"""Seconds after which products are not repeated any more."""
+"""Seconds after which the timing stops repeating products."""
 
 GAIN = 1.4
-"""How many times as fast bfloat16 must be to be worth its rounding. Processors with instructions for it reach 2 and
-more, those without 1 and less."""
+"""Minimum speedup of bfloat16 over float32 that justifies its rounding. Processors with instructions for it reach 2 or
+more, others 1 or less."""
 
 
 @cache
 def product_rate(dtype: torch.dtype) -> float:
     """FLOP/s of one thread in the three products of a linear layer (forward, and gradients of input and weight).
 
-    The best of several tries, in the thread's own time, so that other work on the machine does not count.
+    The best of several tries, in CPU time of the thread, so that other work on the machine has no effect.
     """
     x, weight, y = (torch.ones(n, WIDTH, dtype=dtype) for n in (ROWS, WIDTH, ROWS))
     best = float("inf")
     with _one_thread():
-        torch.mm(x[:8], weight[:8].T)  # what libraries do at first use
+        torch.mm(x[:8], weight[:8].T)  # excludes the initialization of libraries
         first = time.thread_time()
         for _ in range(8):
             start = time.thread_time()
@@ -50,23 +50,23 @@ def product_rate(dtype: torch.dtype) -> float:
 
 
 def fast_dtype() -> torch.dtype:
-    """The data type to compute in on this processor: bfloat16 if it has a gain, else float32."""
+    """The data type to compute in on this processor: bfloat16 if its speedup is at least `GAIN`, else float32."""
     gain = product_rate(torch.bfloat16) / product_rate(torch.float32)
     return torch.bfloat16 if gain >= GAIN else torch.float32
 
 
 def slowdown(dtype: torch.dtype) -> float:
-    """How many times as long products in ``dtype`` take on this processor as in `fast_dtype`."""
+    """Time of products in ``dtype`` relative to `fast_dtype` on this processor."""
     return product_rate(fast_dtype()) / product_rate(dtype)
 
 
 @cache
 def parallel_speedup() -> float:
-    """How many times as fast all of torch's threads together multiply as one of them: between 1 and their number."""
+    """Speedup of products with all threads of torch over one thread, between 1 and the number of threads."""
     threads = torch.get_num_threads()
     if threads == 1:
         return 1.0
-    # About a millisecond on any number of threads: short enough to find the others idle, long enough to share.
+    # about a millisecond on any number of threads: short enough to find the others idle, long enough to share
     size = 64 * math.ceil(8 * threads ** (1 / 3))
     x = torch.ones(size, size, dtype=fast_dtype())
     alone = 2 * size**3 / product_rate(fast_dtype())
@@ -89,13 +89,13 @@ def _one_thread() -> Iterator[None]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use: those it may run on, and no more than its container's share of time."""
+    """Number of CPU cores that this process may use, by its affinity and the CPU quota of its container."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, int(_cpu_quota())))
 
 
 def _cpu_quota() -> float:
-    """Cores' worth of time that the container is limited to; the largest number there is without a limit."""
+    """CPU quota of the container in cores, or a very large number without a limit."""
     root = Path("/sys/fs/cgroup")
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
@@ -108,10 +108,10 @@ def _cpu_quota() -> float:
 
 
 def keep_threads_to_cores() -> None:
-    """Let torch have no more threads than there are cores to use, unless OMP_NUM_THREADS says how many.
+    """Limit torch's threads to the usable cores, unless OMP_NUM_THREADS is set.
 
-    torch counts the cores of the machine, whatever share of them a container has; threads without a core of their own
-    make every product wait for them.
+    torch counts the cores of the machine even if a container may use only some of them. Products are slow if threads
+    have to share a core.
     """
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
         torch.set_num_threads(cores())

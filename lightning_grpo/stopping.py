@@ -1,10 +1,12 @@
-"""Ctrl-C and the signals by which schedulers end a job: the first stops the run at a safe point, a second at once.
+"""Stopping by Ctrl-C and the signals with which schedulers end a job.
+
+The first signal stops the run at a safe point, a second one ends it immediately.
 
 A signal may arrive between any two lines, and on one rank before the others. It therefore only sets a flag while
-weights, the optimizer or a file are being written. `abandonable` marks work that changes nothing that a checkpoint
-holds: there it raises `Stopped` immediately. `stop_if_asked` is the point at which all ranks leave together.
+weights, the optimizer or a file are being written. In work that changes nothing in a checkpoint, which `abandonable`
+marks, it raises `Stopped` immediately. In `stop_if_asked` all ranks stop together.
 
-Imports nothing that takes time, since it is the first thing that a command runs.
+This module imports nothing slow, since every command imports it first.
 """
 
 import os
@@ -22,13 +24,13 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SAME_REQUEST = 1.0
-"""Seconds in which a repeated signal is the first one again: terminals and launchers both send it to every rank."""
+"""Seconds within which a repeated signal counts as the first one: terminals and launchers both send it to each rank."""
 
 
 class Stopped(BaseException):
-    """The run was asked to stop by a signal.
+    """A signal stopped the run.
 
-    No `Exception`, so that nothing that expects errors takes it for one.
+    It is not an `Exception`, so that code that handles errors does not catch it.
 
     Attributes:
         signum: the signal.
@@ -51,12 +53,12 @@ class Stopped(BaseException):
 
 
 def name_of(signum: int) -> str:
-    """The name of a signal for a message."""
+    """The name of a signal in messages."""
     return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 
 class _State:
-    """What the signal handler knows. There is one per process, as there is one handler."""
+    """State of the signal handler, of which a process has one."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -96,28 +98,28 @@ def stop_on_signals() -> Iterator[None]:
 
 
 def install() -> None:
-    """Take the signals (again: Lightning puts a handler of its own in place for SIGTERM)."""
+    """Install the handlers, again after Lightning has replaced the one for SIGTERM."""
     for signum in _state.handlers:
         signal.signal(signum, _receive)
 
 
 def is_installed() -> bool:
-    """Whether this process handles signals here."""
+    """Whether the handlers of this module are installed."""
     return bool(_state.handlers)
 
 
 def defer() -> None:
-    """From now on, stop at safe points only: training has begun."""
+    """Stop only at safe points from now on, since training has begun."""
     _state.immediate = False
 
 
 def raise_immediately() -> None:
-    """From now on, stop anywhere: there is nothing to save."""
+    """Stop anywhere from now on, since there is nothing to save."""
     _state.immediate = is_installed()
 
 
 def forward_to(children: list[Any], *, ranks_independent: bool) -> None:
-    """Pass signals on to ``children``, the processes of other ranks that this one started.
+    """Forward signals to ``children``, the processes of other ranks that this one started.
 
     Args:
         children: `subprocess.Popen` objects.
@@ -130,7 +132,7 @@ def _receive(signum: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if _state.asked:
         if now - _state.since > SAME_REQUEST:
-            _say(f"{name_of(signum)} again: ending at once, without a checkpoint")
+            _say(f"{name_of(signum)} again: ending immediately, without a checkpoint")
             end_children(patience=0)
             os._exit(128 + signum)
         return
@@ -140,7 +142,7 @@ def _receive(signum: int, frame: FrameType | None) -> None:
             child.send_signal(signum)
     if _state.immediate:
         raise Stopped(signum)
-    _say(f"{name_of(signum)}: saving a checkpoint at the next safe point; Ctrl-C again ends at once, without one")
+    _say(f"{name_of(signum)}: saving a checkpoint at the next safe point; Ctrl-C again ends immediately, without one")
 
 
 def _say(message: str) -> None:
@@ -150,16 +152,16 @@ def _say(message: str) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one of its ranks that talks, as far as launchers say before Lightning does."""
+    """Whether this process is the rank that prints, by the launcher's variables, which are set before Lightning's."""
     return all(os.environ.get(rank, "0") == "0" for rank in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
 
 
 @contextmanager
 def abandonable(trainer: "Trainer") -> Iterator[None]:
-    """Work that a signal breaks off at once, as it changes nothing that a checkpoint holds. A point to stop at follows.
+    """Let a signal interrupt the block immediately, since it changes nothing in a checkpoint, then `stop_if_asked`.
 
-    All ranks come here together. With several ranks the work is broken off only if each does it without the others
-    (`forward_to`): a rank that left would otherwise be waited for.
+    All ranks call this together. With several ranks the block is interrupted only if each rank runs it independently
+    (`forward_to`), since the other ranks would otherwise wait for one that left.
     """
     outer = _state.immediate
     try:
@@ -175,7 +177,7 @@ def abandonable(trainer: "Trainer") -> Iterator[None]:
 
 
 def stop_if_asked(trainer: "Trainer") -> None:
-    """Raise `Stopped` on all ranks if any of them received a signal. All ranks come here together."""
+    """Raise `Stopped` on all ranks if any of them received a signal. All ranks call this together."""
     asked = _state.asked
     if is_installed() and trainer.world_size > 1:
         asked = _any_rank(asked)
@@ -189,7 +191,7 @@ def _any_rank(asked: int) -> int:
     from torch import distributed
 
     if _state.group is None:
-        # of its own and on CPUs: no GPU is waited for, and ranks may be far apart in sampling
+        # a separate group on CPUs: it does not wait for GPUs, and ranks may be far apart while they sample
         _state.group = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
     flag = torch.tensor(asked)
     distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=_state.group)

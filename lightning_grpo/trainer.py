@@ -1,4 +1,4 @@
-"""Lightning's `Trainer` with a precision ``auto``: the one that the device is fast in."""
+"""Lightning's `Trainer` with ``precision: auto``, which chooses the fastest precision of the device."""
 
 from typing import Any, Literal
 
@@ -11,21 +11,21 @@ from lightning_grpo.processor import fast_dtype
 
 
 class GRPOTrainer(Trainer):
-    """Lightning's `Trainer`, whose precision may be auto."""
+    """Lightning's `Trainer`, which also accepts the precision auto."""
 
     def __init__(self, *args: Any, precision: Literal["auto"] | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
         """Lightning's `Trainer`, whose precision may be auto.
 
         Args:
-            precision: of the arithmetic. auto takes what the device is fast in: on a CPU bf16-mixed if it multiplies
-                bfloat16 faster than float32 (which is measured at start), else 32-true; on a GPU bf16-mixed, or
-                16-mixed if it has no bfloat16. Empty is 32-true.
+            precision: Precision of the arithmetic. auto chooses bf16-mixed on a GPU, or 16-mixed if it has no bfloat16;
+                on a CPU bf16-mixed if it multiplies bfloat16 faster than float32, which is measured at start, else
+                32-true. By default 32-true.
         """
         super().__init__(*args, precision=resolved(precision, kwargs.get("accelerator", "auto")), **kwargs)
 
 
 def resolved(precision: str | int | None, accelerator: str | Accelerator) -> str | int | None:
-    """``precision`` itself, or for ``auto`` the one that the device of ``accelerator`` is fast in."""
+    """Return ``precision``, or for ``auto`` the fastest one of the device of ``accelerator``."""
     if precision != "auto":
         return precision
     kind = _device(accelerator)
@@ -37,7 +37,7 @@ def resolved(precision: str | int | None, accelerator: str | Accelerator) -> str
 
 
 def _device(accelerator: str | Accelerator) -> str:
-    """The kind of device that Lightning takes for ``accelerator``."""
+    """The kind of device that Lightning chooses for ``accelerator``."""
     if accelerator == "cpu" or isinstance(accelerator, CPUAccelerator):
         return "cpu"
     if CUDAAccelerator.is_available():

@@ -232,5 +232,5 @@ def test_two_ranks_stop_together(tmp_path):
     process.send_signal(signal.SIGTERM)  # to the first rank alone, as schedulers may
     rest, _ = process.communicate(timeout=120)
     assert process.returncode == 143, rest
-    assert "Traceback" not in rest and rest.count("go on with") == 1
+    assert "Traceback" not in rest and rest.count("resume with") == 1
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()

@@ -1,4 +1,4 @@
-"""The command ``lightning-grpo``: what each subcommand needs is imported only once it is named."""
+"""The command ``lightning-grpo``. It imports only what the given subcommand needs."""
 
 import errno
 import os
@@ -9,9 +9,9 @@ from lightning_grpo.errors import ReportedError
 from lightning_grpo.stopping import Stopped, end_children, is_first_rank, name_of, stop_on_signals
 
 ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
-"""What the machine refuses, whatever a program does."""
+"""Errors of the operating system, such as a full disk."""
 PATIENCE = 20.0
-
+"""Seconds that child processes have to end after a stop."""
 
 HELP = """usage: lightning-grpo SUBCOMMAND ...
 
@@ -19,27 +19,27 @@ Group Relative Policy Optimization of language models.
 
   fit         train a policy
   validate    sample held-out prompts and report their rewards
-  test        the same, for a final figure
+  test        the same, for the final evaluation
   predict     sample completions and write them to a file
-  export      write a checkpoint's policy as a Hugging Face model or a PEFT adapter
+  export      write the policy of a checkpoint as a Hugging Face model or a PEFT adapter
   configure   choose hyperparameters for a task, a model and a GPU; predict memory, time and cost
 
-  lightning-grpo fit --config configs/smoke.yaml       a run of half a minute
-  lightning-grpo SUBCOMMAND --help                     the options
-  lightning-grpo fit --model.help                      those of the model; likewise --data.help
+  lightning-grpo fit --config configs/smoke.yaml       train a tiny model for half a minute
+  lightning-grpo SUBCOMMAND --help                     list the options of a subcommand
+  lightning-grpo fit --model.help                      list the options of the model; also --data.help
 
-Every option can stand in a YAML file (--config), on the command line, and in the environment
+Every option can be set in a YAML file (--config), on the command line, and in the environment
 (LIGHTNING_GRPO_FIT__TRAINER__MAX_STEPS)."""
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line ``args``; those of the process where None.
+    """Run the command line ``args``, by default that of the process.
 
-    A `ReportedError` ends as its message and exit status 1; LIGHTNING_GRPO_TRACEBACK=1 shows where it
-    came from. Ctrl-C and SIGTERM end with 130 and 143.
+    A `ReportedError` is printed as its message, and the exit code is 1; LIGHTNING_GRPO_TRACEBACK=1 shows the traceback.
+    After Ctrl-C and SIGTERM the exit codes are 130 and 143.
     """
     given = sys.argv[1:] if args is None else args
-    # classes in a file of the folder where the command is run are found by ``file.Class``, as under ``python -m``
+    # as under ``python -m``, classes in files of the current folder are found by ``file.Class``
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -50,7 +50,7 @@ def main(args: list[str] | None = None) -> None:
             print("\n".join(farewell(stop, given)), file=sys.stderr)
         if args is None:
             end_children(PATIENCE)
-        # a rank that ended with an error would have Lightning kill the first one
+        # if another rank ended with an error, Lightning would kill the first one
         raise SystemExit(0 if _is_launched() else stop.exit_code) from None
     except Exception as error:
         message = own_message(error)
@@ -78,7 +78,7 @@ def _run(args: list[str]) -> None:
 
 
 def own_message(error: BaseException | None) -> str | None:
-    """What to say of an error that is not a bug: a `ReportedError`, or what the machine refused. None for a bug."""
+    """The message of a `ReportedError` or of an error of the operating system. None for any other error, a bug."""
     while error is not None:
         if isinstance(error, ReportedError):
             notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
@@ -91,7 +91,7 @@ def own_message(error: BaseException | None) -> str | None:
 
 
 def farewell(stop: Stopped, args: list[str]) -> list[str]:
-    """What to say when a signal ended the run: how far it got, where its checkpoint lies, how to go on."""
+    """Lines to print after a signal ended the run: its progress, its checkpoint, and the command that resumes it."""
     name = name_of(stop.signum)
     if stop.progress is None:
         return [f"stopped by {name} before training began: nothing was changed"]
@@ -100,12 +100,12 @@ def farewell(stop: Stopped, args: list[str]) -> list[str]:
         return [f"stopped by {name} after {stop.progress}, without a checkpoint{reason}"]
     return [
         f"stopped by {name} after {stop.progress}; checkpoint: {stop.saved}",
-        f"go on with: {resuming_command(args)}",
+        f"resume with: {resuming_command(args)}",
     ]
 
 
 def resuming_command(args: list[str]) -> str:
-    """The command line that goes on with the newest checkpoint of the run that ``args`` started."""
+    """The command line that resumes the newest checkpoint of the run that ``args`` started."""
     kept: list[str] = []
     skip = False
     for arg in args:
@@ -117,5 +117,5 @@ def resuming_command(args: list[str]) -> str:
 
 
 def _is_launched() -> bool:
-    """Whether this process is a further rank that Lightning started beside the one of the command line."""
+    """Whether Lightning started this process as another rank of the command line's process."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ

@@ -1,4 +1,4 @@
-"""fit, validate, test and predict, by LightningCLI."""
+"""The subcommands fit, validate, test and predict, built on LightningCLI."""
 
 import itertools
 import json
@@ -35,22 +35,21 @@ from lightning_grpo.processor import keep_threads_to_cores
 from lightning_grpo.rollout import RolloutCallback
 from lightning_grpo.trainer import GRPOTrainer, resolved
 
-DESCRIPTION = """Group Relative Policy Optimization: fit trains a policy, validate and test sample and judge held-out
-prompts, predict writes the completions down, configure chooses hyperparameters for a task, a model and a GPU and
-predicts memory, time and cost (lightning-grpo configure --help)."""
+DESCRIPTION = """Group Relative Policy Optimization: fit trains a policy, validate and test sample held-out prompts and
+report their rewards, predict writes their completions to a file. lightning-grpo --help lists all subcommands."""
 
 
 class GRPOCommand(LightningCLI):
-    """LightningCLI with an engine, checkpoints, loggers and a progress bar that know GRPO."""
+    """LightningCLI with an engine, and with checkpoints, loggers and a progress bar for GRPO."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The subcommand on the command line, or all for the help on them: to build a parser takes long."""
+        """The given subcommand, or all of them if none is given. Building the parser of each one takes long."""
         known = LightningCLI.subcommands()
         return {name: known[name] for name in GRPOCommand.asked if name in known} or known
 
     asked: ClassVar[list[str]] = []
-    """What the command line begins with."""
+    """The first argument of the command line."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add callbacks that stay whatever ``trainer.callbacks`` holds: ``prediction``, ``rollout``, ``checkpoint``,
@@ -70,21 +69,21 @@ class GRPOCommand(LightningCLI):
         )
 
     def _parse_ckpt_path(self) -> None:
-        """Modules here save no hyperparameters: Lightning would read the whole file to look for some."""
+        """Do nothing. Lightning would read the whole checkpoint to look for hyperparameters, and there are none."""
 
     def _set_seed(self) -> None:
         check_seed(self._get(self.config, "seed_everything"))
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Check what can be checked before anything is built, settle the precision, and choose where results go.
+        """Check options before anything is built, resolve ``trainer.precision: auto``, and choose the log folder.
 
-        Logs go to CSV and TensorBoard in the next free ``logs/version_N`` if no logger was asked for.
+        Without a configured logger, logs are written as CSV and for TensorBoard to the next free ``logs/version_N``.
         """
         trainer = self._get(self.config, "trainer")
         check_no_nan(self.config[self.subcommand].as_dict())
         check_trainer_options(trainer.as_dict())
-        # here already, so that the saved config.yaml has what was used
+        # resolved here, so that the saved config.yaml contains the precision that is used
         trainer.precision = resolved(trainer.precision, trainer.accelerator)
         self._check_ckpt_path()
         root = Path(trainer.default_root_dir)
@@ -104,29 +103,29 @@ class GRPOCommand(LightningCLI):
                 settings["save_dir"] = str(root)
 
     def _check_ckpt_path(self) -> None:
-        """``last`` without a checkpoint starts a run, as the first of many restarts does, but evaluates nothing."""
+        """Check that the checkpoint exists. Only fit accepts ``last`` without one: it then starts a new run."""
         path = self._get(self.config, "ckpt_path")
         trainer, checkpoint = self._get(self.config, "trainer"), self._get(self.config, "checkpoint")
         base = Path(checkpoint.dirpath or Path(trainer.default_root_dir) / "checkpoints")
         if path == "best":
-            raise UserError("ckpt_path is best, which is known only within a run; name a file, or last for the newest")
+            raise UserError("ckpt_path is best, which only a running Trainer knows; set a file, or last for the newest")
         if path == "last" and self.subcommand != "fit" and not (newest(base) / "last.ckpt").exists():
-            raise UserError(f"ckpt_path is last, but {base} has no checkpoint; name a file, or leave it out")
+            raise UserError(f"ckpt_path is last, but {base} has no checkpoint; set a file, or remove ckpt_path")
         if path not in (None, "last", "hpc") and "://" not in path:
             require_checkpoint_file(path)
 
     def instantiate_classes(self) -> None:
-        """Build what was configured.
+        """Build the configured objects.
 
         Raises:
-            UserError: for what Lightning refuses, and for packages that a chosen class needs and that are missing.
+            UserError: if Lightning rejects an option, or if a configured class needs a package that is not installed.
         """
         try:
             super().instantiate_classes()
         except Exception as error:
             chain = list(_causes(error))
             if missing := next((e for e in chain if isinstance(e, ModuleNotFoundError)), None):
-                raise UserError(f"the configuration needs a package that is missing: {_one_line(missing)}") from error
+                raise UserError(f"a package of the configuration is not installed: {_one_line(missing)}") from error
             if refused := next((e for e in chain if isinstance(e, MisconfigurationException)), None):
                 raise UserError(f"trainer: {_one_line(refused)}") from error
             raise
@@ -145,21 +144,21 @@ class GRPOCommand(LightningCLI):
         callbacks = [StopOnSignal(), *others, RunSummary(), *exports]
         try:
             return super()._instantiate_trainer(config, callbacks)
-        except (ValueError, TypeError, RuntimeError) as error:  # nothing but the trainer's options is at work here
+        except (ValueError, TypeError, RuntimeError) as error:  # only options of the trainer can cause it here
             if isinstance(error, ReportedError):
                 raise
             raise UserError(f"trainer: {_one_line(error)}") from error
 
     def before_validate(self) -> None:
-        """Refuse to evaluate nothing."""
+        """Check that there are held-out prompts."""
         self._require_held_out("limit_val_batches")
 
     def before_test(self) -> None:
-        """Refuse to evaluate nothing."""
+        """Check that there are held-out prompts."""
         self._require_held_out("limit_test_batches")
 
     def before_predict(self) -> None:
-        """Refuse to predict nothing."""
+        """Check that there are held-out prompts."""
         self._require_held_out("limit_predict_batches")
 
     def _require_held_out(self, limit: str) -> None:
@@ -173,7 +172,7 @@ class GRPOCommand(LightningCLI):
             )
 
     def after_predict(self) -> None:
-        """Write this rank's completions beside the logs, one a line."""
+        """Write the completions of this rank to a JSON-lines file beside the logs."""
         path = run_folder(self.trainer) / f"predictions-{self.trainer.global_rank}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
@@ -190,12 +189,12 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it, once, on the first rank."""
-        self._folder = run_folder(trainer)  # on every rank: it is broadcast
+        """Write the configuration once, on the first rank."""
+        self._folder = run_folder(trainer)  # computed on every rank, since it is broadcast
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Under the first name that is free."""
+        """Write config.yaml, or config-2.yaml, … if it exists."""
         self._folder.mkdir(parents=True, exist_ok=True)
         names = itertools.chain(["config.yaml"], (f"config-{n}.yaml" for n in itertools.count(2)))
         path = next(path for name in names if not (path := self._folder / name).exists())
@@ -210,19 +209,19 @@ def require_folder(root: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"trainer.default_root_dir is {root}, where nothing can be written ({error.strerror}); set another folder"
+            f"trainer.default_root_dir is {root}, which is not writable ({error.strerror}); set another folder"
         ) from error
 
 
 def run(args: list[str]) -> None:
-    """Run the subcommand that ``args`` name."""
+    """Run the subcommand given in ``args``."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     log_to_terminal()
     keep_threads_to_cores()
-    # Lightning's own use of torch; and advice for metrics that are not reduced yet, which ours are
+    # Lightning's use of torch, and its advice about metrics that are not reduced over ranks (these already are)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log")
-    # checkpoints of a resumed run stand in its folder; and args may come from `main`
+    # a resumed run writes to the folder of its checkpoints, and `main` passes args
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
     ShortHelpParser.files = read_config_files(args)
@@ -257,7 +256,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def log_to_terminal() -> None:
-    """Show what this package logs, on the first rank's terminal."""
+    """Print the log messages of this package on the first rank."""
     logger = logging.getLogger("lightning_grpo")
     logger.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.WARNING)
     if not logger.handlers:

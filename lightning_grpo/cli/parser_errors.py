@@ -1,6 +1,6 @@
-"""What the command line's parser says, in one line: the option, its value, the cause, and the likely remedy.
+"""Errors of the command line's parser in one line: the option, its value, the cause, and a suggestion.
 
-jsonargparse nests its message as deeply as the option's type, with every alternative of a union and the whole value.
+The messages of jsonargparse are nested as deeply as the type of the option, with all members of a union.
 """
 
 import difflib
@@ -25,13 +25,15 @@ NOISE = re.compile(
 )
 VALUE = re.compile(r"Got value: (.*)$|Given value: (.*)$|NestedArg\(key='[^']*', val=(.*)\)$")
 NEAR = 0.6
+"""Similarity from which a name is suggested."""
+SUBCOMMANDS = ["fit", "validate", "test", "predict", "export", "configure"]
 
 
 class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line, with a suggestion instead of the usage of all options."""
 
     files: ClassVar[dict[str, dict]] = {}
-    """What the ``--config`` files hold, to name the file in which an option stands."""
+    """The content of the ``--config`` files by name, to name the file that contains an option."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and end with exit code 2."""
@@ -46,17 +48,17 @@ def read_config_files(args: Iterable[str]) -> dict[str, dict]:
     """The content of the ``--config`` files among ``args``, by name.
 
     Raises:
-        UserError: for the first that isn't a readable YAML mapping.
+        UserError: if a file is not a readable YAML mapping.
     """
     contents = {}
     for name in config_files(args):
         path = Path(name)
         if not path.exists():
             near = difflib.get_close_matches(path.name, (p.name for p in path.parent.glob("*.yaml")), 1, NEAR)
-            hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the path of a YAML file"
+            hint = f"; did you mean {path.parent / near[0]}?" if near else "; set the path of a YAML file"
             raise UserError(f"--config {name}: there is no such file{hint}")
         if not path.is_file():
-            raise UserError(f"--config {name} is not a file; give the path of a YAML file")
+            raise UserError(f"--config {name} is not a file; set the path of a YAML file")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
@@ -106,15 +108,15 @@ def worded(message: str, parser: OneLineParser) -> str:
     if match := re.match(r"the following arguments are required: (.*)", cause):
         missing = [f"--{prefix}.{name.strip()}" if prefix else f"--{name.strip()}" for name in match[1].split(",")]
         verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
-        return f"{' and '.join(missing)} {verb} missing; set {them} there or in a --config file"
+        return f"{' and '.join(missing)} {verb} missing; set {them} on the command line or in a --config file"
     if match := re.match(r"unrecognized arguments: (\S+)", cause):
         return f"{match[1]}: unexpected argument; options begin with --"
     if match := re.match(r"argument (--?[\w.]+)(?:/\S+)?: (.*)", cause):
-        return f"{match[1]}: {match[2]}"
+        return f"{match[1]}: {_expected([match[2]], known, [])}"
     if match := re.match(r"argument subcommand: invalid choice: '([^']*)'", cause):
         return _no_such_command(match[1])
     if cause.startswith('expected "subcommand"'):
-        return "no subcommand was given; give fit, validate, test, predict or configure (see lightning-grpo --help)"
+        return f"no subcommand was given; use {_either(SUBCOMMANDS)} (see lightning-grpo --help)"
     if not prefix:
         return cause
     shown = f"--{prefix}" + (f" is {value}" if value is not None else "")
@@ -122,7 +124,7 @@ def worded(message: str, parser: OneLineParser) -> str:
 
 
 def _read(message: str) -> tuple[list[str], list[str], list[str], str | None]:
-    """Keys from the outermost to the innermost option, class paths, innermost causes, and the value as given."""
+    """Keys from the outermost to the innermost option, class paths, innermost causes, and the given value."""
     keys: list[str] = []
     classes: list[str] = []
     causes: list[str] = []
@@ -143,7 +145,7 @@ def _read(message: str) -> tuple[list[str], list[str], list[str], str | None]:
             causes.append(line)
     if value is not None and (nested := re.match(r"NestedArg\(key='[^']*', val=(.*)\)$", value)):
         value = nested[1]
-    if value is not None and len(value) > 80:
+    if value is not None and (len(value) > 80 or "init_args" in value):
         value = None
     return keys, classes, causes, value
 
@@ -162,6 +164,7 @@ def _unknown_option(cause: str) -> str | None:
 
 
 def _no_such(name: str, known: list[str], files: dict[str, dict]) -> str:
+    known = [option for option in known if not option.endswith(".help") or name.endswith(".help")]
     last = name.rpartition(".")[2]
     near = [option for option in known if option.rpartition(".")[2] == last and option != name][:3]
     near = near or difflib.get_close_matches(name, known, 1, NEAR)
@@ -176,7 +179,7 @@ def _lasts(known: list[str]) -> list[str]:
 
 
 def _place(name: str, files: dict[str, dict]) -> str:
-    """In which file an option stands, if it is in one."""
+    """The file that sets an option, as `` in FILE``, or an empty string."""
     for file, content in files.items():
         found: Any = content
         for part in name.split("."):
@@ -191,9 +194,8 @@ def _place(name: str, files: dict[str, dict]) -> str:
 
 
 def _no_such_command(name: str) -> str:
-    commands = ["fit", "validate", "test", "predict", "configure"]
-    near = difflib.get_close_matches(name, commands, 1, NEAR)
-    hint = f"; did you mean {near[0]}?" if near else f"; give one of {', '.join(commands)}"
+    near = difflib.get_close_matches(name, SUBCOMMANDS, 1, NEAR)
+    hint = f"; did you mean {near[0]}?" if near else f"; use {_either(SUBCOMMANDS)}"
     return f"{name}: no such subcommand{hint}"
 
 
@@ -203,7 +205,7 @@ def _expected(causes: list[str], known: list[str], classes: list[str]) -> str:
     named = next((m[1] for cause in causes if (m := re.match(r"Expected a dot import path string: (.*)", cause))), None)
     if named is not None:
         near = difflib.get_close_matches(named, _class_names(), 3, NEAR)
-        hint = f"did you mean {_either(near)}?" if near else "give it as module.Class"
+        hint = f"did you mean {_either(near)}?" if near else "set it as module.Class"
         return f"there is no class {named}; {hint}"
     if literals:
         return f"expected one of {', '.join(dict.fromkeys(literals))}"
@@ -225,7 +227,7 @@ def _type_name(name: str) -> str:
 
 
 def _class_names() -> list[str]:
-    """Names of classes that an option may be set to, as far as they are imported."""
+    """Names of imported classes that an option may be set to."""
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.loggers import Logger
     from torch.optim import Optimizer
@@ -242,7 +244,7 @@ def _class_names() -> list[str]:
 
 
 def _options(parser: ArgumentParser, group: str | None, class_path: str | None) -> Iterator[str]:
-    """All options of the parser by their dotted names, those of the classes chosen for model, data and rollout too."""
+    """Dotted names of all options of the parser and of the configured classes for model, data and rollout."""
     defaults = {
         "model": "lightning_grpo.module.GRPOModule",
         "data": "lightning_grpo.data.PromptDataModule",

@@ -1,4 +1,4 @@
-"""``--help`` shows the trainer's options that most runs set; ``--trainer.help`` shows all of them."""
+"""``--help`` lists the options of the trainer that most runs set, and ``--trainer.help`` lists all of them."""
 
 import argparse
 import re
@@ -16,11 +16,11 @@ COMMON = (
 
 
 class ShortHelpParser(OneLineParser):
-    """A parser whose help leaves out rare options of the trainer, and the environment variables, whose names follow
-    from those of the options."""
+    """A parser whose help omits rare options of the trainer, and the environment variables, since their names follow
+    from the options."""
 
     def format_help(self) -> str:  # type: ignore[override]  # no caller passes a formatter
-        """The help as it is printed."""
+        """Return the help text."""
         rare = [
             (action, action.help)
             for action in self._actions
@@ -31,26 +31,30 @@ class ShortHelpParser(OneLineParser):
         try:
             return without_variables(super().format_help())
         finally:
-            # options without help are left out of config.yaml too
+            # restored, since jsonargparse omits options without help from config.yaml
             for action, text in rare:
                 action.help = text
 
 
 def without_variables(text: str) -> str:
-    """jsonargparse's help without its ENV lines."""
+    """The help text of jsonargparse without its ENV lines."""
     return re.sub(r"^  ENV: .*\n", "", text, flags=re.MULTILINE).replace("  ARG:   ", "  ")
 
 
 class TrainerHelp(argparse.Action):
-    """Prints the help of all options of the trainer."""
+    """Print the help of all options of the trainer."""
 
     def __init__(self, option_strings: list[str], **kwargs: Any) -> None:
         super().__init__(
-            option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help="Show all trainer options."
+            option_strings,
+            dest=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
+            nargs=0,
+            help="Show all trainer options and exit.",
         )
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        """Print it and end."""
+        """Print the help and exit."""
         formatter = parser._get_formatter()
         formatter.start_section("trainer options")
         formatter.add_arguments(action for action in parser._actions if action.dest.startswith("trainer."))
@@ -60,6 +64,6 @@ class TrainerHelp(argparse.Action):
 
 
 def add_short_help(parser: LightningArgumentParser) -> None:
-    """Add ``--trainer.help``, and keep the list of all options out of the usage."""
+    """Add ``--trainer.help``, and shorten the usage line."""
     parser.usage = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
     parser.add_argument("--trainer.help", action=TrainerHelp)

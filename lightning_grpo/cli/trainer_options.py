@@ -1,4 +1,4 @@
-"""Ranges of the trainer's numbers, which Lightning takes as they come or refuses with a traceback."""
+"""Ranges of the numeric options of the trainer, which Lightning does not check or rejects with a traceback."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ LARGEST_SEED = 2**32 - 1
 
 
 def check_trainer_options(trainer: Mapping[str, Any]) -> None:
-    """Raise `UserError` for the first number that is out of its range."""
+    """Raise `UserError` if an option is outside its range."""
     for name, least in AT_LEAST.items():
         value = trainer.get(name)
         if isinstance(value, int | float) and not least <= value < math.inf:
@@ -38,13 +38,13 @@ def check_trainer_options(trainer: Mapping[str, Any]) -> None:
 
 
 def check_seed(seed: bool | int | None) -> None:
-    """Raise `UserError` for a seed that the random generators don't take."""
+    """Raise `UserError` if the random number generators do not accept the seed."""
     if not isinstance(seed, bool) and seed is not None and not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed_everything is {seed}; set 0 to {LARGEST_SEED}")
 
 
 def check_no_nan(config: Any, name: str = "") -> None:
-    """Raise `UserError` for the first option, however nested, that is not a number."""
+    """Raise `UserError` if an option, at any level, is NaN."""
     if isinstance(config, float) and math.isnan(config):
         raise UserError(f"{name.replace('.init_args', '')} is nan; set a number")
     items = config.items() if isinstance(config, Mapping) else enumerate(config) if isinstance(config, list) else ()
