@@ -111,7 +111,7 @@ def worded(message: str, parser: OneLineParser) -> str:
         return f"{' and '.join(missing)} {verb} missing; set {them} on the command line or in a --config file"
     if match := re.match(r"unrecognized arguments: (\S+)", cause):
         return f"{match[1]}: unexpected argument; options begin with --"
-    if match := re.match(r"argument (--?[\w.]+)(?:/\S+)?: (.*)", cause):
+    if match := re.match(r"(?:argument )?(--?[\w.]+)(?:/\S+)?: (.*)", cause):
         return f"{match[1]}: {_expected([match[2]], known, [])}"
     if match := re.match(r"argument subcommand: invalid choice: '([^']*)'", cause):
         return _no_such_command(match[1])
