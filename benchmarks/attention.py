@@ -1,8 +1,8 @@
-"""Seconds of a policy's attention on CPUs in bfloat16: torch's SDPA, or matrix products and softmaxes of blocks.
+"""Time of a policy's attention on CPUs in bfloat16: torch's SDPA against matrix products and softmaxes of blocks.
 
-Claim: up to 2,048 keys the products are faster in every shape, keep no more between forward and backward, and make the
-update of a small model at short lengths faster by 8 % at least. First one layer's attention, forward and backward, as
-transformers calls both; then forward and backward of whole micro-batches of a random SmolLM2-135M, in turn.
+Claim: up to 2,048 keys the products are faster for every shape, keep no more memory between forward and backward, and
+speed up the update of a small model at short lengths by at least 8 %. The script measures forward and backward of one
+layer's attention, as transformers calls both, and then of whole micro-batches of a random SmolLM2-135M, alternating.
 """
 
 import argparse
@@ -53,15 +53,17 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument(
-        "--check", action="store_true", help=f"fail where a layer is slower or the first update < {GOAL}"
+        "--check",
+        action="store_true",
+        help=f"fail if a layer is slower, or the speedup of the first update is below {GOAL}",
     )
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 
 def in_turn(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each after one to warm up, the order turning from round to round."""
+    """Median seconds of each after one warm-up round; the order rotates between rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name in list(runs)[:: 1 if number % 2 else -1]:
@@ -151,7 +153,7 @@ def main() -> None:
     layers, updates = ([row["ratio"] for row in rows if kind in row] for kind in ("layer", "update"))
     print(
         f"attention: SDPA takes {min(layers):.2f} to {max(layers):.2f} times the products' time, an update with it "
-        f"{min(updates):.2f} to {max(updates):.2f} times; short of the goal: {', '.join(bad) or 'none'}"
+        f"{min(updates):.2f} to {max(updates):.2f} times; goals missed: {', '.join(bad) or 'none'}"
     )
     if args.check and bad:
         sys.exit(1)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that one GPU can show of this package in eight minutes, on a machine that has Python, torch and Triton:
+# Test and measure this package on one GPU in eight minutes, on a machine with Python, torch and Triton:
 #
-#     benchmarks/gpu.sh gather            # where there is a network: wheels into build/gpu_wheels, about 20 MB
+#     benchmarks/gpu.sh gather            # with a network: download about 20 MB of wheels to build/gpu_wheels
 #     benchmarks/gpu.sh [OPTION ...]      # on the GPU machine, with build/gpu_wheels beside it; --help lists options
 #
-# Installs nothing, and no torch: the wheels are unpacked into a temporary folder. Without a GPU it runs as far as a CPU can.
+# It installs nothing: the wheels, without torch, are unpacked into a temporary folder. Without a GPU it runs on the CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WHEELS=build/gpu_wheels

@@ -1,7 +1,7 @@
-"""Measurements on one device, one per process: ``gpu_measure.py NAME DEVICE [--small]``; the last line is JSON.
+"""One measurement on one device: ``gpu_measure.py NAME DEVICE [--small]``. The last line of the output is JSON.
 
-Times on a GPU are from events around several repetitions; host_ms is until the last launch has returned. A step whose
-host_ms is close to its ms is bound by launches.
+Times on a GPU are taken from events around several repetitions; host_ms is the time until the last launch returns. If
+host_ms is close to ms, launches limit the speed.
 """
 
 import argparse
@@ -19,7 +19,7 @@ Rows = list[dict[str, Any]]
 
 
 def timed(step: Callable[[], object], device: str, repeats: int = 3) -> dict[str, Any]:
-    """Milliseconds and gigabytes of a step, the device's memory before it not counted."""
+    """Milliseconds and additional gigabytes per step."""
     step()
     if device == "cpu":
         start = time.perf_counter()
@@ -45,7 +45,7 @@ def timed(step: Callable[[], object], device: str, repeats: int = 3) -> dict[str
 
 
 def head_step(H: int, V: int, N: int, device: str, *, known: bool, frozen: bool = False, dtype=torch.bfloat16):
-    """Log-probs of random tokens and the gradients of a loss over them, whose coefficients may be known ahead."""
+    """Log-probs of random tokens and the gradients of a loss over them, whose coefficients may be known before."""
     from lightning_grpo.kernels import linear_logprob
 
     g = torch.Generator(device).manual_seed(0)
@@ -95,7 +95,7 @@ def versions(device: str, small: bool) -> dict[str, Any]:
 
 
 def launches(device: str, small: bool) -> Rows:
-    """What one step of the head asks of the driver, and how long the step takes."""
+    """Driver calls and time of one step of the head."""
     from torch.profiler import ProfilerActivity, profile
 
     H, V, N = (64, 4096, 300) if small else (1536, 151_936, 4096)
@@ -165,7 +165,7 @@ def random_batch(N: int, P: int, T: int, vocabulary: int, device: str) -> dict[s
 
 
 def sampling(device: str, small: bool) -> dict[str, Any]:
-    """`HFEngine`: tokens per second, and how far its log-probs lie from the same model's scores of the samples."""
+    """`HFEngine`: tokens per second, and the difference of its log-probs from those of a forward pass."""
     from lightning_grpo.rollout import HFEngine, SampleRequest
 
     engine = HFEngine(model(device, small, torch.bfloat16).eval(), eos_token_ids=[1], pad_id=0)
@@ -185,7 +185,7 @@ def sampling(device: str, small: bool) -> dict[str, Any]:
 
 
 def memory_check(device: str, small: bool) -> dict[str, Any]:
-    """Small problems with odd sizes, for a tool that watches every access."""
+    """Small problems with odd sizes, for a tool that checks every memory access."""
     for V in (1, 77, 2049, 50_257):
         for frozen in (False, True):
             for known in (False, True):

@@ -1,7 +1,7 @@
-"""Runs the stages of `gpu.sh`: each is a process with a time limit of its own, so that none takes the others with it.
+"""Run the stages of `gpu.sh`, each in a process with its own time limit, so that a failure does not affect the others.
 
-Prints a table and writes results.json: what each stage measured, how long it took, and the end of its output. The whole
-output of each lies beside it.
+Prints a table and writes results.json with the measurements, the time and the last lines of each stage. The complete
+output of each stage is written beside it.
 """
 
 import argparse
@@ -28,13 +28,13 @@ class Stage:
     name: str
     command: list[str]
     limit: int
-    """Seconds."""
+    """Time limit in seconds."""
     result: Path | None = None
-    """A JSON file that it writes; None for the last line of its output, if that is JSON."""
+    """JSON file that the stage writes. None: the last line of its output, if that is JSON."""
 
 
 def stages(device: str, out: Path) -> list[Stage]:
-    """In the order of their worth, should time run out. On a CPU with small shapes."""
+    """The stages, most important first in case time runs out. On a CPU they use small shapes."""
     gpu = device == "cuda"
     small = [] if gpu else ["--small"]
     marked = sorted(str(file) for file in (HERE.parent / "tests").glob("test_*.py") if "mark.gpu" in file.read_text())
@@ -61,7 +61,7 @@ def stages(device: str, out: Path) -> list[Stage]:
 
 
 def run(stage: Stage, limit: float, device: str, out: Path) -> dict:
-    """What a stage gave, as far as it came."""
+    """Result of a stage, partial if it did not finish."""
     if limit < 5:
         return {"outcome": "no time left"}
     if shutil.which(stage.command[0]) is None:
@@ -120,8 +120,8 @@ def table(results: dict[str, dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cpu", action="store_true", help="run on the CPU, with small shapes, even if there is a GPU")
-    parser.add_argument("--seconds", type=float, default=460, help="for all stages together")
-    parser.add_argument("--stages", nargs="+", help="only these, by name")
+    parser.add_argument("--seconds", type=float, default=460, help="time limit of all stages together")
+    parser.add_argument("--stages", nargs="+", help="names of the stages to run (default: all)")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT", "runs/gpu"), help="folder for the results")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"

@@ -1,7 +1,7 @@
-"""Compile every variant of the Triton row kernels ahead of time, without a GPU, and read what the compilers made of it.
+"""Compile every variant of the Triton row kernels ahead of time, without a GPU, and inspect the result.
 
-For NVIDIA sm_80, sm_90, sm_100 and AMD gfx942: registers, spills, shared memory, and the width in bits of the narrowest
-load and store of a row. `--check` fails unless nothing spills and every row access is 128 bits wide.
+It reports registers, spills, shared memory, and the width in bits of the narrowest load and store of a row, for NVIDIA
+sm_80, sm_90, sm_100 and AMD gfx942. `--check` fails unless nothing spills and every row access is 128 bits wide.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def compile_variant(variant: dict, target: GPUTarget):
 
 
 def whole(variant: dict) -> tuple[int, int]:
-    """How many 128-bit loads and stores move a lane's eight columns, in all loops together."""
+    """Number of 128-bit loads and stores that move the eight columns of a lane, in all loops together."""
     accesses = lambda dtype: 8 * BYTES[dtype] // 16
     if variant["kernel"] == "accumulate":
         loops = 1 + variant["weights"]
@@ -113,9 +113,7 @@ def read_amd(assembly: str) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only bfloat16 outputs, flags all off or all on")
-    parser.add_argument(
-        "--check", action="store_true", help="exit with 1 where a kernel spills or splits a row's access"
-    )
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a kernel spills or splits a row access")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -1,7 +1,7 @@
-"""Count what the log-prob kernel asks of a GPU, without one: launches, synchronizations, bytes read and written.
+"""Count the launches, synchronizations and bytes read and written of the log-prob kernel, without a GPU.
 
-The GPU's own code path runs on fake tensors, which have shapes and types but no data. Every operator that is no view
-counts as one launch (some make two or three), every answer that the host waits for as a synchronization. Rows are
+The GPU's own code path runs on fake tensors, which have shapes and types but no data. Every operator except views
+counts as one launch (some make two or three), and every result that the host waits for as a synchronization. Rows are
 printed for blocks of 16 MiB, with 256 MiB kept, and for the budget in use. `--check` fails unless launches, at 6 µs
 each, take less time than the matrix products at 800 TFLOP/s wherever the hidden size is 1,536 or more.
 """
@@ -37,8 +37,8 @@ MEMORY = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_f
 
 
 class Count(TorchDispatchMode):
-    """Launches, synchronizations and bytes of what runs inside. What the host asks for is answered: all rows take part,
-    all checks hold, all numbers are 0."""
+    """Count launches, synchronizations and bytes of the block. The host reads fixed results: all rows take part, all
+    checks pass, all numbers are 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Count(TorchDispatchMode):
         self.found["bytes"] += sum(x.numel() * x.element_size() for x in tensors)
 
     def answer(self, tensor: Tensor) -> list[float]:
-        """In the place of ``tolist``."""
+        """Replacement for ``tolist``."""
         self.found["synchronizations"] += 1
         return [1.0 if tensor.is_floating_point() else 0] * len(tensor)
 
@@ -69,7 +69,7 @@ class Count(TorchDispatchMode):
         return found
 
     def row_kernel(self, *, reads: int) -> "RowKernel":
-        """In the place of a Triton kernel."""
+        """Replacement for a Triton kernel."""
         return RowKernel(self, reads)
 
 
@@ -90,7 +90,7 @@ class RowKernel:
 
 
 def count(path: str, H: int, V: int, N: int, sizes: Budget, masters: bool) -> dict[str, int]:
-    """Of one forward and backward."""
+    """Counts of one forward and backward pass."""
     trained = path in ("known ahead", "any loss")
     recording = path != "scoring"
     counting = Count()
@@ -122,14 +122,14 @@ def count(path: str, H: int, V: int, N: int, sizes: Budget, masters: bool) -> di
 
 
 def product_seconds(path: str, H: int, V: int, N: int) -> float:
-    """The least that a path's matrix products take."""
+    """Minimum time of the matrix products of a path."""
     return 2 * PRODUCTS[path] * N * H * V / FLOPS
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the first shape")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where launches take longer than products")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if launches take longer than products")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     results, bad = [], 0
@@ -152,7 +152,7 @@ def main() -> int:
                 bad += H >= 1536 and time > floor
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
-    print(f"{bad} of the paths in use take longer to launch than to multiply")
+    print(f"{bad} of the paths in use spend more time on launches than on products")
     return int(bad > 0 and args.check)
 
 

@@ -1,14 +1,14 @@
-"""The step from hidden states to GRPO's gradients: time and memory against other implementations, side by side.
+"""Time and memory from hidden states to GRPO's gradients, compared with other implementations.
 
-Each measurement is a process of its own that computes token log-probs and entropies (to be logged) from hidden states
-[N, H] and a head [V, H], GRPO's loss from them (on-policy, clipped ratio, no KL term) and the gradients of both; Liger
-gives no entropy. On a CPU it gives CPU-seconds, wall seconds and the growth of the peak resident memory; on a GPU
-(`--device cuda`) ms, GB, TFLOP/s and the share of `--peak-tflops` that the matrix products reach. Beside them stand the
+Each measurement is a separate process that computes token log-probs and entropies (to be logged) from hidden states
+[N, H] and a head [V, H], GRPO's loss from them (on-policy, clipped ratio, no KL term) and the gradients of both. Liger
+returns no entropy. On a CPU it reports CPU-seconds, wall seconds and the growth of the peak resident memory; on a GPU
+(`--device cuda`) ms, GB, TFLOP/s and the share of `--peak-tflops` that the matrix products reach. It also reports the
 errors of a few tokens against float64 on the same inputs: |Δlogp|, their mean, and that of ∂loss/∂hidden, relative.
 
 TRL 1.16 and Liger 0.8.5 are measured from the environment named by `--peers-python` (install `trl==1.16.0` and
-`liger-kernel==0.8.5` in one of their own), or from this one where it has them; a peer that is missing is a row that
-says so, and fails `--check`.
+`liger-kernel==0.8.5` in a separate environment), or from this one if it has them. If a peer is missing, its row
+reports that, and `--check` fails.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def path_function(name: str):
 
 
 def peak_bytes(reset: bool = False) -> int:
-    """High-water mark of resident memory, after setting it back to what is resident now if so asked (Linux)."""
+    """Peak resident memory, optionally after resetting it to the current value (Linux)."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
@@ -177,12 +177,12 @@ def measure_gpu(step, torch) -> dict:
 
 
 def norms(hidden, weight) -> dict:
-    """Of the gradients: every path must have computed the same."""
+    """Norms of the gradients, which must be equal for all paths."""
     return {"norms": [float(x.grad.float().norm()) if x.grad is not None else None for x in (hidden, weight)]}
 
 
 def errors(logprobs, hidden, weight, targets, coefficient, tokens: int = 32) -> dict:
-    """Against float64, of the first ``tokens`` tokens: mean |Δlogprob|, and the gradient's relative error."""
+    """Errors of the first ``tokens`` tokens against float64: mean |Δlogprob|, relative error of the gradient."""
     h, W, y = hidden.detach()[0, :tokens].double(), weight.detach().double(), targets[0, :tokens]
     logp = (h @ W.T).log_softmax(1)
     exact = coefficient * (W[y] - logp.exp() @ W)
@@ -252,7 +252,7 @@ def shortfalls(label: str, rows: dict[str, dict], job: dict) -> list[str]:
 
 
 def peers(dtype: str) -> list[str]:
-    """In fp32 TRL's softmax is in fp32 anyway."""
+    """Peers to measure. In fp32, TRL's softmax is in fp32 anyway, so the row for that is omitted."""
     return [name for name in PEERS if dtype != "float32" or not name.endswith("fp32 softmax")]
 
 
@@ -266,15 +266,17 @@ def main() -> int:
     parser.add_argument(
         "--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32", "float16"]
     )
-    parser.add_argument("--active", nargs="+", type=float, default=[1.0, 0.4, 0.2], help="shares of tokens in the loss")
+    parser.add_argument(
+        "--active", nargs="+", type=float, default=[1.0, 0.4, 0.2], help="fractions of tokens in the loss"
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="CPU threads")
     parser.add_argument("--paths", nargs="+", default=OURS + PEERS + FROZEN, choices=OURS + PEERS + FROZEN)
-    parser.add_argument("--repeats", type=int, default=2, help="the fastest counts")
-    parser.add_argument("--peak-tflops", type=float, default=800.0, help="what the GPU's matrix products can reach")
+    parser.add_argument("--repeats", type=int, default=2, help="number of repeats, of which the fastest counts")
+    parser.add_argument("--peak-tflops", type=float, default=800.0, help="peak TFLOP/s of the GPU's matrix products")
     parser.add_argument(
         "--quick", action="store_true", help="the smallest shape, one thread, all and a fifth active, once"
     )
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a goal falls short")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -318,11 +320,11 @@ def main() -> int:
                             [min(others) / rows["ours"]["wall_s"]] if others and "wall_s" in rows["ours"] else []
                         )
     for line in bad:
-        print("short of the goal:", line)
+        print("goal missed:", line)
     fastest = (
         f"the fastest other path takes {min(speedups):.2f} to {max(speedups):.2f} times ours" if speedups else "alone"
     )
-    print(f"{len(results)} measurements; {fastest}; {len(bad)} short of the goal")
+    print(f"{len(results)} measurements; {fastest}; {len(bad)} goals missed")
     return int(bool(bad) and args.check)
 
 

@@ -1,8 +1,8 @@
 """Peak memory of the step from hidden states to gradients against the vocabulary and the number of tokens, with a plot.
 
-Ours, and log_softmax over whole logits for as long as those stay below `--naive-limit`. Each point is a process of its
-own (see logprob.py). Beyond the gradients themselves, [V, H] and [N, H], ours must not grow with N·V: `--check` fails
-where what is left over exceeds the bytes that a block and the kept logits may take, by more than a tenth.
+It measures the kernel, and log_softmax over whole logits while those are smaller than `--naive-limit`. Each point is a
+separate process (see logprob.py). Beyond the gradients themselves, [V, H] and [N, H], the kernel's memory must not grow
+with N·V: `--check` fails if the rest exceeds the bytes allowed for a block and the kept logits by more than a tenth.
 """
 
 import argparse
@@ -60,10 +60,12 @@ def plot(curves: dict[str, list[dict]], file: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--png", type=Path, default=Path("logprob_memory.png"), help="where the plot goes")
-    parser.add_argument("--naive-limit", type=float, default=2.0, help="largest whole fp32 logits to make, in GB")
-    parser.add_argument("--quick", action="store_true", help="three points a curve")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where ours is not flat")
+    parser.add_argument("--png", type=Path, default=Path("logprob_memory.png"), help="file of the plot")
+    parser.add_argument(
+        "--naive-limit", type=float, default=2.0, help="size of the largest fp32 logits to compute, in GB"
+    )
+    parser.add_argument("--quick", action="store_true", help="three points per curve")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if the kernel's memory is not flat")
     parser.add_argument("--json", type=Path, help="write all points to this file")
     args = parser.parse_args()
     every = 2 if args.quick else 1

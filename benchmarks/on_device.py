@@ -1,6 +1,7 @@
-"""pytest plugin (``-p on_device``): the kernels of a test module run on $ON_DEVICE, and their results come back.
+"""pytest plugin (``-p on_device``): run a test module's kernels on $ON_DEVICE and copy the results back.
 
-Tests compare them with float64 on the CPU. Copies between devices are differentiable, so that gradients come back too.
+Tests compare them with float64 on the CPU. Copies between devices are differentiable, so that gradients are copied back
+too.
 """
 
 import os

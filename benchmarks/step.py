@@ -1,17 +1,17 @@
-"""A whole GRPO step, ours against TRL's GRPOTrainer: seconds and memory of the same work.
+"""Time and memory of a whole GRPO step, compared with TRL's GRPOTrainer on the same work.
 
-Each contender is a process of its own that loads the same checkpoint and trains on the same prompts: as many
+Each contender is a separate process that loads the same checkpoint and trains on the same prompts: as many
 completions of exactly the same length (the checkpoint's copy has an end-of-sequence token that is never sampled), the
-same micro-batches, a reward that leaves no group without spread, advantages without scaling, DAPO's loss, AdamW,
-gradients clipped at 1, no gradient checkpointing. After warm-up steps it reports the medians of a step's seconds, whole
-and in parts (sampling, sending the weights to the engine, the rest: rewards, scoring, loss, gradients, optimizer), and
-the peak of its resident memory (VmHWM, weights, libraries and all). Beside them stand tokens trained, the mean size of
-an advantage and the first gradient's norm: on both sides about the same, since only the samples differ.
+same micro-batches, a reward that differs within every group, advantages without scaling, DAPO's loss, AdamW,
+gradients clipped at 1, no gradient checkpointing. After warm-up steps it reports the median seconds per step, in
+total and in parts (sampling; sending the weights to the engine; rewards, scoring, loss, gradients and optimizer), and
+its peak resident memory (VmHWM, including weights and libraries). It also reports the trained tokens, the mean absolute
+advantage and the norm of the first gradient, which are about equal on both sides, since only the samples differ.
 
 Contenders: `hf` is TRL with transformers' generate, its default, against ours with `HFRollout`; `vllm` is TRL with vLLM
-in its process (colocate, without its importance sampling correction, which ours hasn't by default either) against ours
-with `VLLMRollout`. TRL is measured with the interpreter named by `--peers`, which has trl==1.16.0 (and vLLM); a
-contender that doesn't run is a row that says so, and fails `--check`.
+in its process (colocate, without its importance sampling correction, which is off by default here too) against ours
+with `VLLMRollout`. TRL is measured with the interpreter named by `--peers`, which has trl==1.16.0 (and vLLM); if a
+contender fails, its row reports that, and `--check` fails.
 """
 
 import argparse
@@ -39,7 +39,7 @@ LEARNING_RATE = 1e-6
 
 
 def questions(count: int) -> list[str]:
-    """Word problems of about 110 tokens, the answer's turn opened in the model's chat format."""
+    """Word problems of about 110 tokens in the model's chat format, ending with the opening of the answer."""
     rng = random.Random(0)
     names, things = ["Ada", "Bert", "Cleo", "Dan", "Edda", "Finn"], ["apples", "books", "coins", "stamps", "tickets"]
     found = []
@@ -56,12 +56,12 @@ def questions(count: int) -> list[str]:
 
 
 def variety(completions, **columns) -> list[float]:
-    """Share of different characters: hardly ever the same for two completions of a group."""
+    """Fraction of distinct characters, which almost never is equal for two completions of a group."""
     return [len(set(text)) / max(len(text), 1) for text in completions]
 
 
 def endless_checkpoint(model: Path, folder: Path) -> Path:
-    """A copy of the checkpoint whose end-of-sequence token is its vocabulary's last, a rare one."""
+    """A copy of the checkpoint with the last, rare token of the vocabulary as end-of-sequence token."""
     shutil.copytree(model, folder)
     tokens = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokens["model"]["vocab"] | {token["content"]: token["id"] for token in tokens["added_tokens"]}
@@ -77,12 +77,12 @@ def endless_checkpoint(model: Path, folder: Path) -> Path:
 
 
 def status(field: str) -> float:
-    """Of this process, in GB (Linux): VmRSS is what is resident, VmHWM its high-water mark."""
+    """Memory of this process in GB (Linux): VmRSS is resident memory, VmHWM its peak."""
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024 / 1e9
 
 
 class Clock:
-    """Seconds between optimizer steps, and in parts of them."""
+    """Seconds between optimizer steps, in total and by part."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -90,7 +90,7 @@ class Clock:
         self.last = time.perf_counter()
 
     def timed(self, part: str, function):
-        """``function``, adding to ``part`` what it takes."""
+        """``function``, whose time is added to ``part``."""
 
         def call(*args, **kwargs):
             start = time.perf_counter()
@@ -286,13 +286,13 @@ def describe(found: dict) -> str:
 
 
 def compare(label: str, rows: dict[str, dict]) -> tuple[str, list[str], tuple[float, float] | None]:
-    """TRL's share of ours, what falls short, and the two ratios that count."""
+    """Ratios of TRL to lightning_grpo, missed goals, and the two main ratios."""
     bad = [f"{label}: {side} did not run" for side in SIDES if "failed" in rows[side]]
     if bad:
         return "", bad, None
     theirs, ours = rows["TRL"], rows["ours"]
     if theirs["tokens"] != ours["tokens"]:
-        bad.append(f"{label}: TRL trained on {theirs['tokens']} tokens a step, ours on {ours['tokens']}")
+        bad.append(f"{label}: TRL trained on {theirs['tokens']} tokens per step, lightning_grpo on {ours['tokens']}")
     ratios = {part: theirs[part] / ours[part] for part in ("total", "generate", "update", "peak", "resident")}
     bad += [f"{label}: TRL / ours {part} {ratios[part]:.2f}" for part in ("total", "peak") if ratios[part] <= 1]
     text = "   ".join(f"{part} {ratio:.2f}" for part, ratio in ratios.items())
@@ -308,18 +308,20 @@ def main() -> int:
     parser.add_argument("--engines", nargs="+", default=["hf"], choices=["hf", "vllm"])
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
     parser.add_argument(
-        "--betas", nargs="+", type=float, default=[0.0, 0.04], help="weights of the KL to the reference"
+        "--betas", nargs="+", type=float, default=[0.0, 0.04], help="coefficients of the KL to the reference"
     )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--generations", type=int, default=8)
-    parser.add_argument("--length", type=int, default=48, help="tokens of every completion")
-    parser.add_argument("--micro-batch", type=int, default=8, help="completions in one forward and backward pass")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps measured")
-    parser.add_argument("--warm-up", type=int, default=1, help="optimizer steps before")
+    parser.add_argument("--length", type=int, default=48, help="tokens per completion")
+    parser.add_argument("--micro-batch", type=int, default=8, help="completions per forward and backward pass")
+    parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps")
+    parser.add_argument("--warm-up", type=int, default=1, help="optimizer steps before the measured ones")
     parser.add_argument("--quick", action="store_true", help="one thread, autocast, β 0; two steps")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where ours is not faster and smaller")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 unless lightning_grpo is faster and uses less memory"
+    )
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -357,13 +359,13 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
     for line in bad:
-        print("short of the goal:", line)
+        print("goal missed:", line)
     took = "nothing to compare"
     if ratios:
         seconds, peaks = zip(*ratios, strict=True)
         took = f"TRL takes {min(seconds):.2f} to {max(seconds):.2f} times our seconds and "
         took += f"{min(peaks):.2f} to {max(peaks):.2f} times our peak memory"
-    print(f"{len(results)} measurements; {took}; {len(bad)} short of the goal")
+    print(f"{len(results)} measurements; {took}; {len(bad)} goals missed")
     return int(bool(bad) and args.check)
 
 

@@ -1,4 +1,4 @@
-"""Turns a GGUF file into an ordinary Hugging Face checkpoint: ``python scripts/gguf_to_hf.py FILE.gguf FOLDER``."""
+"""Convert a GGUF file to a Hugging Face checkpoint: ``python scripts/gguf_to_hf.py FILE.gguf FOLDER``."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def convert(source: Path, target: Path) -> None:
-    """Dequantise ``source`` to bfloat16 and save model and tokenizer, chat template included, into ``target``."""
+    """Dequantize ``source`` to bfloat16 and save model and tokenizer, chat template included, into ``target``."""
     model = AutoModelForCausalLM.from_pretrained(
         source.parent,
         gguf_file=source.name,
@@ -21,8 +21,8 @@ def convert(source: Path, target: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Turn a GGUF file into a Hugging Face checkpoint (bfloat16).")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Convert a GGUF file to a Hugging Face checkpoint (bfloat16).")
     parser.add_argument("source", type=Path, help="the .gguf file")
     parser.add_argument("target", type=Path, help="folder to write")
     args = parser.parse_args()
