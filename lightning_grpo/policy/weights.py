@@ -1,4 +1,4 @@
-"""The policy's weights as an engine wants them: one tensor at a time, whole, under Hugging Face names."""
+"""The policy's weights for an engine: one whole tensor at a time, under Hugging Face names."""
 
 from collections.abc import Iterator
 
@@ -27,8 +27,8 @@ def policy_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, T
         and in its own dtype. It may share the policy's storage: copy before writing to it.
 
     Raises:
-        ValueError: for adapters whose effect is not a sum onto the weight (DoRA, LoRA with a bias, or
-            another method than LoRA).
+        UserError: the adapter does not simply add to the weight (DoRA, LoRA with a bias, or another method than
+            LoRA).
     """
     if isinstance(policy, PeftModel):
         if policy.active_peft_config.is_prompt_learning or policy.active_peft_config.peft_type != "LORA":
@@ -57,7 +57,7 @@ def adapter_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, 
         are gathered as in `policy_weights`.
 
     Raises:
-        ValueError: where the policy is more than its base model and one plain LoRA adapter on linear layers.
+        UserError: the policy is not a base model with a single plain LoRA adapter on linear layers.
     """
     if not isinstance(policy, PeftModel):
         raise UserError("the policy has no adapter; give the engine its weights instead")
@@ -90,12 +90,12 @@ def write_counters(policy: nn.Module) -> tuple[tuple[int, int], ...]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of it where this rank only holds a shard. Collective for shards."""
+    """The whole tensor; gathered if this rank has only a shard, which is collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _checkpoint_name(name: str) -> str | None:
-    """The name without the wrappers that PEFT puts around modules; None for what is the adapter's own."""
+    """The name without the wrappers that PEFT puts around modules; None for the adapter's own parameters."""
     parts = name.split(".")
     if any(part.startswith("lora_") for part in parts) or "original_module" in parts:
         return None

@@ -23,7 +23,7 @@ from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Samp
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout for a while; afterwards each module is in the mode that it was in."""
+    """Switch dropout off inside this context; afterwards each module has its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -35,7 +35,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Row:
-    """One completion in the making."""
+    """One unfinished completion."""
 
     prompt_index: int
     sample_index: int
@@ -72,7 +72,9 @@ class HFEngine(Engine):
         context: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         if max_num_seqs < 1:
-            raise UserError(f"max_num_seqs is {max_num_seqs}; set how many completions are sampled at once, 1 or more")
+            raise UserError(
+                f"max_num_seqs is {max_num_seqs}; set the number of completions sampled at the same time, 1 or more"
+            )
         if any(isinstance(p, DTensor) for p in policy.parameters()):
             raise UserError(
                 "HFRollout samples from the policy in place, which a sharded policy can't do (its forward needs all "
@@ -109,11 +111,11 @@ class HFEngine(Engine):
         return groups
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, *, in_flight: bool = False) -> None:
-        """Note the version. The weights are the policy's own already; the iterable is not consumed."""
+        """Record the version. The engine samples with the policy's own weights, so the iterable is not consumed."""
         self.version = version
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        # Padding on the right is out of sight of all tokens before it.
+        # Causal attention does not see padding on the right.
         ids = torch.full((len(sequences), max(map(len, sequences))), self.pad_id)
         for line, sequence in zip(ids, sequences, strict=True):
             line[: len(sequence)] = torch.tensor(list(sequence))

@@ -1,4 +1,4 @@
-"""From logits to the distribution sampled, and from that to tokens. Shapes: R rows, V vocabulary."""
+"""The sampled distribution from logits, and tokens from it. Shapes: R rows, V vocabulary."""
 
 from math import log
 
@@ -47,7 +47,7 @@ def sampled_logprobs(logits: Tensor, sampling: Sampling, seen: Tensor | None = N
 
 
 def draw(logprobs: Tensor, uniforms: Tensor, *, greedy: bool = False) -> Tensor:
-    """One token a row by inverting the distribution function at `uniforms`; the most likely one where `greedy`.
+    """Draw one token per row by inverting the distribution function at `uniforms`; the most likely one if `greedy`.
 
     The function is summed over blocks of tokens first and then within one block: in float64, since 50,000 additions in
     float32 would lose the tail, at a fiftieth of the time that a float64 sum over all tokens takes.

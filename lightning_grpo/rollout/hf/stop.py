@@ -1,4 +1,4 @@
-"""Does a completion end with one of the stop strings, whatever the tokenizer makes of them?"""
+"""Detection of stop strings at the end of a completion, for any tokenizer."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 class StopStrings:
-    """Looks for stop strings at the end of completions in the making.
+    """Looks for stop strings at the end of unfinished completions.
 
     A token is a byte of text or more, so that a stop string of n bytes ends within the last n tokens: one character may
     span several tokens, and one token several characters.
