@@ -8,7 +8,7 @@ _MODULES = {
     "code": ("CodeTests",),
     "compute": ("compute_rewards",),
     "early": ("EarlyJudge",),
-    "format": ("LengthPenalty", "RegexFormat"),
+    "format": ("LengthPenalty", "RegexFormat", "RepetitionPenalty"),
     "reasoning_gym": ("ReasoningGym",),
     "text": ("decode_completions", "template_opening"),
     "text_reward": ("TextReward",),

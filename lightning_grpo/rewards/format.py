@@ -58,3 +58,26 @@ class LengthPenalty(Reward):
     def __call__(self, *, completion_ids: list[list[int]], **columns: Any) -> list[float]:
         free = self.max_completion_length - self.soft_punish_cache
         return [min(0.0, max(-1.0, (free - len(ids)) / self.soft_punish_cache)) for ids in completion_ids]
+
+
+@dataclass(kw_only=True, eq=False)
+class RepetitionPenalty(Reward):
+    """−1 to 0: minus the share of n-grams of words that repeat an earlier one, 1 − distinct / all
+    (as in Open-R1, after arXiv:2502.03373). 0 for completions of fewer than n words. Case does not count.
+    """
+
+    n: int = 3
+    """Words per n-gram."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.n, int):
+            raise UserError(f"RepetitionPenalty.n is {self.n!r}; set an integer")
+        check_ranges(self, {"n": "[1, inf)"}, prefix="RepetitionPenalty.")
+
+    def __call__(self, *, completions: list[Completion], **columns: Any) -> list[float]:
+        return [self._penalty(completion_text(completion).lower().split()) for completion in completions]
+
+    def _penalty(self, words: list[str]) -> float:
+        ngrams = list(zip(*(words[start:] for start in range(self.n)), strict=False))
+        return len(set(ngrams)) / len(ngrams) - 1.0 if ngrams else 0.0

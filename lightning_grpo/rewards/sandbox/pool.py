@@ -143,6 +143,7 @@ class Pool:
             jobs: positional arguments, which can be pickled.
             seconds: limit on the time of each job, after which its worker is killed and replaced.
         """
+        isolation()  # warns once, before threads ask for it
         pickled = pickle.dumps(function)
         size = min(CHUNK, max(1, -(-len(jobs) // (2 * self.size))))
         chunks = [jobs[first : first + size] for first in range(0, len(jobs), size)]
