@@ -51,12 +51,7 @@ def test_every_seed_learns(tmp_path, seed):
 @pytest.mark.slow
 def test_samples_of_an_older_policy_teach_it_too(tmp_path):
     options = ["--rollout", "engines.CopyRollout", "--model.rollout_ahead", "1", "--trainer.max_steps", "70"]
-    options += [
-        "--trainer.max_steps",
-        "70",
-        "--model.objective.rollout_correction",
-        "{level: token, mode: truncate, upper: 2.0}",
-    ]
+    options += ["--model.objective.rollout_correction", "{level: token, mode: truncate, upper: 2.0}"]
     rows = smoke(tmp_path, *options)
     rewards, ages = ([float(row[name]) for row in rows] for name in ("reward", "staleness"))
     assert rewards[0] < 0.1 and ages[:4] == [0, 1, 1, 1]
