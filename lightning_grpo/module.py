@@ -1,129 +1,265 @@
 """GRPO (Shao et al. 2024, arXiv:2402.03300) as a LightningModule: the algorithm on one page.
 
-One batch of prompts arrives ``steps_per_rollout`` times in a row. At its first arrival its completions are sampled,
-rewarded and scored; each arrival then trains on one micro-batch of them::
+The data module yields each batch of prompts ``steps_per_rollout`` times. The first time, its completions are sampled,
+rewarded and scored. Each time, the policy is trained on one micro-batch of them::
 
-    on_train_batch_start   rollout → compute_rewards → compute_advantages → score      once a rollout
-    training_step          log-probs → compute_loss                                    once a micro-batch
+    on_train_batch_start   rollout → compute_rewards → compute_advantages → log-probs    once per rollout
+    training_step          log-probs → compute_loss                                      once per micro-batch
 
-Lightning accumulates, clips, steps, schedules, validates and saves, each with its own meaning. A subclass overrides
-`rollout`, `compute_rewards`, `compute_advantages` or `compute_loss`.
+Lightning accumulates gradients, clips, steps, schedules, validates and saves, each with its usual meaning. A subclass
+overrides `rollout`, `compute_rewards`, `compute_advantages` or `compute_loss`.
 
 Shapes: B prompts and N = B·G completions on this rank, n of them in a micro-batch, R rewards, T completion length.
 """
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from fractions import Fraction
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
+from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, distributed
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
 
-from lightning_grpo.data import Prompt, PromptBatch
-from lightning_grpo.errors import NonFiniteError, RunError, UserError
-from lightning_grpo.metrics import Max, Mean, Metric, Window
-from lightning_grpo.monitor.observe import memory_in_use, observe_completions, observe_rewards
-from lightning_grpo.objective import AdvantageConfig, Coefficients, ObjectiveConfig, kl_penalty, policy_loss
+from lightning_grpo.data import PromptBatch
+from lightning_grpo.errors import UserError
+from lightning_grpo.export.checkpoint import describe_policy
+from lightning_grpo.export.load import load_module
+from lightning_grpo.metrics import Metric, Window
+from lightning_grpo.monitor.checkpoint_files import require_same_weights
+from lightning_grpo.objective import (
+    AdvantageConfig,
+    Coefficients,
+    ObjectiveConfig,
+    append_kl,
+    on_policy_coefficient,
+    policy_loss,
+)
+from lightning_grpo.policy import (
+    LoRA,
+    adapters,
+    frozen_copy,
+    full_precision_buffers,
+    load_config,
+    load_generation_config,
+    load_policy,
+    load_tokenizer,
+    shard,
+)
+from lightning_grpo.policy.attention import NAME as ATTENTION
+from lightning_grpo.policy.checks import require_context, require_end_token
 from lightning_grpo.ranges import check_ranges
+from lightning_grpo.rewards import Reward, as_rewards
 from lightning_grpo.rewards.check import check_rows
-from lightning_grpo.rollout import Rollout
-from lightning_grpo.rollout_module import RolloutModule
-from lightning_grpo.training.ahead import Ahead
+from lightning_grpo.rollout import Rollout, RolloutCallback, Sampling, SyncedEngine, default_rollout, policy_weights
+from lightning_grpo.rollout.callback import eos_token_ids, pad_id
+from lightning_grpo.seed import seed_of_run
+from lightning_grpo.stopping import abandonable
+from lightning_grpo.training import checks, evaluation, optimizers, resume
 from lightning_grpo.training.batching import check_batch_arithmetic
-from lightning_grpo.training.experience import Experience, cut_windows, redistribute
-from lightning_grpo.training.position import Position
+from lightning_grpo.training.collector import Collector, require_recent
+from lightning_grpo.training.evaluation import Evaluation
+from lightning_grpo.training.experience import Experience, without_fillers
+from lightning_grpo.training.generation import Generation
+from lightning_grpo.training.progress import Progress
+from lightning_grpo.training.scorer import Scorer, sequence_logprobs
+from lightning_grpo.training.step import StepMonitor
 
-log = logging.getLogger(__name__)
 
-
-class GRPOModule(RolloutModule):
-    """Trains a policy with GRPO.
+class GRPOModule(LightningModule):
+    """Train a language model with GRPO.
 
     Args:
-        micro_batch_size: completions in one forward and backward pass on one rank. Memory follows it; the gradient
-            does not, as long as trainer.accumulate_grad_batches makes up for it.
-        num_iterations: passes over each rollout (μ).
-        objective: the loss.
-        advantage: from rewards to advantages.
-        kwargs: those of `RolloutModule`.
+        model: The policy's checkpoint: a local folder or a name on the Hugging Face Hub.
+        rewards: Reward functions. A completion's reward is the weighted sum of their values.
+        objective: Loss function
+        advantage: Advantage estimation
+        num_generations: Completions sampled per prompt (G), at least 2. Larger groups more often contain both good and
+            bad completions, and cost more sampling time.
+        num_iterations: Number of passes over each rollout (μ). Increase it to reuse samples when sampling dominates the
+            time; the updates after the first are then off-policy and depend on the clip range.
+        micro_batch_size: Completions per forward and backward pass on each rank. Lower it if memory runs out and raise
+            trainer.accumulate_grad_batches by the same factor: the gradient stays the same.
+        max_prompt_length: Maximum number of tokens per prompt. Longer prompts are dropped or rejected, as data.overlong
+            specifies.
+        max_completion_length: Maximum number of tokens per completion. Raise it if completions/clipped_ratio is above
+            0.1.
+        sampling: Sampling in training
+        validation_sampling: Sampling options for validation, test and predict. By default the same as in training,
+            except that no completion is cut off early (cutoff: 1).
+        validation_generations: Completions sampled per held-out prompt (k in pass@k).
+        pass_threshold: A held-out completion counts as correct if its first reward is at least this value.
+        resampling_rounds: How many times per rollout to replace groups whose rewards are all equal, and which therefore
+            carry no gradient, with groups of new prompts (dynamic sampling, DAPO, arXiv:2503.14476). 0 keeps these
+            groups; their fraction is logged as frac_reward_zero_std.
+        rollout_ahead: 1 samples the next rollout while the policy trains on the current one, so its samples come from
+            weights that are one rollout older. This requires an engine that runs beside the update (VLLMProcessRollout
+            or VLLMServerRollout) and objective.rollout_correction, which corrects for the older weights. 0 alternates
+            sampling and training.
+        in_flight_updates: With rollout_ahead: 1, send the weights to the engine after every optimizer step while it
+            samples, so that the remaining tokens come from newer weights. The samples then depend on timing and cannot
+            be reproduced.
+        lora: Train LoRA adapters instead of all weights. Use it if the optimizer state does not fit into memory; set a
+            learning rate about ten times as high.
+        dtype: Data type of the parameters. Keep float32 together with trainer.precision: bf16-mixed: with bfloat16
+            parameters, updates at learning rates of 1e-5 and below are mostly lost to rounding.
+        gradient_checkpointing: Recompute activations in the backward pass. Uses less memory and about a third more
+            compute, and disables share_prompt.
+        share_prompt: Compute each prompt once for all of its completions. Has no effect with gradient_checkpointing.
+        attn_implementation: Attention implementation, by its name in transformers: sdpa, eager, flash_attention_2, …
+            The default is sdpa, except for bfloat16 on CPUs, where plain matrix products are faster.
+        from_scratch: Initialize the weights at random from the checkpoint's configuration instead of loading them.
+        optimizer: Optimizer class and its arguments. Set fused: true for torch.optim.AdamW: it is several times faster.
+        lr_schedule: Learning rate schedule after the warmup. linear and cosine decay to 0 at the last step; constant
+            lets a run be extended later.
+        warmup_steps: Number of optimizer steps over which the learning rate rises from 0 to its value.
+        seed: Seed for sampling. It determines all samples of a run, on any number of ranks. By default the value of
+            seed_everything, or 0 if that is not set.
     """
+
+    engine: SyncedEngine | None = None
+    """Samples from the policy's current weights. A `RolloutCallback` attaches it."""
+
+    skips_zero_advantage: bool | None = None
+    """Whether completions without an advantage may be left out of the update. None: if the objective allows it and
+    `compute_loss` is not overridden. A subclass whose loss does not use them may set True."""
 
     def __init__(
         self,
-        *args: Any,
-        micro_batch_size: int = 8,
-        num_iterations: int = 1,
+        model: str,
+        rewards: list[Reward],
+        *,
         objective: ObjectiveConfig = ObjectiveConfig(),
         advantage: AdvantageConfig = AdvantageConfig(),
-        **kwargs: Any,
+        num_generations: int = 8,
+        num_iterations: int = 1,
+        micro_batch_size: int = 8,
+        max_prompt_length: int = 512,
+        max_completion_length: int = 256,
+        sampling: Sampling = Sampling(),
+        validation_sampling: Sampling | None = None,
+        validation_generations: int = 1,
+        pass_threshold: float = 1.0,
+        resampling_rounds: int = 0,
+        rollout_ahead: int = 0,
+        in_flight_updates: bool = False,
+        lora: LoRA | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        gradient_checkpointing: bool = False,
+        share_prompt: bool = True,
+        attn_implementation: str = ATTENTION,
+        from_scratch: bool = False,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0),
+        lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
+        warmup_steps: int = 0,
+        seed: int | None = None,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        check_ranges(locals(), {"micro_batch_size": "[1, inf)", "num_iterations": "[1, inf)"})
-        if self.rollout_ahead and objective.rollout_correction is None:
-            raise UserError(
-                "rollout_ahead is 1, so that samples come from an older policy than the one they train, and "
-                "objective.rollout_correction is not set, which makes up for it; set it, for example to "
-                "{level: token, mode: truncate, upper: 2}, or rollout_ahead to 0"
-            )
-        self.micro_batch_size = micro_batch_size
-        self.num_iterations = num_iterations
+        super().__init__()
+        check_ranges(locals(), RANGES)
+        checks.check_options(
+            rewards=rewards,
+            num_generations=num_generations,
+            sampling=sampling,
+            rollout_ahead=rollout_ahead,
+            in_flight_updates=in_flight_updates,
+            objective=objective,
+        )
+        self.model_path = model
+        self.rewards = as_rewards(rewards)
         if objective.max_completion_length is None:
-            objective = replace(objective, max_completion_length=self.max_completion_length)
+            objective = replace(objective, max_completion_length=max_completion_length)
         self.objective = objective
         self.advantage = advantage
-        self._begin_anew()
+        self.num_generations = num_generations
+        self.num_iterations = num_iterations
+        self.micro_batch_size = micro_batch_size
+        self.max_prompt_length = max_prompt_length
+        self.max_completion_length = max_completion_length
+        self.sampling = sampling
+        self.validation_sampling = validation_sampling or replace(sampling, cutoff=1.0)
+        self.rollout_ahead = rollout_ahead
+        self.lora = lora
+        self.dtype_name = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.share_prompt = share_prompt and not gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.from_scratch = from_scratch
+        self.optimizer_factory = optimizer
+        self.lr_schedule = lr_schedule
+        self.warmup_steps = warmup_steps
+        self.seed = seed_of_run(seed)
+        if lora is not None:
+            # checkpoints contain the adapter alone; `adapters.check` requires all of it
+            self.strict_loading = False
+        self.policy: nn.Module | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._optimizer_options: dict[str, Any] | None = None
+        self._saved_optimizer_options: dict[str, Any] | None = None
+        self.held_out: dict[str, float] = {}
 
-    def _begin_anew(self) -> None:
-        """The state of a run that has not begun."""
-        self.coefficients = Coefficients(self.objective)
-        self.num_tokens = 0
-        self.completion_tokens = 0
-        self.in_optimizer = False
-        self._schedule_due = False
-        self._logged: set[str] = set()
-        self._begin_between_rollouts()
-
-    def _begin_between_rollouts(self) -> None:
-        """Nothing is left of the last rollout."""
-        self.experience: Experience | None = None
-        self.micro_batches: list[list[int]] = []
-        self.micro_step = 0
-        self.stepped = 0
-        self.stepped_at = 0
-        self.finished = -1
-        self.ahead = None
+        self.collector = Collector(
+            self,
+            num_generations=num_generations,
+            resampling_rounds=resampling_rounds,
+            in_flight_updates=in_flight_updates,
+        )
+        self.scorer = Scorer(temperature=sampling.temperature, share_prompt=self.share_prompt, seed=self.seed)
+        self.progress = Progress(
+            num_generations=num_generations, num_iterations=num_iterations, micro_batch_size=micro_batch_size
+        )
+        self.step_monitor = StepMonitor()
+        self.evaluation = Evaluation(num_generations=validation_generations, pass_threshold=pass_threshold)
+        self.coefficients = Coefficients(objective)
 
     # ── The four hooks to override ────────────────────────────────────────────────────────────────────────────────
 
-    # rollout(batch) → N completions is RolloutModule's
-    # compute_rewards(rollout, batch) → [N, R] is PolicyModule's: held-out prompts are judged by it too
+    def rollout(self, batch: PromptBatch) -> Rollout:
+        """Sample G completions of each of the batch's B prompts: N rows, those of a prompt next to each other.
+
+        With rollout_ahead it runs in a background thread during the update.
+        """
+        return self.generate(batch, self.num_generations, self.sampling, number=batch.rollout_number)
+
+    def compute_rewards(self, rollout: Rollout, batch: PromptBatch) -> Tensor:
+        """[N, R] float32: each reward of each completion, NaN if it does not apply. Held-out prompts use it too."""
+        return self.generation.compute_rewards(rollout, batch)
 
     def compute_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
-        """From rewards [N, R] to advantages [N]; a KL in the reward comes as a last column. Batch statistics are taken
-        over all ranks."""
+        """Advantages [N], or [N, T] if they differ between the tokens of a completion.
+
+        Args:
+            rewards: [N, R], or [N, R + 1] with −β·KL in the last column if objective.kl_placement is reward.
+            rollout: the N completions.
+        """
+        options: dict[str, Any] = {
+            "num_generations": self.num_generations,
+            "weights": nn.functional.pad(self.reward_weights, (0, rewards.shape[1] - len(self.rewards)), value=1.0),
+        }
         lengths = rollout.completion_mask.sum(1)
-        weights = torch.nn.functional.pad(self.reward_weights, (0, rewards.shape[1] - len(self.rewards)), value=1.0)
         if not self.advantage.spans_batch:
-            return self.advantage(rewards, self.num_generations, weights=weights, lengths=lengths)
+            return self.advantage(rewards, lengths=lengths, **options)
+        # statistics of the batch are taken over all ranks
         rewards, lengths = (self.all_gather(x.to(self.device)).view(-1, *x.shape[1:]).cpu() for x in (rewards, lengths))
-        advantages = self.advantage(rewards, self.num_generations, weights=weights, lengths=lengths)
+        advantages = self.advantage(rewards, lengths=lengths, **options)
         return advantages.view(self.trainer.world_size, -1)[self.trainer.global_rank]
 
     def compute_loss(
         self, logprobs: Tensor, entropy: Tensor, experience: Experience, *, num_tokens: float, num_sequences: float
     ) -> tuple[Tensor, dict[str, Metric]]:
-        """The loss of one micro-batch and what to log of it.
+        """The loss of one micro-batch, and metrics of it.
 
         Args:
             logprobs: [n, T] of the policy, with gradient.
             entropy: [n, T] of the policy.
-            experience: the micro-batch's n rows.
-            num_tokens: tokens in the loss of the whole optimizer step, on all ranks, a micro-batch.
-            num_sequences: sequences of the whole optimizer step a micro-batch. Above n where some were skipped.
+            experience: the n rows of the micro-batch.
+            num_tokens: loss tokens in the optimizer step, summed over ranks, divided by the number of losses that are
+                averaged (micro-batches × ranks).
+            num_sequences: sequences per micro-batch, counting skipped ones; may exceed n.
         """
         return policy_loss(
             self.coefficients.config,
@@ -138,232 +274,124 @@ class GRPOModule(RolloutModule):
             num_sequences=num_sequences,
         )
 
-    # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Once per rollout ──────────────────────────────────────────────────────────────────────────────────────────
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Make experience where none is left; open a window where an optimizer step begins."""
-        super().on_train_batch_start(batch, batch_idx)
-        begins = self.micro_step % self.trainer.accumulate_grad_batches == 0
-        if begins:
-            self.window = Window()
-            for phase in ("sync", "rollout", "reward", "score"):
-                self.window.seconds(phase, 0.0)
-        if self.experience is None:
+        """Make an experience if the last one was trained on, and begin an optimizer step if one is due."""
+        self.engine.expect_writes()
+        progress, accumulate = self.progress, self.trainer.accumulate_grad_batches
+        begins_step = progress.micro_step % accumulate == 0
+        if begins_step:
+            self.step_monitor.begin()
+        if progress.experience is None:
             self.make_experience(batch)
-        elif batch.rollout != self.experience.number:
-            raise RunError(
-                f"the loader went on to other prompts at micro-batch {self.micro_step} of {len(self.micro_batches)}: "
-                "the rest of the rollout would be lost. A train loader yields each batch steps_per_rollout times, as "
-                "PromptDataModule's does; leave trainer.limit_train_batches at 1.0"
+        else:
+            progress.require_same_rollout(batch)
+            if begins_step:
+                self.collector.sync_in_flight(self.window)
+            if not progress.micro_batches:  # the run was resumed with other micro-batches
+                self.make_micro_batches()
+        if begins_step:
+            rows = progress.rows_of_step(accumulate)
+            self.step_monitor.observe_samples(
+                progress.experience, rows, self.objective, self.reward_names, self.reward_weights, self.trainer
             )
-        elif begins:
-            self.update_in_flight()
-        if not self.micro_batches:
-            self.prepare()
-        if begins:
-            self.open_window()
 
     def make_experience(self, batch: PromptBatch) -> None:
-        """Sample and reward one rollout."""
-        self.rollout_number = batch.rollout
-        rollout, rewards = self.sample(batch)
-        if self.rollout_ahead and not self.ends_with(batch):
-            self.sample_ahead()
-        age = int((self.trainer.global_step - rollout.versions)[rollout.completion_mask].amax())
-        if age > (oldest := self.rollout_ahead * self.updates_per_rollout):
-            raise RunError(
-                f"tokens of rollout {batch.rollout} are {age} optimizer steps old, and {oldest} is the most that "
-                f"rollout_ahead = {self.rollout_ahead} allows: the engine was not synced in time; nothing was trained "
-                "on them"
+        """Sample, reward and score the completions of one batch of prompts."""
+        rollout, rewards = self.collector.collect(batch, self.window)
+        if self.rollout_ahead and not self.progress.is_last_rollout(
+            self.trainer, self.steps_per_rollout, self.updates_per_rollout
+        ):
+            self.collector.start_next(self.window)
+        require_recent(rollout, step=self.trainer.global_step, limit=self.rollout_ahead * self.updates_per_rollout)
+        number, old_logprobs, ref_logprobs, rewards_and_kl = batch.rollout_number, None, None, rewards
+        micro_batches = self.cut(rollout, skip_zero_advantage=False)
+        if self.objective.kl_in_reward:
+            with self.window.timed("score"):
+                ref_logprobs = self.scorer.score_reference(self.policy, rollout, micro_batches, number, self.trainer)
+                # with rollout_ahead, the policy that sampled is gone, and the engine's log-probs are used instead
+                if not self.rollout_ahead:
+                    old_logprobs = self.scorer.score(self.policy, rollout, micro_batches, number, self.trainer)
+            rewards_and_kl = append_kl(
+                rewards,
+                rollout.rollout_logprobs if old_logprobs is None else old_logprobs,
+                ref_logprobs,
+                rollout.completion_mask,
+                beta=self.coefficients.beta,
+                estimator=self.objective.resolved.kl_estimator,
             )
-        everything = self.cut(rollout, skip=False)
-        own = reference = None
-        with self.window.timed("score"):
-            if self.objective.kl_in_reward:
-                reference = self.score_reference(rollout, everything)
-                # one rollout ahead, an older policy sampled: its log-probs are the engine's
-                own = None if self.rollout_ahead else self.score(self.policy, rollout, everything)
-        judged = rewards if reference is None else self.with_kl(rewards, rollout, own, reference)
-        self.micro_batches = []
-        self.experience = Experience(
-            **vars(rollout),
-            number=batch.rollout,
-            rewards=rewards,
-            advantages=self.compute_advantages(judged, rollout),
-            ref_logprobs=reference,
+        advantages = self.compute_advantages(rewards_and_kl, rollout)
+        self.progress.begin_rollout(
+            Experience(
+                **vars(rollout), number=number, rewards=rewards, advantages=advantages, ref_logprobs=ref_logprobs
+            )
         )
-        self.prepare(own, everything)
+        self.make_micro_batches(old_logprobs, micro_batches)
 
-    def prepare(self, logprobs: Tensor | None = None, scored: list[list[int]] | None = None) -> None:
-        """Cut the rollout into micro-batches, and score on them what the objective needs and is not there yet.
+    def make_micro_batches(self, logprobs: Tensor | None = None, scored_on: Sequence[list[int]] = ()) -> None:
+        """Cut the experience into micro-batches, and compute the log-probs that the objective needs on them.
 
         Args:
-            logprobs: [N, T] that the policy gave on the micro-batches ``scored``. None if it has not scored them.
-            scored: as `cut` gives them.
+            logprobs: [N, T] of the policy if they were computed already.
+            scored_on: the micro-batches on which they were computed.
         """
-        experience = self.experience
-        one_pass = self.cut(experience, skip=self.skips_rows)
-        updates = len(one_pass) // self.trainer.accumulate_grad_batches
+        experience, needs = self.progress.experience, self.objective
+        one_pass = self.cut(experience, skip_zero_advantage=self.skips_rows)
+        scored = experience, one_pass, experience.number, self.trainer
         with self.window.timed("score"):
-            if experience.old_logprobs is None and self.objective.needs_old_logprobs(updates * self.num_iterations):
-                is_scored = logprobs is not None and one_pass == scored
-                experience.old_logprobs = logprobs if is_scored else self.score(self.policy, experience, one_pass)
-            if experience.ref_logprobs is None and self.objective.kl_in_loss:
-                experience.ref_logprobs = self.score_reference(experience, one_pass)
-        self.micro_batches = one_pass * self.num_iterations
+            if experience.old_logprobs is None and needs.needs_old_logprobs(self.updates_per_rollout):
+                is_known = logprobs is not None and one_pass == scored_on
+                experience.old_logprobs = logprobs if is_known else self.scorer.score(self.policy, *scored)
+            if experience.ref_logprobs is None and needs.kl_in_loss:
+                experience.ref_logprobs = self.scorer.score_reference(self.policy, *scored)
+        self.progress.micro_batches = one_pass * self.num_iterations
 
-    def with_kl(self, rewards: Tensor, rollout: Rollout, logprobs: Tensor | None, ref_logprobs: Tensor) -> Tensor:
-        """``rewards`` [N, R] and −β·KL to the reference as one more column.
-
-        Args:
-            rewards: [N, R].
-            rollout: N completions.
-            logprobs: [N, T] of the policy that sampled; None takes the engine's. A token that the engine could not
-                score adds nothing.
-            ref_logprobs: [N, T].
-        """
-        if logprobs is None:
-            logprobs = torch.where(rollout.rollout_logprobs.isnan(), ref_logprobs, rollout.rollout_logprobs)
-        penalty = kl_penalty(
-            logprobs,
-            ref_logprobs,
-            rollout.completion_mask,
-            beta=self.coefficients.beta,
-            estimator=self.objective.resolved.kl_estimator,
-        )
-        # a completion that no reward applies to stays without one
-        penalty = penalty.masked_fill(rewards.isnan().all(1), torch.nan)
-        return torch.cat([rewards, -penalty[:, None]], dim=1)
-
-    def cut(self, rollout: Rollout, *, skip: bool) -> list[list[int]]:
-        """The micro-batches of one pass; with ``skip`` without the rows of an `Experience` that have no advantage."""
+    def cut(self, rollout: Rollout, *, skip_zero_advantage: bool) -> list[list[int]]:
+        """The micro-batches of one pass over ``rollout``; see `cut_windows`."""
         accumulate = self.trainer.accumulate_grad_batches
-        return cut_windows(
-            rollout,
-            windows=len(rollout) // (accumulate * self.micro_batch_size),
-            accumulate=accumulate,
-            micro_batch_size=self.micro_batch_size,
-            skip_zero_advantage=skip,
-        )
+        return self.progress.cut(rollout, accumulate, skip_zero_advantage=skip_zero_advantage)
 
-    skips_zero_advantage: bool | None = None
-    """Whether completions without an advantage may be left out of the update. None: if the objective allows it and
-    `compute_loss` is not overridden. A subclass whose loss has no use for them may set True."""
-
-    @property
-    def skips_rows(self) -> bool:
-        """`skips_zero_advantage`, decided."""
-        if self.skips_zero_advantage is not None:
-            return self.skips_zero_advantage
-        return self.objective.skips_zero_advantage and not self.loss_is_overridden
-
-    @property
-    def loss_is_overridden(self) -> bool:
-        """Whether a subclass has a loss of its own, of which nothing is known."""
-        return type(self).compute_loss is not GRPOModule.compute_loss
-
-    def ends_with(self, batch: PromptBatch) -> bool:
-        """Whether training ends with this rollout, as far as max_steps and max_epochs tell."""
-        trainer = self.trainer
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
-        if last_epoch and done + self.steps_per_rollout >= trainer.num_training_batches:
-            return True
-        return -1 < trainer.max_steps <= trainer.global_step + self.updates_per_rollout
-
-    def open_window(self) -> None:
-        """Count the tokens of the optimizer step that begins, and log its samples."""
-        size = self.trainer.accumulate_grad_batches * self.micro_batch_size
-        start = self.micro_step * self.micro_batch_size % len(self.experience)
-        rows = slice(start, start + size)
-        experience = self.experience
-        mask, truncated = experience.completion_mask[rows], experience.truncated[rows]
-        observe_completions(self.window, mask.sum(1), truncated)
-        observe_rewards(self.window, experience.rewards[rows], self.reward_names, self.reward_weights)
-        age = (self.trainer.global_step - experience.versions[rows])[mask]
-        self.window.mean("staleness", age)
-        self.window.add({"staleness_max": Max(age.amax())})
-        counts = [self.objective.loss_mask(mask, truncated).sum(), mask.sum(), experience.prompt_mask[rows].sum()]
-        counts = self.trainer.strategy.reduce(torch.stack(counts).to(self.device), reduce_op="sum")
-        self.loss_tokens, self.window_tokens, self.window_prompt_tokens = counts.tolist()
+    # ── Once per micro-batch ──────────────────────────────────────────────────────────────────────────────────────
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """The loss of the next micro-batch."""
-        experience = self.experience.rows(self.micro_batches[self.micro_step], self.device)
-        counted = self.without_fillers(experience) if self.skips_rows else experience
-        sizes = {
-            "num_tokens": self.loss_tokens / (self.trainer.accumulate_grad_batches * self.data_ranks),
-            "num_sequences": self.micro_batch_size,
-        }
-        coefficient = self.coefficient_ahead(counted, sizes)
-        with self.seeded(self.micro_step % (len(self.micro_batches) // self.num_iterations)):
-            logprobs, entropy = self.logprobs(
-                self.policy, experience, entropy_grad=self.objective.needs_entropy_grad, coefficient=coefficient
+        progress = self.progress
+        rows = progress.experience.rows(progress.micro_batch, self.device)
+        experience = without_fillers(rows) if self.skips_rows else rows
+        losses = self.trainer.accumulate_grad_batches * self.data_ranks
+        sizes = {"num_tokens": self.step_monitor.loss_tokens / losses, "num_sequences": self.micro_batch_size}
+        coefficient = self.known_coefficient(experience, sizes)
+        with self.scorer.seeded(self.trainer, experience.number, progress.place_in_pass):
+            logprobs, entropy = self.scorer.logprobs(
+                self.policy, rows, entropy_grad=self.objective.needs_entropy_grad, coefficient=coefficient
             )
-        loss, metrics = self.compute_loss(logprobs, entropy, counted, **sizes)
-        self.window.add(metrics)
-        self.window.add({"loss": Mean(loss.detach(), torch.tensor(1))})
-        self.micro_step += 1
+        loss, metrics = self.compute_loss(logprobs, entropy, experience, **sizes)
+        self.step_monitor.observe_loss(loss, metrics)
+        progress.micro_step += 1
         return loss
 
-    def without_fillers(self, experience: Experience) -> Experience:
-        """``experience`` with no tokens in the rows that only fill a micro-batch which would be empty: they add nothing
-        to the gradient, and nothing to metrics."""
-        matters = (experience.advantages != 0).view(len(experience), -1).any(1, keepdim=True)
-        return replace(experience, completion_mask=experience.completion_mask & matters)
+    def known_coefficient(self, experience: Experience, sizes: dict[str, float]) -> Tensor | None:
+        """∂loss/∂log-prob [n, T] if it is known before the forward pass: the ratio is 1 and the loss has no KL.
 
-    def coefficient_ahead(self, experience: Experience, sizes: dict[str, float]) -> Tensor | None:
-        """∂loss/∂log-prob [n, T] before the forward pass, if the log-probs have no part in it (ratio 1, no KL).
-
-        The kernel finds the head's gradients in the forward pass with it, and compares it with the true gradient in the
-        backward. It is taken at the engine's log-probs, which those of the policy are near, and a little beside them:
-        a surrogate may look at the log-probs themselves, as DPPO's trust region does.
+        The kernel then computes the head's gradients in the forward pass, and compares the coefficient with the true
+        gradient in the backward pass. None if `compute_loss` is overridden, since nothing is known about such a loss.
         """
-        if self.loss_is_overridden or experience.old_logprobs is not None or not self.objective.constant_on_policy:
+        if self.overrides_loss or experience.old_logprobs is not None or not self.objective.constant_on_policy:
             return None
-        near = experience.rollout_logprobs.nan_to_num()
-        here, beside = (self._loss_gradient(logprobs, experience, sizes) for logprobs in (near, near - 0.01))
-        return here if torch.allclose(here, beside, rtol=1e-5, atol=0) else None
 
-    def _loss_gradient(self, logprobs: Tensor, experience: Experience, sizes: dict[str, float]) -> Tensor:
-        """∂loss/∂log-prob [n, T] at ``logprobs``, without the entropy."""
-        with torch.enable_grad():
-            logprobs = logprobs.detach().requires_grad_()
-            loss, _ = self.compute_loss(logprobs, torch.zeros_like(logprobs), experience, **sizes)
-            return torch.autograd.grad(loss, logprobs)[0]
+        def loss(logprobs: Tensor) -> Tensor:
+            return self.compute_loss(logprobs, torch.zeros_like(logprobs), experience, **sizes)[0]
+
+        return on_policy_coefficient(loss, experience.rollout_logprobs)
+
+    # ── Once per optimizer step ───────────────────────────────────────────────────────────────────────────────────
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Measure the gradient before it is clipped, and stop before a broken one reaches the weights."""
-        if self.micro_step % self.trainer.accumulate_grad_batches:
-            raise RunError(
-                f"an optimizer step was due after {self.micro_step % self.trainer.accumulate_grad_batches} of its "
-                f"{self.trainer.accumulate_grad_batches} micro-batches, as the epoch ended early: its gradient would "
-                "be that of fewer samples. Leave trainer.limit_train_batches at 1.0"
-            )
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if not norm.isfinite():
-            self.stop_unless_scaled_down(float(norm))
-        self.window.mean("grad_norm", norm)
-        self.grad_norm = float(norm)
-        self.in_optimizer = True
-
-    def stop_unless_scaled_down(self, norm: float) -> None:
-        """Raise for a gradient that is not finite, unless 16-mixed may have scaled the loss too far: its scaler then
-        leaves the step out and halves the scale."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        loss = self.window.metrics["loss"].value
-        # the gradient is that of all ranks, the loss this rank's
-        broken = self.trainer.strategy.reduce_boolean_decision(not bool(loss.isfinite()), all=False)
-        if scaler is not None and not broken and scaler.get_scale() >= 1:
-            return
-        what = f"the loss is {float(loss)}" if broken else f"the gradient's norm is {norm}"
-        scale = "" if scaler is None else f", with the loss scaled by {scaler.get_scale():g},"
-        raise NonFiniteError(
-            f"{what} at optimizer step {self.trainer.global_step}{scale}: the step was not taken and the weights are "
-            "those of before. Look at the last logged ratios and log-prob differences; a lower learning rate, "
-            "trainer.gradient_clip_val or precision bf16-mixed are the usual cures"
-        )
+        """Measure the gradient before it is clipped, and stop before one that is not finite reaches the weights."""
+        self.progress.require_whole_step(self.trainer.accumulate_grad_batches)
+        self.step_monitor.measure_gradient(self.parameters(), self.trainer)
+        self.progress.mid_step = True
 
     def configure_gradient_clipping(
         self,
@@ -371,265 +399,353 @@ class GRPOModule(RolloutModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm that is known already. Lightning would compute it again, and refuse fused optimizers."""
+        """Clip by the norm that is already known. Lightning would compute it again, and refuse fused optimizers."""
         if gradient_clip_algorithm == "value" or not gradient_clip_val:
-            return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        scale = gradient_clip_val / (self.grad_norm + 1e-6)
-        if scale < 1:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad.mul_(scale)
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            self.step_monitor.clip_gradient(optimizer, gradient_clip_val)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then log what the step saw: true means over its micro-batches and over all ranks."""
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        """Take the step, and log true means over its micro-batches and all ranks."""
+        learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         super().optimizer_step(*args, **kwargs)
-        # Lightning would keep them until the next backward pass, through all of the next rollout.
+        # Lightning would keep the gradients until the next backward pass, throughout the next rollout
         self.trainer.optimizers[0].zero_grad()
-        self.commit()
-        self.window.stop_clock()
-        self.window.add({"memory/gib": Max(torch.tensor(memory_in_use(self.device), dtype=torch.float64))})
-        values = (
-            self.window.reduce()
-            | self.coefficients.adaptive
-            | {
-                "learning_rate": rate,
-                "num_tokens": float(self.num_tokens),
-                "completion_tokens": float(self.completion_tokens),
-            }
-        )
+        progress, monitor = self.progress, self.step_monitor
+        progress.commit(self.trainer, completion_tokens=monitor.completion_tokens, prompt_tokens=monitor.prompt_tokens)
+        further = {
+            "learning_rate": learning_rate,
+            "num_tokens": float(progress.num_tokens),
+            "completion_tokens": float(progress.completion_tokens),
+        }
+        values = monitor.compute(self.device, self.coefficients.adaptive | further)
         self.coefficients.step(kl=values.get("kl"), entropy=values.get("entropy"))
-        values["tokens_per_second"] = self.window_tokens / values["step_time"]
-        # Lightning repeats the last value of what is not logged; what has no value in this step says so
-        self._logged |= values.keys()
-        values = dict.fromkeys(self._logged, float("nan")) | values
         self.log_dict(values)
 
-    def commit(self) -> None:
-        """An optimizer step is done: what came before it is not needed again."""
-        self.in_optimizer = False
-        self.steps = self.trainer.global_step + 1
-        if self.micro_step * self.num_iterations <= len(self.micro_batches):
-            # in later passes over the rollout they are not new
-            self.num_tokens += self.window_tokens + self.window_prompt_tokens
-        self.completion_tokens += self.window_tokens
-        self.stepped, self.stepped_at = self.micro_step, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        if self.micro_step == len(self.micro_batches):
-            self.finished = self.experience.number
-            self.experience, self.micro_step, self.stepped = None, 0, 0
+    # ── Sampling and scoring ──────────────────────────────────────────────────────────────────────────────────────
 
-    # ── Sizes ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    @property
+    def generation(self) -> Generation:
+        """Samples completions with the engine and computes their rewards."""
+        return Generation(
+            self.rewards,
+            tokenizer=self.tokenizer,
+            end_ids=eos_token_ids(self.policy, self.tokenizer),
+            pad_id=pad_id(self.policy, self.tokenizer),
+            max_completion_length=self.max_completion_length,
+            seed=self.seed,
+            trainer=self._trainer,
+        )
+
+    def generate(self, batch: PromptBatch, num_generations: int, sampling: Sampling, *, number: int) -> Rollout:
+        """Sample ``num_generations`` completions of each prompt; see `Generation.generate`."""
+        return self.generation.generate(self.engine, batch, num_generations, sampling, number=number)
+
+    @property
+    def policy_version(self) -> int:
+        """Number of optimizer steps taken, in which the age of samples is counted."""
+        return self.trainer.global_step
+
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights under Hugging Face names, with adapters merged, for the engine."""
+        return policy_weights(self.policy)
+
+    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Log-probs of whole sequences, with which a weight sync is verified; see `sequence_logprobs`."""
+        return sequence_logprobs(self.policy, sequences, self.trainer)
+
+    # ── Held-out prompts ──────────────────────────────────────────────────────────────────────────────────────────
+
+    # Callbacks were called just before these hooks, and may have swapped the weights.
+
+    def on_validation_batch_start(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.engine.expect_writes()
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def sample_held_out(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
+        """k completions of each held-out prompt, and their rewards [N, R]."""
+        k = self.evaluation.num_generations
+        with abandonable(self.trainer):
+            rollout = self.generate(batch, k, self.validation_sampling, number=evaluation.ROLLOUT_NUMBER)
+            return rollout, self.compute_rewards(rollout, batch)
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Sample completions of held-out prompts and collect their metrics."""
+        rollout, rewards = self.sample_held_out(batch)
+        self.evaluation.observe(batch, rollout, rewards, self.reward_names, self.reward_weights)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """As `validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record per completion; see `Evaluation.records`."""
+        rollout, rewards = self.sample_held_out(batch)
+        texts = self.generation.decode(rollout.written_ids())
+        return self.evaluation.records(batch, rollout, rewards, self.reward_names, texts)
+
+    def on_validation_start(self) -> None:
+        """Exclude a validation within an optimizer step from the time of that step."""
+        self.window.pause()
+
+    def on_validation_end(self) -> None:
+        self.window.go_on()
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluation.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        """Log means over all ranks under ``val/``."""
+        self._log_held_out("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log means over all ranks under ``test/``."""
+        self._log_held_out("test")
+
+    def _log_held_out(self, prefix: str) -> None:
+        self.held_out = {f"{prefix}/{name}": value for name, value in self.evaluation.compute().items()}
+        if not self.trainer.sanity_checking:
+            self.log_dict(self.held_out, sync_dist=True)
+
+    # ── Setup ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def configure_callbacks(self) -> list[Callback]:
+        """An engine if the user named none."""
+        if any(isinstance(callback, RolloutCallback) for callback in self.trainer.callbacks):
+            return []
+        return [default_rollout(self.trainer, self)]
+
+    def setup(self, stage: str) -> None:
+        """Check everything that can be checked before a weight is loaded."""
+        trainer, data = self.trainer, self.trainer.datamodule
+        self._build_optimizer([nn.Parameter(torch.zeros(1))])
+        checks.check_trainer(trainer)
+        config = load_config(self.model_path)
+        require_end_token(self.model_path, self.tokenizer, config, load_generation_config(self.model_path, config))
+        require_context(self.model_path, config, self.max_prompt_length, self.max_completion_length)
+        if stage == "fit":
+            in_flight = self.collector.in_flight_updates
+            checks.check_engine(trainer, rollout_ahead=self.rollout_ahead, in_flight_updates=in_flight)
+            checks.check_training_options(trainer)
+            check_batch_arithmetic(
+                prompts_per_rollout=data.prompts_per_rollout,
+                num_generations=self.num_generations,
+                micro_batch_size=self.micro_batch_size,
+                accumulate_grad_batches=trainer.accumulate_grad_batches,
+                num_iterations=self.num_iterations,
+                ranks=self.data_ranks,
+            )
+        prompts = [*(data.train if stage == "fit" else ()), *getattr(data, "validation", ())]
+        check_rows(self.rewards, [prompt.columns for prompt in prompts], [prompt.place for prompt in prompts])
+        if stage == "fit":
+            self._begin_fit()
+
+    def _begin_fit(self) -> None:
+        """Begin a new run, or continue one of the same trainer from its last optimizer step."""
+        if self.trainer.fast_dev_run:
+            # count optimizer steps: as many of Lightning's micro-batches would end within the first one
+            self.trainer.limit_train_batches = self.trainer.fast_dev_run * self.trainer.accumulate_grad_batches
+        if self.trainer.global_step == 0:
+            self._reset()
+        elif not self.progress.return_to_last_step(self.trainer.datamodule):
+            self.collector.pending = None
+
+    def _reset(self) -> None:
+        """Begin a new run."""
+        self.coefficients = Coefficients(self.objective)
+        self.progress.reset()
+        self.step_monitor.reset()
+        self.collector.pending = None
+
+    def configure_model(self) -> None:
+        """Load the policy, and for training a reference if one is needed and LoRA does not provide it."""
+        loaded = []
+        if self.policy is None:
+            self.policy = self._load_policy()
+            loaded.append(self.policy)
+        is_fit = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if is_fit and self.needs_reference and self.lora is None and self.scorer.reference is None:
+            # a policy that was loaded before may have been trained, or may hold the weights of a checkpoint
+            self.scorer.reference = frozen_copy(self.policy if loaded else self._load_policy())
+            loaded.append(self.scorer.reference)
+        if self.device_mesh is not None:
+            for model in loaded:
+                shard(model, self.device_mesh["data_parallel"])
+
+    def _load_policy(self) -> nn.Module:
+        return load_policy(
+            self.model_path,
+            dtype=self.dtype_name,
+            lora=self.lora,
+            gradient_checkpointing=self.gradient_checkpointing,
+            attn_implementation=self.attn_implementation,
+            from_scratch=self.from_scratch,
+            seed=self.seed,
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As in torch, except for buffers: see `full_precision_buffers`. Lightning calls it with bf16-true."""
+        with full_precision_buffers(self):
+            return super().to(*args, **kwargs)
+
+    def _build_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        return optimizers.build_optimizer(self.optimizer_factory, parameters)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer over all trainable parameters, and its learning-rate schedule in optimizer steps."""
+        optimizer = self._build_optimizer(p for p in self.parameters() if p.requires_grad)
+        optimizers.check_precision(optimizer, self.trainer)
+        schedule, described = optimizers.build_schedule(optimizer, self.lr_schedule, self.warmup_steps, self.trainer)
+        self._optimizer_options = optimizers.options(optimizer) | {"schedule": described}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """After a checkpoint was loaded, bring optimizer and schedule up to date."""
+        saved, self._saved_optimizer_options = self._saved_optimizer_options, None
+        if saved is not None and self._optimizer_options is not None:
+            optimizers.resume(self.trainer, saved, self._optimizer_options)
+        checks.check_engine_is_attached(self.engine)
+        if self.progress.schedule_is_behind:
+            self.progress.schedule_is_behind = False
+            optimizers.step_schedule(self.trainer)
+
+    # ── Checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """With LoRA the adapter alone: the base model is the checkpoint that it was loaded from."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if self.lora is not None:
+            kept = {prefix + name for name in self._trainable}
+            for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+                del state[name]
+        return state
+
+    @property
+    def _trainable(self) -> set[str]:
+        return {name for name, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what is trained and how, and the rest of the rollout of every rank."""
+        data = self.trainer.datamodule
+        checkpoint["policy"] = {
+            "lora": adapters.describe(self.lora, self._trainable),
+            "optimizer": self._optimizer_options,
+            **describe_policy(
+                model=self.model_path,
+                dtype=self.dtype_name,
+                from_scratch=self.from_scratch,
+                seed=self.seed,
+                chat_template=getattr(data, "chat_template", None),
+            ),
+        }
+        if data is not None and data.state_dict():
+            resume.save(checkpoint, self.progress, self.collector.pending, self.trainer)
+            checkpoint["grpo"]["coefficients"] = self.coefficients.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """In `fit`, continue with the micro-batch that was next. Elsewhere, only the weights are used."""
+        if "policy" not in checkpoint:
+            raise UserError("the checkpoint was saved by another program, or by an earlier version of this one")
+        saved = checkpoint["policy"]
+        adapters.check(saved["lora"], self.lora, self._trainable)
+        if self.lora is None and self.device_mesh is None:
+            require_same_weights(self.state_dict(), checkpoint["state_dict"])
+        self._saved_optimizer_options = saved["optimizer"]
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        if "grpo" not in checkpoint:
+            raise UserError(
+                "the checkpoint was saved outside of fit and contains only weights, so training cannot continue from "
+                "it; name one that fit saved"
+            )
+        self._reset()
+        self.coefficients.load_state_dict(checkpoint["grpo"]["coefficients"])
+        self.collector.pending = resume.load(
+            checkpoint, self.progress, self.trainer, rollout_ahead=bool(self.rollout_ahead)
+        )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location: Any = None, **kwargs: Any) -> Self:
+        """Load the policy of a checkpoint, to generate without a Trainer; see `load_module`."""
+        return load_module(cls, checkpoint_path, map_location, **kwargs)
+
+    # ── Sizes and names ───────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def window(self) -> Window:
+        """Metrics of the current optimizer step: ``self.window.mean(name, values)`` logs a true mean over its
+        micro-batches and all ranks."""
+        return self.step_monitor.window
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer, loaded once."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.model_path)
+        return self._tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of rows of the checkpoint's embedding."""
+        return load_config(self.model_path).get_text_config().vocab_size
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Names of the R rewards in metrics."""
+        return [reward.name for reward in self.rewards]
+
+    @property
+    def reward_weights(self) -> Tensor:
+        """[R]"""
+        return torch.tensor([float(reward.weight) for reward in self.rewards], dtype=torch.float32)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the objective looks at the reference (β is not 0)."""
+        """Whether the objective uses the reference (β is not 0)."""
         return self.objective.needs_reference
 
     @property
+    def overrides_loss(self) -> bool:
+        """Whether a subclass overrides `compute_loss`."""
+        return type(self).compute_loss is not GRPOModule.compute_loss
+
+    @property
+    def skips_rows(self) -> bool:
+        """Whether completions without an advantage are left out of the update."""
+        if self.skips_zero_advantage is not None:
+            return self.skips_zero_advantage
+        return self.objective.skips_zero_advantage and not self.overrides_loss
+
+    @property
     def data_ranks(self) -> int:
-        """Ranks with prompts of their own; tensor-parallel ranks share theirs."""
+        """Number of ranks with prompts of their own; tensor-parallel ranks share theirs."""
         return self.trainer.distributed_sampler_kwargs["num_replicas"] if self.trainer.world_size > 1 else 1
 
     @property
     def steps_per_rollout(self) -> int:
-        """Micro-batches that each rank trains on for one rollout; the loader repeats a batch as often."""
+        """Micro-batches per rollout on each rank; the train loader yields a batch as often."""
         completions = self.trainer.datamodule.prompts_per_rollout * self.num_generations
         return completions * self.num_iterations // (self.data_ranks * self.micro_batch_size)
 
     @property
     def updates_per_rollout(self) -> int:
-        """Optimizer steps for one rollout."""
+        """Optimizer steps per rollout."""
         return self.steps_per_rollout // self.trainer.accumulate_grad_batches
 
-    def setup(self, stage: str) -> None:
-        """Before a weight is read, check batch arithmetic, and that checkpoints fall between optimizer steps."""
-        super().setup(stage)
-        if stage != "fit":
-            self._check_rows(getattr(self.trainer.datamodule, "validation", ()))
-            return
-        if self.trainer.datamodule is None:
-            raise UserError("fit was given no data module; pass datamodule=PromptDataModule(...), or a subclass of it")
-        if self.trainer.overfit_batches:
-            raise UserError(
-                f"trainer.overfit_batches is {self.trainer.overfit_batches}, which repeats a loader's first batches; "
-                "prompts come from an endless order instead: leave it at 0, and to train on the same few prompts over "
-                "and over set data.size to data.prompts_per_rollout"
-            )
-        if self.trainer.fast_dev_run:
-            # that many optimizer steps: Lightning's micro-batches would end inside the first one
-            self.trainer.limit_train_batches = self.trainer.fast_dev_run * self.trainer.accumulate_grad_batches
-        check_batch_arithmetic(
-            prompts_per_rollout=self.trainer.datamodule.prompts_per_rollout,
-            num_generations=self.num_generations,
-            micro_batch_size=self.micro_batch_size,
-            accumulate_grad_batches=self.trainer.accumulate_grad_batches,
-            num_iterations=self.num_iterations,
-            ranks=self.data_ranks,
-        )
-        self._check_rows([*self.trainer.datamodule.train, *self.trainer.datamodule.validation])
-        if self.trainer.global_step == 0:
-            self._begin_anew()
-        else:
-            self._go_on_without_checkpoint()
 
-    def _check_rows(self, prompts: Sequence[Prompt]) -> None:
-        check_rows(self.rewards, [prompt.columns for prompt in prompts], [prompt.place for prompt in prompts])
-
-    # ── Resuming ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the rest of the rollout, of every rank; seeds and order follow from the data's position.
-
-        Inside an optimizer step, whose gradients no checkpoint holds, the step is left to be taken again as a whole.
-        """
-        super().on_save_checkpoint(checkpoint)
-        data = self.trainer.datamodule
-        if data is None or not data.state_dict():
-            return
-        if self.in_optimizer:
-            raise RunError(
-                "a checkpoint can't be saved while the optimizer changes the weights; save it after the step"
-            )
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        # Lightning counts an optimizer step, and moves its schedule, only some lines after the step was taken
-        uncounted = progress.total.processed < progress.total.ready == self.stepped_at
-        if uncounted:
-            unfinished = 0
-        elif self.micro_step != self.stepped:
-            unfinished = (progress.current.ready - 1) % self.trainer.accumulate_grad_batches + 1
-        else:
-            unfinished = progress.total.ready - progress.total.processed
-        position = Position.of(
-            self.trainer, unfinished=unfinished, steps=self.steps if uncounted else self.trainer.global_step
-        )
-        checkpoint[type(data).__qualname__] = data.state_dict(unfinished, draw_again=self.experience is None)
-        following = (self.experience.number if self.experience else self.finished) + 1
-        ahead = self.ahead if self.ahead and self.ahead.number == following else None
-        mine = {"ahead": ahead and ahead.state_dict(wait=not self.trainer.interrupted)}
-        if self.experience is not None:
-            mine |= {"experience": vars(self.experience), "micro_batches": self.micro_batches}
-        ranks = [mine]
-        if self.trainer.world_size > 1:
-            ranks = [None] * self.trainer.world_size
-            distributed.all_gather_object(ranks, mine)
-        checkpoint["global_step"], checkpoint["epoch"] = position.steps, position.epoch
-        checkpoint["grpo"] = {
-            "ranks": ranks,
-            "layout": self._layout(),
-            "position": position.state_dict(),
-            "micro_step": self.stepped,
-            "schedule_due": uncounted,
-            "num_tokens": self.num_tokens,
-            "completion_tokens": self.completion_tokens,
-            "coefficients": self.coefficients.state_dict(),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """In `fit`, go on with the very micro-batch that was next. Elsewhere, the weights are all that is taken."""
-        super().on_load_checkpoint(checkpoint)
-        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        if "grpo" not in checkpoint:
-            raise UserError(
-                "the checkpoint was saved outside of fit and holds weights alone: no run can go on from it; name one "
-                "that fit saved"
-            )
-        self._begin_anew()
-        state, now = checkpoint["grpo"], self._layout()
-        self.num_tokens = state["num_tokens"]
-        self.completion_tokens = state["completion_tokens"]
-        self._schedule_due = state["schedule_due"]
-        self.coefficients.load_state_dict(state["coefficients"])
-        position = Position.from_state_dict(state["position"])
-        if state["layout"] != now:
-            factor = _micro_batches_a_prompt(now) / _micro_batches_a_prompt(state["layout"])
-            position = position.scaled(factor, multiple=self.trainer.accumulate_grad_batches)
-        position.write(checkpoint, self.trainer)
-        ranks = state["ranks"]
-        if "experience" in ranks[0]:
-            self._take_up_rollout(state)
-        ahead = [held["ahead"] for held in ranks]
-        rank = self.trainer.global_rank
-        fits = all(state["layout"][name] == now[name] for name in ("ranks", *FIXED_IN_A_ROLLOUT[:2]))
-        if self.rollout_ahead and all(ahead) and fits:
-            self.ahead = Ahead.from_state_dict(ahead[rank])
-            self.finished = self.ahead.number - 1
-        elif any(ahead):
-            log.warning("the rollout that the checkpoint holds sampled ahead doesn't fit this run; it is sampled again")
-
-    def _take_up_rollout(self, state: dict[str, Any]) -> None:
-        """Go on inside a rollout, in other micro-batches or on another number of ranks where these were changed."""
-        was, now = state["layout"], self._layout()
-        changed = [f"{name} {was[name]} → {now[name]}" for name in FIXED_IN_A_ROLLOUT if was[name] != now[name]]
-        if changed:
-            raise UserError(
-                f"the checkpoint was saved in the middle of a rollout and {', '.join(changed)} since: the rest of the "
-                "rollout can't be trained on. Resume with the earlier values, or from a checkpoint between two rollouts"
-            )
-        rank = self.trainer.global_rank
-        held = [Experience(**mine["experience"]) for mine in state["ranks"]]
-        self.rollout_number = held[0].number
-        if was == now:
-            self.experience, self.micro_batches = held[rank], state["ranks"][rank]["micro_batches"]
-            self.micro_step = self.stepped = state["micro_step"]
-            return
-        trained = state["micro_step"] * was["micro_batch_size"] * was["ranks"]
-        window = now["micro_batch_size"] * now["ranks"] * now["trainer.accumulate_grad_batches"]
-        if trained % window:
-            raise UserError(
-                f"the checkpoint was saved in the middle of a rollout, after optimizer steps on {trained} of its "
-                f"completions; {trained} can't be divided into steps of micro_batch_size {now['micro_batch_size']} × "
-                f"trainer.accumulate_grad_batches {now['trainer.accumulate_grad_batches']} × {now['ranks']} ranks = "
-                f"{window} completions. Set them so that a step takes as many as before, "
-                f"{was['micro_batch_size'] * was['ranks'] * was['trainer.accumulate_grad_batches']}, or resume from a "
-                "checkpoint between two rollouts"
-            )
-        # the micro-batches are cut anew when training starts, once weights are there to score with
-        self.experience = redistribute(held, now["ranks"], self.num_generations)[rank]
-        self.micro_step = self.stepped = trained // (now["micro_batch_size"] * now["ranks"])
-
-    def _go_on_without_checkpoint(self) -> None:
-        """Begin a further `fit` of the same trainer, which may have stopped anywhere, at the last optimizer step."""
-        self.in_optimizer = False
-        number = self.experience.number if self.experience else None
-        if self.trainer.datamodule.serve_again(number, self.stepped):
-            self.micro_step = self.stepped
-        else:
-            self._begin_between_rollouts()
-
-    def on_train_start(self) -> None:
-        """Move the schedule for a step that was taken and not yet counted when the checkpoint was saved."""
-        super().on_train_start()
-        if self.engine is None:
-            raise UserError(
-                "no engine was attached: samples come from a callback such as HFRollout, and trainer.callbacks holds "
-                "none. Lightning's Tuner takes the callbacks away while it searches, so that lr_find and "
-                "scale_batch_size can't be used; lightning-grpo configure chooses a learning rate and a batch size"
-            )
-        if self._schedule_due:
-            self._schedule_due = False
-            for config in self.trainer.lr_scheduler_configs:
-                if config.interval == "step" and not config.reduce_on_plateau:
-                    self.lr_scheduler_step(config.scheduler, None)
-
-    def _layout(self) -> dict[str, int]:
-        """What decides how a rollout is divided into micro-batches."""
-        return {
-            "data.prompts_per_rollout": self.trainer.datamodule.prompts_per_rollout,
-            "num_generations": self.num_generations,
-            "num_iterations": self.num_iterations,
-            "ranks": self.trainer.world_size,
-            "micro_batch_size": self.micro_batch_size,
-            "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
-        }
-
-
-FIXED_IN_A_ROLLOUT = ("data.prompts_per_rollout", "num_generations", "num_iterations")
-"""What can't change while a rollout is trained on; the rest of a layout can."""
-
-
-def _micro_batches_a_prompt(layout: dict[str, int]) -> Fraction:
-    """Micro-batches of one rank for each prompt of a rollout."""
-    completions = layout["num_generations"] * layout["num_iterations"]
-    return Fraction(completions, layout["micro_batch_size"] * layout["ranks"])
+RANGES = {
+    "num_generations": "[1, inf)",
+    "num_iterations": "[1, inf)",
+    "micro_batch_size": "[1, inf)",
+    "max_prompt_length": "[1, inf)",
+    "max_completion_length": "[1, inf)",
+    "validation_generations": "[1, inf)",
+    "pass_threshold": "(-inf, inf)",
+    "resampling_rounds": "[0, inf)",
+    "warmup_steps": "[0, inf)",
+    "seed": "[0, inf)",
+}
+"""Ranges of numeric options; see `check_ranges`."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_grpo.rollout import Rollout
 from lightning_grpo.rollout.types import COMPLETION_TOKENS, PROMPT_TOKENS, extents
-from lightning_grpo.training.dynamic_sampling import flat_groups, replace_groups
+from lightning_grpo.training.collector import flat_groups, replace_groups
 from lightning_grpo.training.experience import Experience, cut_windows, redistribute
 
 

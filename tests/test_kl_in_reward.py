@@ -20,7 +20,7 @@ class Spy(GRPOModule):
             super().configure_model()
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(7)
-                for parameter in self._reference[0].parameters():
+                for parameter in self.scorer.reference.parameters():
                     parameter.add_(0.02 * torch.randn_like(parameter))
 
     def compute_advantages(self, rewards, rollout):
@@ -45,7 +45,7 @@ def test_the_reward_loses_beta_times_the_kl(tmp_path, tiny_model_path):
     rollout = policy.judged_rollout
     texts = rollout.completion_ids, rollout.completion_mask, rollout.prompt_ids, rollout.prompt_mask
     before = by_hand(load_policy(tiny_model_path), *texts)
-    reference = by_hand(policy._reference[0], *texts)
+    reference = by_hand(policy.scorer.reference, *texts)
     expected = -0.5 * (before - reference).sum(1)  # k1: log π − log π_ref of the sampled tokens
     assert expected.abs().max() > 0.1
     assert policy.judged.shape == (32, 2)
@@ -71,8 +71,8 @@ def test_log_probs_that_only_the_kl_needs_are_not_kept(tmp_path, tiny_model_path
     ahead = []
 
     class Look(GRPOModule):
-        def coefficient_ahead(self, experience, sizes):
-            ahead.append((experience.old_logprobs, super().coefficient_ahead(experience, sizes)))
+        def known_coefficient(self, experience, sizes):
+            ahead.append((experience.old_logprobs, super().known_coefficient(experience, sizes)))
             return ahead[-1][1]
 
     policy = module(tiny_model_path, Look, rewards=[checksum], objective=ObjectiveConfig(**IN_REWARD), lora=lora)
@@ -86,7 +86,9 @@ def test_one_rollout_ahead_the_samplers_log_probs_count(tmp_path, tiny_model_pat
 
     class Keep(Spy):
         def compute_advantages(self, rewards, rollout):
-            reference = self.score_reference(rollout, self.cut(rollout, skip=False))
+            reference = self.scorer.score_reference(
+                self.policy, rollout, self.cut(rollout, skip_zero_advantage=False), 0, self.trainer
+            )
             judged.append((rewards[:, 1], 0.5 * (reference - rollout.rollout_logprobs).sum(1)))
             return super().compute_advantages(rewards, rollout)
 

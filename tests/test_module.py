@@ -89,7 +89,7 @@ def test_skipping_rows_without_advantage_changes_nothing(tmp_path, tiny_model_pa
         )
         record = fit(tmp_path, policy, steps=1)
         ends.append(parameters(policy))
-        skipped.append(sum(map(len, policy.micro_batches)))
+        skipped.append(sum(map(len, policy.progress.micro_batches)))
         assert record["frac_reward_zero_std"] == [0.75]
     assert skipped[0] < skipped[1] == 32
     moved = largest_difference(ends[0], parameters_at_start(tiny_model_path))
@@ -126,16 +126,16 @@ def test_reference_is_the_start_and_kl_starts_at_zero(tmp_path, tiny_model_path)
     assert record["kl"][0] == 0
     assert record["kl"][3] > 1e-6
     start = parameters_at_start(tiny_model_path)
-    reference = dict(policy._reference[0].named_parameters())
+    reference = dict(policy.scorer.reference.named_parameters())
     assert largest_difference(start, reference) == 0
     assert not any("reference" in name for name in policy.state_dict())
-    assert module(tiny_model_path)._reference == ()
+    assert module(tiny_model_path).scorer.reference is None
 
 
 def test_lora_reference_costs_no_copy(tmp_path, tiny_model_path):
     policy = module(tiny_model_path, objective=ObjectiveConfig(beta=0.1), lora=LoRA(rank=4))
     record = fit(tmp_path, policy, steps=3)
-    assert policy._reference == ()
+    assert policy.scorer.reference is None
     assert record["kl"][0] == 0 and record["kl"][2] > 0
     assert all("lora" in name for name, p in policy.named_parameters() if p.requires_grad)
 
@@ -201,7 +201,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path, tiny_m
             return loss * math.inf, metrics
 
     policy = module(tiny_model_path, Broken, objective=ObjectiveConfig(beta=0.1))
-    with pytest.raises(FloatingPointError, match="the weights are those of before"):
+    with pytest.raises(FloatingPointError, match="the weights are unchanged"):
         fit(tmp_path, policy)
     assert largest_difference(parameters(policy), parameters_at_start(tiny_model_path)) == 0
 
@@ -235,7 +235,7 @@ def test_a_reward_that_returns_the_wrong_count_is_named(tmp_path, tiny_model_pat
 
 
 def test_an_epoch_that_ends_inside_an_optimizer_step_is_refused(tmp_path, tiny_model_path):
-    with pytest.raises(RuntimeError, match="after 2 of its 4 micro-batches"):
+    with pytest.raises(RuntimeError, match="after 2 of the 4 micro-batches"):
         fit(tmp_path, module(tiny_model_path), limit_train_batches=2)
 
 
@@ -248,7 +248,7 @@ def test_a_loader_that_does_not_repeat_is_refused(tmp_path, tiny_model_path):
             return DataLoader(batches, batch_size=None)
 
     prompts = Hasty("letters", size=26, prompts_per_rollout=8, seed=1)
-    with pytest.raises(RuntimeError, match="went on to other prompts at micro-batch 1 of 4"):
+    with pytest.raises(RuntimeError, match="yielded other prompts at micro-batch 1 of 4"):
         fit(tmp_path, module(tiny_model_path), prompts)
 
 
@@ -512,10 +512,10 @@ def test_only_training_holds_a_reference(tmp_path, tiny_model_path):
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = Trainer(default_root_dir=tmp_path, callbacks=[HFRollout()], **settings)
     trainer.validate(policy, datamodule=data(validation_size=6), verbose=False)
-    assert policy._reference == ()
+    assert policy.scorer.reference is None
     with torch.no_grad():
         for parameter in policy.policy.parameters():
             parameter.mul_(1.1)  # as of a checkpoint that was validated
     fit(tmp_path, policy, steps=1)
     start = parameters_at_start(tiny_model_path)
-    assert largest_difference(start, dict(policy._reference[0].named_parameters())) == 0
+    assert largest_difference(start, dict(policy.scorer.reference.named_parameters())) == 0

@@ -35,7 +35,7 @@ def test_bf16_true_trains_in_bfloat16_and_sums_in_float32(tmp_path, tiny_model_p
     policy.validation_generations = 4
     record = fit(tmp_path, policy, prompts, steps=2, accumulate=2, val_check_interval=2, **settings)
     policy_types = {p.dtype for p in policy.policy.parameters()}
-    assert policy_types == {torch.bfloat16} == {p.dtype for p in policy._reference[0].parameters()}
+    assert policy_types == {torch.bfloat16} == {p.dtype for p in policy.scorer.reference.parameters()}
     floats = {name: dtype for name, dtype in policy.types.items() if dtype.is_floating_point}
     assert set(floats.values()) == {torch.float32} and len(floats) == 7
     first = record.steps[0]
@@ -72,7 +72,7 @@ def test_rotary_frequencies_stay_in_float32(tmp_path, tiny_model_path):
     policy = module(tiny_model_path, objective=ObjectiveConfig(beta=0.1))
     fit(tmp_path, policy, steps=1, precision="bf16-true")
     expected = dict(plain.policy.named_buffers())
-    for model in (policy.policy, policy._reference[0]):
+    for model in (policy.policy, policy.scorer.reference):
         buffers = dict(model.named_buffers())
         assert buffers.keys() == expected.keys() != set()
         assert largest_difference(buffers, expected) == 0
@@ -105,7 +105,7 @@ def test_small_steps_of_16_bit_parameters_are_warned_of(
     trainer.precision_plugin.convert_module(policy)
     policy.configure_optimizers()
     assert ("lost to rounding" in caplog.text) == (warned is not None)
-    assert warned is None or f"the trained parameters are {warned} and the learning rate is {lr:g}" in caplog.text
+    assert warned is None or f"The trained parameters are {warned} and the learning rate is {lr:g}" in caplog.text
 
 
 def test_a_nan_stops_a_run_with_scaled_gradients(tmp_path, tiny_model_path):

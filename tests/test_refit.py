@@ -86,7 +86,7 @@ def test_what_cannot_work_is_refused_at_start(tmp_path, tiny_model_path):
         trainer(tmp_path, overfit_batches=2).fit(module(tiny_model_path), data())
     policy = module(tiny_model_path)
     policy.lr = 1e-3
-    with pytest.raises(ValueError, match=r"no engine was attached.* lr_find"):
+    with pytest.raises(ValueError, match=r"no engine is attached.* lr_find"):
         Tuner(trainer(tmp_path)).lr_find(policy, datamodule=data())
 
 
@@ -99,4 +99,4 @@ def test_a_checkpoint_loads_without_a_trainer(tmp_path, tiny_model_path, lora):
         tmp_path / "last.ckpt", model=tiny_model_path, rewards=policy.rewards, lora=lora
     )
     assert largest_difference(parameters(loaded), parameters(policy)) == 0
-    assert loaded.experience is None
+    assert loaded.progress.experience is None

@@ -150,9 +150,9 @@ def test_old_log_probs_drop_what_the_update_drops(tmp_path, tiny_model_path):
     record, policy = run(tmp_path, tiny_model_path, changes={"lora": LoRA(rank=4, dropout=0.5)}, max_steps=1)
     assert record["ratio/min"] == record["ratio/max"] == [1.0]
     draws = {}
-    for policy.rollout_number in (0, 1):
-        with policy.seeded(0):
-            draws[policy.rollout_number] = torch.rand(4).tolist()
+    for number in (0, 1):
+        with policy.scorer.seeded(policy.trainer, number, 0):
+            draws[number] = torch.rand(4).tolist()
     assert draws[0] != draws[1]
 
 
@@ -180,5 +180,5 @@ def test_weights_alone_are_validated_and_not_gone_on_from(tmp_path, tiny_model_p
     path = str(tmp_path / "weights.ckpt")
     trainer.save_checkpoint(path)
     trainer.validate(module(tiny_model_path), data(validation_size=4), ckpt_path=path)
-    with pytest.raises(ValueError, match="holds weights alone"):
+    with pytest.raises(ValueError, match="contains only weights"):
         fit(tmp_path, module(tiny_model_path), ckpt_path=path)

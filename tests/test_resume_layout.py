@@ -81,7 +81,7 @@ def test_a_validation_does_not_take_up_the_rollout(tmp_path, tiny_model_path):
         accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[HFRollout()], default_root_dir=tmp_path
     )
     trainer.validate(policy, data(validation_size=4), ckpt_path=str(tmp_path / "whole" / "step-000001.ckpt"))
-    assert policy.experience is None and policy.micro_step == 0
+    assert policy.progress.experience is None and policy.progress.micro_step == 0
 
 
 def test_ranks_share_a_rollout_anew():

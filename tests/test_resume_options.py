@@ -32,12 +32,15 @@ def test_what_the_configuration_changed_is_taken_and_said(tmp_path, tiny_model_p
     assert (group["lr"], group["weight_decay"], group["betas"]) == (5e-4, 0.1, (0.8, 0.99))
     # the moments went on: every parameter has seen six steps
     assert {float(state["step"]) for state in policy.trainer.optimizers[0].state.values()} == {6}
-    assert "going on after optimizer step 3" in caplog.text
-    assert "changes lr 0.001 → 0.0005, betas (0.9, 0.999) → (0.8, 0.99), weight_decay 0.0 → 0.1" in caplog.text
+    assert "Resuming after optimizer step 3" in caplog.text
+    assert (
+        "changed in the configuration: lr 0.001 → 0.0005, betas (0.9, 0.999) → (0.8, 0.99), weight_decay 0.0 → 0.1"
+        in caplog.text
+    )
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="lightning_grpo"):
         again, same = run(tmp_path / "c", tiny_model_path, now, resume=tmp_path / "b" / "step-000005.ckpt")
-    assert "no option was changed" in caplog.text
+    assert "no option has changed" in caplog.text
     assert again["loss"] == record["loss"][2:]
     assert all(torch.equal(p, parameters(policy)[name]) for name, p in parameters(same).items())
 

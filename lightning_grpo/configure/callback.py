@@ -85,7 +85,7 @@ class Prediction(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """A rollout begins where the module has no experience left."""
-        self._rolls_out = pl_module.experience is None
+        self._rolls_out = pl_module.progress.experience is None
         self._restart()
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:

@@ -169,7 +169,7 @@ class RunSummary(Callback):
         """Print the summary."""
         if not trainer.is_global_zero:
             return
-        lines = [f"{trainer.global_step} optimizer steps, {pl_module.completion_tokens:,} completion tokens"]
+        lines = [f"{trainer.global_step} optimizer steps, {pl_module.progress.completion_tokens:,} completion tokens"]
         for name, after in held_out_figures(self._after).items():
             before = f"{self._before[name]:.3f} → " if name in self._before else ""
             lines.append(f"held-out {name.removeprefix('val/')}: {before}{after:.3f}")

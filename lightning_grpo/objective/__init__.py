@@ -5,8 +5,8 @@ from lightning_grpo.objective.advantages import AdvantageConfig, group_advantage
 from lightning_grpo.objective.coefficients import Coefficients
 from lightning_grpo.objective.config import ObjectiveConfig
 from lightning_grpo.objective.correction import RolloutCorrection
-from lightning_grpo.objective.kl import kl_divergence, kl_penalty
-from lightning_grpo.objective.loss import policy_loss
+from lightning_grpo.objective.kl import append_kl, kl_divergence, kl_penalty
+from lightning_grpo.objective.loss import on_policy_coefficient, policy_loss
 from lightning_grpo.objective.presets import PRESETS, Preset
 from lightning_grpo.objective.surrogate import CISPO, DPPO, GMPO, SAPO, VESPO, Clipped, Reinforce, Surrogate, Terms
 
@@ -28,9 +28,11 @@ __all__ = [
     "RolloutCorrection",
     "Surrogate",
     "Terms",
+    "append_kl",
     "group_advantages",
     "kl_divergence",
     "kl_penalty",
+    "on_policy_coefficient",
     "policy_loss",
     "total_rewards",
 ]

@@ -5,6 +5,7 @@ http://joschu.net/blog/kl-approx.html; x = log π_ref − log π.
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lightning_grpo.objective.tensors import exp, fill
@@ -43,3 +44,28 @@ def kl_penalty(
     mask = mask.bool()
     kl = kl_divergence(fill(logprobs, mask), fill(ref_logprobs, mask), estimator)
     return beta * kl.detach().sum(1)
+
+
+def append_kl(
+    rewards: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    beta: float,
+    estimator: KLEstimator = "k1",
+) -> Tensor:
+    """[N, R + 1]: the rewards, and −`kl_penalty` as one more.
+
+    Args:
+        rewards: [N, R]; a completion to which no reward applies (all NaN) keeps having none.
+        logprobs: [N, T], of the policy that sampled. A token whose log-prob is NaN adds nothing to the KL.
+        ref_logprobs: [N, T].
+        mask: [N, T].
+        beta: β.
+        estimator: see `kl_divergence`.
+    """
+    logprobs = torch.where(logprobs.isnan(), ref_logprobs, logprobs)
+    penalty = kl_penalty(logprobs, ref_logprobs, mask, beta=beta, estimator=estimator)
+    penalty = penalty.masked_fill(rewards.isnan().all(1), torch.nan)
+    return torch.cat([rewards, -penalty[:, None]], dim=1)

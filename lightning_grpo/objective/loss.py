@@ -3,6 +3,8 @@
 Shapes: N completions, T tokens. Log-probs and entropies are in nats.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -211,3 +213,24 @@ def check_inputs(
     ):
         if needed and given[name] is None:
             raise UserError(f"{name} is None, but objective.{reason}")
+
+
+def on_policy_coefficient(loss: Callable[[Tensor], Tensor], rollout_logprobs: Tensor) -> Tensor | None:
+    """∂loss/∂log-prob [N, T] of a ``loss`` whose gradient does not depend on the log-probs, or None if it does.
+
+    It is computed at the engine's log-probs, which are close to the policy's, and at slightly lower ones: a surrogate
+    may use the log-probs themselves, as DPPO's trust region does.
+
+    Args:
+        loss: the loss for log-probs [N, T].
+        rollout_logprobs: [N, T], of the engine; NaN for tokens that it could not score.
+    """
+
+    def gradient(logprobs: Tensor) -> Tensor:
+        with torch.enable_grad():
+            logprobs = logprobs.detach().requires_grad_()
+            return torch.autograd.grad(loss(logprobs), logprobs)[0]
+
+    near = rollout_logprobs.nan_to_num()
+    here, beside = gradient(near), gradient(near - 0.01)
+    return here if torch.allclose(here, beside, rtol=1e-5, atol=0) else None

@@ -7,7 +7,7 @@ _MODULES = {
     "base": ("FunctionReward", "Reward", "as_rewards", "completion_text"),
     "code": ("CodeTests",),
     "compute": ("compute_rewards",),
-    "early": ("EarlyJudge",),
+    "early": ("EarlyRewards",),
     "format": ("LengthPenalty", "RegexFormat", "RepetitionPenalty"),
     "reasoning_gym": ("ReasoningGym",),
     "text": ("decode_completions", "template_opening"),

@@ -1,35 +1,35 @@
-"""Judging groups while others are still being sampled."""
+"""Score groups while other groups are still being sampled."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, Self, TypeVar
 
 Group = TypeVar("Group")
-Judged = TypeVar("Judged")
+Scores = TypeVar("Scores")
 
 
-class EarlyJudge(Generic[Group, Judged]):
-    """Hears of groups as they finish and judges them, one after another, in a thread of its own.
+class EarlyRewards(Generic[Group, Scores]):
+    """Scores groups one after another in a background thread, as they are submitted.
 
     Args:
-        judge: called with a group's index and the group.
+        score: called with a group's index and the group.
     """
 
-    def __init__(self, judge: Callable[[int, Group], Judged]) -> None:
-        self._judge = judge
+    def __init__(self, score: Callable[[int, Group], Scores]) -> None:
+        self._score = score
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="early-rewards")
-        self._judged: dict[int, Future[Judged]] = {}
+        self._futures: dict[int, Future[Scores]] = {}
 
-    def hear(self, index: int, group: Group) -> None:
-        """Take one more group. What judging an earlier one raised is raised here, so that sampling ends."""
-        for earlier in self._judged.values():
+    def submit(self, index: int, group: Group) -> None:
+        """Add a group. An error that scoring an earlier one raised is raised here, which ends the sampling."""
+        for earlier in self._futures.values():
             if earlier.done():
                 earlier.result()
-        self._judged[index] = self._thread.submit(self._judge, index, group)
+        self._futures[index] = self._thread.submit(self._score, index, group)
 
-    def results(self) -> list[Judged]:
-        """What was judged, in the order of the indices; waits for it."""
-        return [self._judged[index].result() for index in sorted(self._judged)]
+    def gather(self) -> list[Scores]:
+        """Wait for all scores and return them in the order of the indices."""
+        return [self._futures[index].result() for index in sorted(self._futures)]
 
     def __enter__(self) -> Self:
         return self

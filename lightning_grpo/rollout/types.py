@@ -169,6 +169,10 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
+    def written_ids(self) -> list[list[int]]:
+        """For each completion, the token ids that the policy wrote."""
+        return [ids[mask].tolist() for ids, mask in zip(self.completion_ids, self.completion_mask, strict=True)]
+
     def rows(self, index: Sequence[int], device: torch.device | str | None = None) -> Self:
         """Return the rows ``index`` on ``device``, without the positions that are padding in all of them."""
         columns = {name: x[list(index)] for name, x in self._tensors().items()}

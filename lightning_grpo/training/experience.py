@@ -4,7 +4,7 @@ Shapes: N = B·G completions on this rank, R rewards, P prompt length, T complet
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -86,3 +86,10 @@ def redistribute(shares: Sequence[Experience], ranks: int, num_generations: int)
     # [groups, G]: the rows of ``whole`` in the order of the data module's prompts
     groups = torch.arange(len(whole)).view(len(shares), -1, num_generations).transpose(0, 1).flatten(0, 1)
     return [whole.rows(groups[rank::ranks].flatten().tolist()) for rank in range(ranks)]
+
+
+def without_fillers(experience: Experience) -> Experience:
+    """Mask the tokens of rows without an advantage, which only fill a micro-batch that would be empty otherwise: they
+    change neither the gradient nor the metrics."""
+    matters = (experience.advantages != 0).view(len(experience), -1).any(1, keepdim=True)
+    return replace(experience, completion_mask=experience.completion_mask & matters)

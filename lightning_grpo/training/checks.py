@@ -1,0 +1,103 @@
+"""What can be checked before a weight is loaded."""
+
+from collections.abc import Sequence
+
+from lightning import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from lightning_grpo.errors import UserError
+from lightning_grpo.objective import ObjectiveConfig
+from lightning_grpo.rollout import RolloutCallback, Sampling, SyncedEngine
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse strategies and precisions under which training would silently go wrong."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+        raise UserError(
+            f"trainer.strategy is {type(strategy).__name__}, with which weights would not reach the engine; set ddp, "
+            "or lightning.pytorch.strategies.ModelParallelStrategy, which shards them (FSDP2)"
+        )
+    if str(trainer.precision) == "16-true":
+        raise UserError(
+            "trainer.precision is 16-true: without loss scaling most gradients are too small for float16 and become "
+            "0; set bf16-mixed, bf16-true, or 16-mixed, which scales them"
+        )
+    mesh = trainer.lightning_module.device_mesh
+    if mesh is not None and (size := mesh["tensor_parallel"].size()) > 1:
+        raise UserError(
+            f"trainer.strategy.tensor_parallel_size is {size}, which is not supported; set it to 1 and "
+            "data_parallel_size to the number of ranks"
+        )
+
+
+def check_training_options(trainer: Trainer) -> None:
+    """Refuse options of `fit` whose meaning differs here."""
+    if trainer.datamodule is None:
+        raise UserError("fit was given no data module; pass datamodule=PromptDataModule(...), or a subclass of it")
+    if trainer.overfit_batches:
+        raise UserError(
+            f"trainer.overfit_batches is {trainer.overfit_batches}, which repeats a loader's first batches, but "
+            "prompts come from an endless order; leave it at 0, and to train on the same few prompts over and over set "
+            "data.size to data.prompts_per_rollout"
+        )
+
+
+def check_engine(trainer: Trainer, *, rollout_ahead: int, in_flight_updates: bool) -> None:
+    """Check that the engine supports what is asked of it while the policy trains."""
+    for callback in (c for c in trainer.callbacks if isinstance(c, RolloutCallback)):
+        engine = callback.engine_class
+        for name, value, is_supported in (
+            ("rollout_ahead", rollout_ahead, engine.runs_in_background),
+            ("in_flight_updates", in_flight_updates, engine.updates_in_flight),
+        ):
+            if value and not is_supported:
+                raise UserError(
+                    f"{name} is {value}, but the engine of {type(callback).__name__} shares the trainer's process and "
+                    f"cannot sample during the update; use VLLMProcessRollout or VLLMServerRollout, or leave {name} "
+                    "unset"
+                )
+
+
+def check_engine_is_attached(engine: SyncedEngine | None) -> None:
+    """Check that a callback attached an engine to the module."""
+    if engine is None:
+        raise UserError(
+            "no engine is attached: samples come from a callback such as HFRollout, and trainer.callbacks contains "
+            "none. Lightning's Tuner removes the callbacks while it searches, so lr_find and scale_batch_size cannot "
+            "be used; lightning-grpo configure chooses a learning rate and a batch size"
+        )
+
+
+def check_options(
+    *,
+    rewards: Sequence[object],
+    num_generations: int,
+    sampling: Sampling,
+    rollout_ahead: int,
+    in_flight_updates: bool,
+    objective: ObjectiveConfig,
+) -> None:
+    """Refuse combinations of the module's options that train on a wrong gradient or on none."""
+    if not rewards:
+        raise UserError("rewards is empty: nothing would be learned; name at least one reward")
+    if num_generations < 2:
+        raise UserError(f"num_generations is {num_generations}: an advantage is relative to its group; set 2 or more")
+    if sampling.temperature == 0:
+        raise UserError("sampling.temperature is 0 (greedy): the completions of a group would all be the same; set 1.0")
+    if sampling.truncations:
+        options = ", ".join(f"sampling.{name} = {value:g}" for name, value in sampling.truncations.items())
+        raise UserError(
+            f"{options}: the engine would sample from another distribution than the one trained, which biases the "
+            "gradient; leave it off in training (validation_sampling may have it)"
+        )
+    if rollout_ahead not in (0, 1):
+        raise UserError(f"rollout_ahead is {rollout_ahead}; set 0, or 1 to sample one rollout ahead")
+    if in_flight_updates and not rollout_ahead:
+        raise UserError("in_flight_updates is true, but rollout_ahead is 0: nothing is in flight; set it to 1")
+    if rollout_ahead and objective.rollout_correction is None:
+        raise UserError(
+            "rollout_ahead is 1, so samples come from an older policy than the one they train, but "
+            "objective.rollout_correction, which corrects for it, is not set; set it, for example to {level: token, "
+            "mode: truncate, upper: 2}, or set rollout_ahead to 0"
+        )

@@ -1,0 +1,171 @@
+"""The optimizer and its learning-rate schedule, new or resumed.
+
+A resumed optimizer takes its state (moments, step counts) and the position in the schedule from the checkpoint, and so
+the options that it adapts by itself. An option that has changed in the configuration since then is taken from there.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from lightning_grpo.errors import UserError
+
+log = logging.getLogger(__name__)
+
+IMPLEMENTATION = {"foreach", "fused", "capturable", "differentiable"}
+"""Options that determine how a step is computed and where its state is stored, but not its result."""
+
+
+def build_optimizer(factory: Callable[[Iterable[nn.Parameter]], Optimizer], parameters: Iterable[nn.Parameter]) -> Any:
+    """The optimizer that ``factory`` returns for ``parameters``.
+
+    Raises:
+        UserError: an option is out of its range.
+    """
+    try:
+        optimizer = factory(parameters)
+    except ValueError as error:
+        raise UserError(f"model.optimizer: {error}; set a value in its range") from error
+    for name, value in optimizer.defaults.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"model.optimizer.{name} is {value}; set a finite number")
+    return optimizer
+
+
+def check_precision(optimizer: Optimizer, trainer: Trainer) -> None:
+    """Refuse a fused optimizer under 16-mixed, and warn about parameters that small steps are lost on."""
+    if trainer.precision == "16-mixed" and optimizer.defaults.get("fused"):
+        raise UserError(
+            "optimizer.fused is true and trainer.precision is 16-mixed: the optimizer would unscale the gradients "
+            "itself, after they were measured and clipped; set fused: false, or precision bf16-mixed"
+        )
+    lr = max(group["lr"] for group in optimizer.param_groups)
+    dtypes = {p.dtype for group in optimizer.param_groups for p in group["params"]}
+    if lr <= 1e-5 and dtypes != {torch.float32}:
+        log.warning(
+            "The trained parameters are %s and the learning rate is %g: most of each step is lost to rounding. Set "
+            "dtype: float32 with trainer.precision bf16-mixed, which keeps master weights",
+            " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+            lr,
+        )
+
+
+def build_schedule(
+    optimizer: Optimizer, lr_schedule: str, warmup_steps: int, trainer: Trainer
+) -> tuple[LambdaLR, dict[str, Any]]:
+    """The learning-rate schedule, and what determines it.
+
+    Raises:
+        UserError: the schedule needs the number of optimizer steps, and training has no end.
+    """
+    steps: int | None = None
+    if lr_schedule != "constant":
+        total = trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise UserError(
+                f"lr_schedule is {lr_schedule}, which needs the number of optimizer steps, but trainer.max_steps is "
+                f"{trainer.max_steps} and trainer.max_epochs is {trainer.max_epochs}, so training has no end; set one "
+                "of them, or lr_schedule: constant"
+            )
+        steps = int(total)
+    name = "constant_with_warmup" if lr_schedule == "constant" else lr_schedule
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+    return schedule, {"lr_schedule": lr_schedule, "warmup_steps": warmup_steps, "steps": steps}
+
+
+def resume(trainer: Trainer, saved: Mapping[str, Any], configured: Mapping[str, Any]) -> None:
+    """Give the loaded optimizer and schedule the options that have changed since the checkpoint, and log them.
+
+    Args:
+        trainer: its optimizer and schedule have loaded the checkpoint's state.
+        saved: what `options` returned in the run that saved the checkpoint, and its ``schedule``.
+        configured: the same of this run.
+    """
+    changes = take_changed(trainer.optimizers[0], saved, configured)
+    reschedule(trainer.lr_scheduler_configs[0].scheduler)
+    schedule = configured["schedule"]
+    changes += [f"{k} {was} → {now}" for k, was in saved["schedule"].items() if was != (now := schedule[k])]
+    log.info(
+        "Resuming after optimizer step %d with the checkpoint's weights, optimizer state and position in the schedule; "
+        "%s",
+        trainer.global_step,
+        f"changed in the configuration: {', '.join(changes)}" if changes else "no option has changed",
+    )
+
+
+def step_schedule(trainer: Trainer) -> None:
+    """Move the schedule by the optimizer step after which the checkpoint was saved, before Lightning had moved it."""
+    for config in trainer.lr_scheduler_configs:
+        if config.interval == "step" and not config.reduce_on_plateau:
+            trainer.lightning_module.lr_scheduler_step(config.scheduler, None)
+
+
+def options(optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's class and the options of each of its groups as configured, as plain data."""
+    groups = []
+    for group in optimizer.param_groups:
+        plain = {k: v.item() if isinstance(v, Tensor) and v.dim() == 0 else v for k, v in group.items()}
+        groups.append({k: v for k, v in plain.items() if k not in IMPLEMENTATION and _is_plain(v)})
+    return {"class": type(optimizer).__qualname__, "groups": groups}
+
+
+def take_changed(optimizer: Optimizer, saved: Mapping[str, Any], configured: Mapping[str, Any]) -> list[str]:
+    """Give ``optimizer``, whose state was loaded, the options that were ``saved`` and are now ``configured`` otherwise.
+
+    Returns:
+        One description of each change.
+
+    Raises:
+        UserError: the state belongs to another optimizer.
+    """
+    if saved["class"] != configured["class"]:
+        raise UserError(
+            f"the checkpoint holds the state of {saved['class']} and the optimizer is {configured['class']}; set "
+            f"{saved['class']}"
+        )
+    changes: dict[str, None] = {}
+    for group, was, now in zip(optimizer.param_groups, saved["groups"], configured["groups"], strict=True):
+        for name, value in now.items():
+            if name in was and _same(was[name], value):
+                continue
+            changes[f"{name} {was.get(name)} → {value}"] = None
+            # LambdaLR computes the rate from the initial one
+            name = "initial_lr" if name == "lr" and "initial_lr" in group else name
+            if isinstance(group.get(name), Tensor):
+                group[name].fill_(value)
+            else:
+                group[name] = value
+    return list(changes)
+
+
+def reschedule(scheduler: LambdaLR) -> None:
+    """Set the learning rates of ``scheduler`` at its position, from the optimizer's initial ones."""
+    groups = scheduler.optimizer.param_groups
+    scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    rates = [base * f(scheduler.last_epoch) for base, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return all(_is_plain(item) for item in value) and not isinstance(value, bytes)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Sequence) and not isinstance(one, str):
+        return list(one) == list(other) if isinstance(other, Sequence) else False
+    return one == other

@@ -1,0 +1,131 @@
+"""Per-token log-probs of completions under the policy and under its reference.
+
+Shapes: N completions on this rank, n of them in a micro-batch, P prompt length, T completion length.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+from lightning import Trainer
+from torch import Tensor, nn
+
+from lightning_grpo.policy import full_precision_buffers
+from lightning_grpo.policy.logprobs import completion_logprobs
+from lightning_grpo.rollout import Rollout
+from lightning_grpo.rollout.seeds import rollout_seeds
+
+
+class Scorer:
+    """Computes log-probs at the temperature at which the completions were sampled.
+
+    Args:
+        temperature: divides the logits.
+        share_prompt: compute each prompt once for all of its completions.
+        seed: seed of the run, from which the random numbers of dropout follow.
+    """
+
+    def __init__(self, *, temperature: float, share_prompt: bool, seed: int) -> None:
+        self.temperature = temperature
+        self.share_prompt = share_prompt
+        self.seed = seed
+        self.reference: nn.Module | None = None
+        """The frozen reference of full training. It is not part of the module tree, so that it is neither trained,
+        saved nor sharded with the policy. With LoRA, the policy without its adapter takes its place."""
+
+    def logprobs(
+        self, model: nn.Module, rows: Rollout, *, entropy_grad: bool = False, coefficient: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [n, T] of the completions' tokens.
+
+        Args:
+            model: the policy or its reference.
+            rows: n completions.
+            entropy_grad: whether the entropy needs a gradient.
+            coefficient: [n, T], the gradient of the loss with respect to the log-probs if it is known beforehand,
+                which saves memory and time.
+        """
+        return completion_logprobs(
+            model,
+            prompt_ids=rows.prompt_ids,
+            prompt_mask=rows.prompt_mask,
+            completion_ids=rows.completion_ids,
+            completion_mask=rows.completion_mask,
+            temperature=self.temperature,
+            share_prompt=self.share_prompt,
+            entropy_grad=entropy_grad,
+            coefficient=coefficient,
+        )
+
+    @contextmanager
+    def seeded(self, trainer: Trainer, number: int, micro_batch: int) -> Iterator[None]:
+        """Seed dropout by the number of the rollout, the rank, and the micro-batch's index in a pass over the rollout.
+
+        Old log-probs are then computed with the same units dropped as in the update, and checkpoints need not save the
+        state of a generator.
+        """
+        device = trainer.strategy.root_device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(rollout_seeds(self.seed, number, trainer.global_rank, micro_batch))
+            yield
+
+    @torch.no_grad()
+    def score(
+        self,
+        model: nn.Module,
+        rollout: Rollout,
+        micro_batches: Sequence[list[int]],
+        number: int,
+        trainer: Trainer,
+    ) -> Tensor:
+        """Log-probs [N, T] of ``model`` for the rows of rollout ``number`` in ``micro_batches``, and 0 for other rows.
+
+        They are computed in the trainer's precision and on the micro-batches of the update: as long as the policy has
+        not changed, they equal bit for bit what the update will compute, so that the first ratio is exactly 1.
+        """
+        logprobs = torch.zeros_like(rollout.rollout_logprobs)
+        with trainer.precision_plugin.forward_context():
+            for k, index in enumerate(micro_batches):
+                rows = rollout.rows(index, trainer.strategy.root_device)
+                with self.seeded(trainer, number, k):
+                    values, _ = self.logprobs(model, rows)
+                logprobs[index, : values.shape[1]] = values.to(logprobs.device, logprobs.dtype)
+        return logprobs
+
+    def score_reference(
+        self,
+        policy: nn.Module,
+        rollout: Rollout,
+        micro_batches: Sequence[list[int]],
+        number: int,
+        trainer: Trainer,
+    ) -> Tensor:
+        """`score` by ``policy`` as it was before training."""
+        if self.reference is None:
+            with policy.disable_adapter():
+                return self.score(policy, rollout, micro_batches, number, trainer)
+        # Lightning moves and converts only what is in the module tree
+        with full_precision_buffers(self.reference):
+            reference = trainer.precision_plugin.convert_module(self.reference.to(trainer.strategy.root_device))
+        return self.score(reference, rollout, micro_batches, number, trainer)
+
+
+@torch.no_grad()
+def sequence_logprobs(policy: nn.Module, sequences: Sequence[Sequence[int]], trainer: Trainer) -> list[Tensor]:
+    """For each sequence of n tokens the n − 1 values log p(token[i] | token[:i]) at temperature 1."""
+    logprobs: list[Tensor] = []
+    with trainer.precision_plugin.forward_context():
+        for _, batch in groupby(sequences, key=len):
+            ids = torch.tensor([list(sequence) for sequence in batch], device=trainer.strategy.root_device)
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            values, _ = completion_logprobs(
+                policy,
+                prompt_ids=ids[:, :1],
+                prompt_mask=mask[:, :1],
+                completion_ids=ids[:, 1:],
+                completion_mask=mask[:, 1:],
+                share_prompt=False,
+            )
+            logprobs.extend(values)
+    return logprobs
