@@ -129,6 +129,10 @@ class GRPOModule(LightningModule):
     """Whether completions without an advantage may be left out of the update. None: if the objective allows it and
     `compute_loss` is not overridden. A subclass whose loss does not use them may set True."""
 
+    rollout_class: type[Rollout] = Rollout
+    experience_class: type[Experience] = Experience
+    """A subclass whose hook `rollout` returns further columns sets both, to classes that declare them."""
+
     def __init__(
         self,
         model: str,
@@ -322,11 +326,10 @@ class GRPOModule(LightningModule):
                 estimator=self.objective.resolved.kl_estimator,
             )
         advantages = self.compute_advantages(rewards_and_kl, rollout)
-        self.progress.begin_rollout(
-            Experience(
-                **vars(rollout), number=number, rewards=rewards, advantages=advantages, ref_logprobs=ref_logprobs
-            )
+        experience = self.experience_class(
+            **vars(rollout), number=number, rewards=rewards, advantages=advantages, ref_logprobs=ref_logprobs
         )
+        self.progress.begin_rollout(experience)
         self.make_micro_batches(old_logprobs, micro_batches)
 
     def make_micro_batches(self, logprobs: Tensor | None = None, scored_on: Sequence[list[int]] = ()) -> None:
@@ -664,7 +667,12 @@ class GRPOModule(LightningModule):
         self._reset()
         self.coefficients.load_state_dict(checkpoint["grpo"]["coefficients"])
         self.collector.pending = resume.load(
-            checkpoint, self.progress, self.trainer, rollout_ahead=bool(self.rollout_ahead)
+            checkpoint,
+            self.progress,
+            self.trainer,
+            rollout_ahead=bool(self.rollout_ahead),
+            rollout_class=self.rollout_class,
+            experience_class=self.experience_class,
         )
 
     @classmethod

@@ -1,5 +1,7 @@
 """A checkpoint taken at any optimizer step goes on exactly: same losses, same parameters, same samples."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from fitting import checksum, data, fit, largest_difference, module, parameters
@@ -10,7 +12,9 @@ from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.objective import ObjectiveConfig
 from lightning_grpo.policy.load import LoRA
 from lightning_grpo.rewards import PrefixMatch
-from lightning_grpo.rollout import HFRollout
+from lightning_grpo.rollout import HFRollout, Rollout
+from lightning_grpo.rollout.types import COMPLETION_TOKENS
+from lightning_grpo.training.experience import Experience
 
 STEPS = 7
 
@@ -182,3 +186,41 @@ def test_weights_alone_are_validated_and_not_gone_on_from(tmp_path, tiny_model_p
     trainer.validate(module(tiny_model_path), data(validation_size=4), ckpt_path=path)
     with pytest.raises(ValueError, match="contains only weights"):
         fit(tmp_path, module(tiny_model_path), ckpt_path=path)
+
+
+@dataclass(kw_only=True)
+class Noted(Rollout):
+    """One more column with a value per completion token."""
+
+    noted: torch.Tensor = field(metadata=COMPLETION_TOKENS)
+
+
+@dataclass(kw_only=True)
+class NotedExperience(Experience, Noted):
+    """The same column in the experience."""
+
+
+class Weighted(GRPOModule):
+    """Multiplies log-probs by a column that `rollout` adds."""
+
+    rollout_class, experience_class = Noted, NotedExperience
+
+    def rollout(self, batch):
+        rollout = super().rollout(batch)
+        return Noted(**vars(rollout), noted=1 + rollout.completion_ids % 3)
+
+    def compute_loss(self, logprobs, entropy, experience, **sizes):
+        assert experience.noted.shape == logprobs.shape
+        return super().compute_loss(logprobs * experience.noted, entropy, experience, **sizes)
+
+
+def test_columns_of_a_subclass_reach_its_loss_and_survive_a_resume(tmp_path, tiny_model_path):
+    def run(root, **settings):
+        policy = module(tiny_model_path, Weighted, rewards=[checksum])
+        return fit(root, policy, accumulate=2, callbacks=[Checkpoint(str(root), every_n_train_steps=1)], **settings)
+
+    whole = run(tmp_path / "a", steps=3, enable_checkpointing=True)
+    first = run(tmp_path / "b", steps=1, enable_checkpointing=True)
+    rest = run(tmp_path / "b", steps=3, enable_checkpointing=True, ckpt_path=str(tmp_path / "b" / "last.ckpt"))
+    assert first["loss"] + rest["loss"] == whole["loss"]
+    assert len(set(whole["loss"])) == 3

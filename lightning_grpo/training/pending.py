@@ -53,8 +53,8 @@ class PendingRollout:
         return {"number": self.number, "prompt_indices": self.prompt_indices, "rollout": vars(rollout)}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
+    def from_state_dict(cls, state: Mapping[str, Any], rollout_class: type[Rollout] = Rollout) -> Self:
         """Restore what `state_dict` returned."""
         done: Future[Rollout] = Future()
-        done.set_result(Rollout(**state["rollout"]))
+        done.set_result(rollout_class(**state["rollout"]))
         return cls(number=state["number"], prompt_indices=list(state["prompt_indices"]), future=done)

@@ -13,6 +13,7 @@ from lightning import Trainer
 from torch import distributed
 
 from lightning_grpo.errors import RunError, UserError
+from lightning_grpo.rollout import Rollout
 from lightning_grpo.training.experience import Experience, redistribute
 from lightning_grpo.training.pending import PendingRollout
 from lightning_grpo.training.position import Position
@@ -70,7 +71,13 @@ def save(checkpoint: dict[str, Any], progress: Progress, pending: PendingRollout
 
 
 def load(
-    checkpoint: dict[str, Any], progress: Progress, trainer: Trainer, *, rollout_ahead: bool
+    checkpoint: dict[str, Any],
+    progress: Progress,
+    trainer: Trainer,
+    *,
+    rollout_ahead: bool,
+    rollout_class: type[Rollout],
+    experience_class: type[Experience],
 ) -> PendingRollout | None:
     """Restore what `save` wrote into a ``progress`` that was reset, and return the rollout that was sampled ahead.
 
@@ -87,11 +94,12 @@ def load(
         position = position.scaled(factor, multiple=trainer.accumulate_grad_batches)
     position.write(checkpoint, trainer)
     if "experience" in state["ranks"][0]:
-        _load_rollout(state, progress, layout, trainer.global_rank)
+        shares = [experience_class(**share["experience"]) for share in state["ranks"]]
+        _load_rollout(state, progress, shares, layout, trainer.global_rank)
     sampled = [rank["ahead"] for rank in state["ranks"]]
     fits = all(state["layout"][name] == layout[name] for name in ("ranks", *FIXED_WITHIN_A_ROLLOUT[:2]))
     if rollout_ahead and all(sampled) and fits:
-        pending = PendingRollout.from_state_dict(sampled[trainer.global_rank])
+        pending = PendingRollout.from_state_dict(sampled[trainer.global_rank], rollout_class)
         progress.last_finished = pending.number - 1
         return pending
     if any(sampled):
@@ -99,7 +107,9 @@ def load(
     return None
 
 
-def _load_rollout(state: Mapping[str, Any], progress: Progress, layout: dict[str, int], rank: int) -> None:
+def _load_rollout(
+    state: Mapping[str, Any], progress: Progress, shares: list[Experience], layout: dict[str, int], rank: int
+) -> None:
     """Continue within a rollout, in other micro-batches or on another number of ranks if these have changed."""
     saved = state["layout"]
     changed = [
@@ -110,7 +120,6 @@ def _load_rollout(state: Mapping[str, Any], progress: Progress, layout: dict[str
             f"the checkpoint was saved in the middle of a rollout and {', '.join(changed)} since: the rest of the "
             "rollout can't be trained on. Resume with the earlier values, or from a checkpoint between two rollouts"
         )
-    shares = [Experience(**share["experience"]) for share in state["ranks"]]
     if saved == layout:
         progress.experience, progress.micro_batches = shares[rank], state["ranks"][rank]["micro_batches"]
         progress.micro_step = progress.committed = state["micro_step"]
