@@ -1,5 +1,6 @@
 """Generate docs/objectives.md: ``python docs/objectives_table.py > docs/objectives.md``."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from inspect import getdoc
 
@@ -90,9 +91,9 @@ def numbers(surrogate: Surrogate) -> str:
     return f"{type(surrogate).__name__}({', '.join(f'{k}={v:g}' for k, v in given.items() if v is not None)})"
 
 
-def table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
+def table(head: Sequence[str], body: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ("---",) * len(head), *body])
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *body])
 
 
 def page() -> str:

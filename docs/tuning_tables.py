@@ -2,12 +2,14 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+
+from objectives_table import table
 
 from lightning_grpo.configure.cost import zero_variance_share
 from lightning_grpo.configure.devices import GB, GPUS
-from lightning_grpo.configure.memory_savers import LEVERS
+from lightning_grpo.configure.memory_savers import MEMORY_SAVERS
 from lightning_grpo.configure.recommendations import (
     BASELINES,
     FIXED,
@@ -20,22 +22,17 @@ from lightning_grpo.configure.recommendations import (
 from lightning_grpo.configure.shape import find_model
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 def _number(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _cell(choice: Choice) -> str:
-    return f"{_number(choice.value)} ({choice.evidence})" if choice.evidence else _number(choice.value)
+    return f"{_number(choice.value)} ({choice.sources})" if choice.sources else _number(choice.value)
 
 
 def tasks() -> str:
-    """What each task asks for."""
-    return _markdown(
+    """Recommended values by task."""
+    return table(
         ["task", "what it is", "num_generations", "max_completion_length", "beta"],
         [
             [f"`{name}`", task.about, *map(_cell, (task.num_generations, task.max_completion_length, task.beta))]
@@ -46,7 +43,7 @@ def tasks() -> str:
 
 def baseline() -> str:
     """The baseline presets."""
-    return _markdown(
+    return table(
         ["task", "num_generations", "max_completion_length", "beta", "learning_rate"],
         [
             [f"`{name}`", c.num_generations, c.max_completion_length, c.beta, _number(c.learning_rate)]
@@ -56,52 +53,54 @@ def baseline() -> str:
 
 
 def learning_rates() -> str:
-    """Learning rates by size."""
+    """Learning rates by model size."""
     models = ["SmolLM2-135M-Instruct", "Qwen2.5-0.5B-Instruct", "Qwen2.5-1.5B-Instruct", "Qwen2.5-7B-Instruct"]
     models.append("Qwen2.5-32B-Instruct")
     rows = []
     for name in models:
         shape = find_model(name)
         full, lora = learning_rate(shape, False), learning_rate(shape, True)
-        rows.append([name, _number(full.value), full.evidence, _number(lora.value), lora.evidence])
-    return _markdown(["model", "whole weights", "evidence", "LoRA", "evidence"], rows)
+        rows.append([name, _number(full.value), full.sources, _number(lora.value), lora.sources])
+    return table(["model", "full weights", "sources", "LoRA", "sources"], rows)
 
 
-def knobs() -> str:
-    """What each option does."""
+def other_options() -> str:
+    """The other options."""
     choices = FIXED | {"gradient_clip_val": gradient_clip_val(False), "lora.rank": lora_rank()}
-    rows = [[f"`{name}`", _number(c.value), c.why, c.evidence, c.trades] for name, c in choices.items()]
-    return _markdown(["option", "value", "why", "evidence", "trades"], rows)
+    rows = [[f"`{name}`", _number(c.value), c.why, c.sources, c.tradeoff] for name, c in choices.items()]
+    return table(["option", "value", "why", "sources", "trade-off"], rows)
 
 
-def levers() -> str:
-    """What makes a run fit, cheapest first."""
+def memory_savers() -> str:
+    """Changes that save memory, cheapest first."""
     rows = [
-        [i, lever.name, ", ".join(f"`{pin}`" for pin in lever.pins), lever.trades] for i, lever in enumerate(LEVERS, 1)
+        [saver.name, ", ".join(f"`{option}`" for option in saver.options), saver.tradeoff]
+        for saver in sorted(MEMORY_SAVERS, key=lambda saver: saver.cost)
     ]
-    return _markdown(["", "lever", "options", "what it trades"], rows)
+    return table(["change", "options", "trade-off"], rows)
 
 
 def zero_variance() -> str:
-    """Share of groups without signal by pass rate and group size."""
+    """Share of groups without a signal, by pass rate and group size."""
     groups = (4, 8, 16, 32)
     rows = [
         [p, *(f"{zero_variance_share([p], G):.0%}" for G in groups)] for p in (0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.95)
     ]
-    return _markdown(["pass rate", *(f"G = {G}" for G in groups)], rows)
+    return table(["pass rate", *(f"G = {G}" for G in groups)], rows)
 
 
 def hardware() -> str:
-    """The devices known by name."""
+    """Devices by name."""
     rows = [
         [f"`{key}`", g.name, f"{g.memory / GB:.0f}", f"{g.flops / 1e12:g}", f"{g.bandwidth / 1e12:g}", g.source]
         for key, g in GPUS.items()
     ]
-    return _markdown(["--gpu", "card", "GB", "bf16 TFLOP/s", "TB/s", "source"], rows)
+    return table(["--gpu", "card", "GB", "bf16 TFLOP/s", "TB/s", "source"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (tasks, baseline, learning_rates, knobs, levers, zero_variance, hardware)
+    make.__name__: make
+    for make in (tasks, baseline, learning_rates, other_options, memory_savers, zero_variance, hardware)
 }
 
 

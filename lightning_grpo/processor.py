@@ -28,7 +28,7 @@ more, others 1 or less."""
 
 @cache
 def product_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of one thread in the three products of a linear layer (forward, and gradients of input and weight).
+    """Measure the FLOP/s of one thread in the products of a linear layer (forward, gradients of input and weight).
 
     The best of several tries, in CPU time of the thread, so that other work on the machine has no effect.
     """

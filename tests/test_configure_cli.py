@@ -1,5 +1,6 @@
 """What `configure` prints and what refusals advise is accepted by the real command line and by the checks of setup."""
 
+import re
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -11,9 +12,10 @@ from pytest import fixture, mark, raises
 from lightning_grpo import cli
 from lightning_grpo.cli import commands
 from lightning_grpo.cli.parser_errors import OneLineParser
-from lightning_grpo.configure import Workload, find_gpu, find_model, plan, to_yaml
+from lightning_grpo.configure import Workload, describe_run, find_gpu, find_model, plan, to_yaml
 from lightning_grpo.configure.command import parser as configure_parser
-from lightning_grpo.configure.memory_savers import LEVERS, flags
+from lightning_grpo.configure.memory_savers import MEMORY_SAVERS, flags
+from lightning_grpo.configure.overrides import OVERRIDABLE
 from lightning_grpo.configure.recommendations import TASKS
 from lightning_grpo.data.sources import read
 from lightning_grpo.rewards.reasoning_gym import REFUSED as REFUSED_TASKS
@@ -78,8 +80,11 @@ GRID = {
         *[(SMALL, gpu, ranks, {}) for gpu in ("t4", "l4", "h100") for ranks in (1, 2)],
         *[(SMALL, "t4", 1, {"lora": True}), (SMALL, "h100", 64, {}), (SMALL, "h100", 12, {"lora": True})],
         *[(SMALL, "h100", ranks, {"preset": "baseline"}) for ranks in (1, 2, 3, 8, 64)],
-        *[(SMALL, "l4", 2, {"pins": pins}) for pins in ({"strategy": "fsdp"}, {"engine": "hf"}, {"optimizer": "sgd"})],
-        *[(SMALL, "l4", 1, {"pins": {"precision": p}}) for p in ("32-true", "bf16-true", "16-mixed")],
+        *[
+            (SMALL, "l4", 2, {"overrides": overrides})
+            for overrides in ({"strategy": "fsdp"}, {"engine": "hf"}, {"optimizer": "sgd"})
+        ],
+        *[(SMALL, "l4", 1, {"overrides": {"precision": p}}) for p in ("32-true", "bf16-true", "16-mixed")],
     ],
     "instruction_following": [
         *[(SMALL, "h100", ranks, {"preset": "baseline"}) for ranks in (1, 2, 8)],
@@ -110,7 +115,7 @@ def accept(task, grid, parse):
             made = plan(task=task, model=model, gpu=gpu, num_gpus=ranks, **options)
         except ValueError as error:
             assert (model, gpu, ranks) in REFUSED
-            assert "even with everything changed that saves memory" in str(error)
+            assert "even with all changes that save memory" in str(error)
             continue
         config = parse(to_yaml(made))
         check(config, ranks)
@@ -165,19 +170,19 @@ def bitsandbytes(monkeypatch, tmp_path):
         del sys.modules[name]
 
 
-@mark.parametrize("lever", LEVERS, ids=lambda lever: lever.name)
+@mark.parametrize("saver", MEMORY_SAVERS, ids=lambda saver: saver.name)
 @mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-def test_every_advice_is_accepted(lever, precision, parse, bitsandbytes):
-    engine = "hf" if lever.name == "fewer completions at once" else "vllm"
+def test_every_advice_is_accepted(saver, precision, parse, bitsandbytes):
+    engine = "hf" if saver.name == "fewer completions at once" else "vllm"
     before = run(precision=precision, engine=engine, rollout_class={"hf": "HFRollout", "vllm": "VLLMRollout"}[engine])
-    after = lever.pull(before)
+    after = saver.apply(before)
     assert after != before
     made = plan(
         task="instruction_following",
         model=SMALL,
         gpu="h100",
         num_gpus=8,
-        pins={
+        overrides={
             "engine": engine,
             "precision": precision,
             "prompts_per_rollout": 32,
@@ -186,9 +191,9 @@ def test_every_advice_is_accepted(lever, precision, parse, bitsandbytes):
             "learning_rate": 2e-6,
         },
     )
-    text, advice = to_yaml(made), flags(after, [lever])
+    text, advice = to_yaml(made), flags(after, [saver])
     config, base = parse(text, *advice), parse(text)
-    if lever.name == "8-bit Adam":
+    if saver.name == "8-bit Adam":
         assert config.model.init_args.optimizer.class_path == "bitsandbytes.optim.AdamW8bit"
     check(config, 8)
     assert config != base
@@ -202,18 +207,72 @@ def test_every_advice_is_accepted(lever, precision, parse, bitsandbytes):
     assert parse(yaml.safe_dump(without), *advice).trainer.max_steps == base.trainer.max_steps
 
 
+def printed_flags(text: str) -> list[list[str]]:
+    """The arguments in the numbered lines of a refusal."""
+    return [line.split(" (peak")[0].split() for line in re.findall(r"^  \d\. (.*)$", text, re.MULTILINE)]
+
+
+@mark.parametrize(("engine", "gpu"), [("vllm", "a100-40"), ("hf", "a100-40"), ("vllm", "l4")])
+def test_every_printed_remedy_is_accepted(engine, gpu, parse):
+    """As fit prints it, when the run does not fit."""
+    w = run(
+        engine=engine, engine_cache=2e10 if engine == "vllm" else 0.0, shape=find_model("Qwen/Qwen2.5-1.5B-Instruct")
+    )
+    w = replace(w, rollout_class={"hf": "HFRollout", "vllm": "VLLMRollout"}[engine], completion_length=8192)
+    with raises(ValueError, match="cheapest changes that fit") as refused:
+        describe_run(w, find_gpu(gpu))
+    remedies = printed_flags(str(refused.value))
+    assert len(remedies) == 3
+    text = yaml.safe_dump(BARE)
+    for remedy in remedies:
+        assert parse(text, *remedy) != parse(text)
+
+
+BARE = {
+    "model": {"class_path": "GRPOModule", "init_args": {"model": "x", "rewards": ["ExactMatch"]}},
+    "data": {"class_path": "PromptDataModule", "init_args": {"source": "letters", "size": 64}},
+}
+
+
+def allowed_values(name: str) -> list:
+    """Values of an option that its error message suggests."""
+    option = OVERRIDABLE[name]
+    special = {"loss_type": ["grpo", "dapo"], "lora_rank": [0, 8], "prompts_per_rollout": [2], "engine_cache": [1e9]}
+    if name in special:
+        return special[name]
+    if option.kind is bool:
+        return [True, False]
+    if option.names:
+        return [value for value in option.names if value != "adamw_8bit"]
+    return [max(option.minimum, 1)] if option.kind is int else [option.minimum + 0.25]
+
+
+@mark.parametrize("i", range(max(len(allowed_values(name)) for name in OVERRIDABLE)))
+def test_plans_with_every_override_are_accepted(i, parse):
+    """The i-th value of every option together."""
+    values = {name: allowed_values(name)[i % len(allowed_values(name))] for name in OVERRIDABLE}
+    implied = {"32-true": "float32", "bf16-true": "bfloat16"}.get(values["precision"], values["dtype"])
+    overrides = values | {"dtype": implied}
+    made = plan(task="short_answer", model="SmolLM2-135M-Instruct", gpu="h100", num_gpus=2, overrides=overrides)
+    config = parse(to_yaml(made))
+    assert config.trainer.precision == overrides["precision"]
+    assert config.trainer.max_steps == overrides["max_steps"]
+    assert config.model.init_args.objective.loss_type == overrides["loss_type"]
+    assert config.model.init_args.sampling.temperature == overrides["temperature"]
+
+
 def test_a_float16_run_is_offered_float16_adapters():
-    lora = next(lever for lever in LEVERS if lever.name == "LoRA")
-    assert lora.pull(run(precision="16-mixed")).dtype == "float16"
-    assert lora.pull(run()).dtype == "bfloat16"
-    assert lora.pull(run(precision="32-true")).dtype == "float32"
+    lora = next(saver for saver in MEMORY_SAVERS if saver.name == "LoRA")
+    assert lora.apply(run(precision="16-mixed")).dtype == "float16"
+    assert lora.apply(run()).dtype == "bfloat16"
+    assert lora.apply(run(precision="32-true")).dtype == "float32"
 
 
 def test_eight_bit_adam_is_only_offered_if_it_is_installed(monkeypatch):
-    lever, gpu = next(lever for lever in LEVERS if lever.name == "8-bit Adam"), find_gpu("h100")
-    assert not lever.available(gpu)
-    assert replace(lever, package="torch").available(gpu)
-    assert not replace(lever, package="torch").available(replace(gpu, device="cpu"))
+    saver, gpu = next(saver for saver in MEMORY_SAVERS if saver.name == "8-bit Adam"), find_gpu("h100")
+    assert not saver.available(gpu)
+    assert replace(saver, package="torch").available(gpu)
+    assert not replace(saver, package="torch").available(replace(gpu, device="cpu"))
 
 
 @mark.parametrize("task", TASKS)

@@ -1,4 +1,4 @@
-"""`plan` and its command: presets, pins, what they refuse, and that the YAML is one the real command line accepts."""
+"""`plan` and its command: presets, overrides, errors, and the YAML."""
 
 import json
 from types import SimpleNamespace
@@ -9,10 +9,10 @@ from pytest import approx, mark, raises
 from transformers import LlamaConfig
 
 from lightning_grpo.configure import find_gpu, plan, to_yaml
-from lightning_grpo.configure.command import main, parse_pins
+from lightning_grpo.configure.command import main, parse_overrides
 from lightning_grpo.configure.devices import GPUS, known_gpu
-from lightning_grpo.configure.memory_savers import HEADROOM
-from lightning_grpo.configure.overrides import PINNABLE
+from lightning_grpo.configure.memory_savers import USABLE
+from lightning_grpo.configure.overrides import OVERRIDABLE
 from lightning_grpo.configure.recommendations import TASKS
 
 QWEN = {"task": "math_reasoning", "model": "Qwen/Qwen2.5-1.5B-Instruct", "gpu": "h100"}
@@ -48,7 +48,7 @@ def test_baseline_under_24_gb_halves_the_group_and_doubles_the_accumulation():
 def test_every_plan_fits_and_its_numbers_divide(task, gpu):
     made = plan(task=task, model="Qwen/Qwen2.5-0.5B-Instruct", gpu=gpu)
     w = made.workload
-    assert made.memory.peak <= HEADROOM * find_gpu(gpu).memory
+    assert made.memory.peak <= USABLE * find_gpu(gpu).memory
     assert w.samples == w.samples_per_update * w.updates_per_rollout
     assert w.prompts_per_rollout * w.num_generations == w.samples
 
@@ -63,12 +63,12 @@ def test_every_choice_has_a_reason_and_comes_with_a_comment_in_the_yaml():
         assert lines[place - 1].strip().startswith("#")
 
 
-def test_pins_are_kept_and_the_rest_is_planned_around_them():
-    made = plan(**QWEN, pins={"num_generations": 6, "beta": 0.1, "micro_batch_size": 3, "learning_rate": 1e-5})
+def test_overrides_are_kept_and_the_rest_is_planned_around_them():
+    made = plan(**QWEN, overrides={"num_generations": 6, "beta": 0.1, "micro_batch_size": 3, "learning_rate": 1e-5})
     assert values(made, "num_generations", "beta", "micro_batch_size", "learning_rate") == (6, 0.1, 3, 1e-5)
     assert made.workload.accumulate_grad_batches == 16 * 6 // 3
     assert "reference" in made.memory.phases["update"]
-    pinned = plan(**QWEN | {"gpu": "l4", "lora": True}, pins={"gradient_checkpointing": False})
+    pinned = plan(**QWEN | {"gpu": "l4", "lora": True}, overrides={"gradient_checkpointing": False})
     assert not pinned.workload.gradient_checkpointing
 
 
@@ -97,31 +97,46 @@ def test_prompts_are_measured(tmp_path, tiny_model_path):
     assert made.cost.zero_variance == approx((1 + 2 * 0.5**8) / 2)
 
 
+def test_prompts_are_read_as_in_training(tmp_path, capsys):
+    file = tmp_path / "prompts.csv"
+    file.write_text("question,solve_rate\n" + "what is 1 + 1?,0.25\n" * 16)
+    arguments = ["--task", "short_answer", "--model", "SmolLM2-135M-Instruct", "--gpu", "l4", "--prompts", str(file)]
+    assert main([*arguments, "--columns", "prompt=question"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["columns"] == {"prompt": "question"}
+    assert main(arguments) == 2
+    assert "no column 'prompt'; set data.columns.prompt to one of question" in capsys.readouterr().err
+    assert main([*arguments, "--columns", "question"]) == 2
+    assert "write NAME=COLUMN" in capsys.readouterr().err
+
+
 BAD = [
-    ({"task": "poetry"}, "--task poetry: unknown; set one of math_reasoning, code"),
-    ({"gpu": "gtx"}, "--gpu gtx: unknown.*h100.*l4"),
-    ({"gpu": 2}, "set between 4 and 1000"),
+    ({"task": "poetry"}, "--task poetry: unknown task; set one of math_reasoning, code"),
+    ({"gpu": "gtx"}, "--gpu gtx: unknown device.*h100.*l4"),
+    ({"gpu": 2}, "set a number from 4 to 1000"),
     ({"model": "no/such/folder"}, "--model no/such/folder: no config found"),
     ({"num_gpus": 0}, "--num_gpus is 0"),
     ({"budget_hours": -1}, "--budget_hours is -1"),
-    ({"preset": "best"}, "--preset best: unknown"),
-    ({"task": "code", "preset": "baseline"}, "--preset baseline has no code"),
-    ({"prompts": "nowhere.jsonl"}, "--prompts nowhere.jsonl: no such file"),
-    ({"pins": {"generations": 8}}, "--set generations: unknown; set one of num_generations"),
-    ({"pins": {"num_generations": 6, "prompts_per_rollout": 4, "micro_batch_size": 5}}, "micro_batch_size is 5, but"),
-    ({"pins": {"accumulate_grad_batches": 7}}, "accumulate_grad_batches is 7, but"),
-    ({"pins": {"precision": "bf16-true", "dtype": "float32"}}, "contradict each other"),
-    ({"pins": {"lora_rank": 0}, "lora": True}, "contradict each other"),
-    ({"pins": {"max_completion_length": 10**6}}, "supports 32768; set max_completion_length to"),
+    ({"preset": "best"}, "--preset best: unknown preset"),
+    ({"task": "code", "preset": "baseline"}, "--preset baseline has no values for code"),
+    ({"prompts": "nowhere.jsonl"}, "--prompts is 'nowhere.jsonl', but there is no such file"),
+    ({"overrides": {"generations": 8}}, "--set generations: unknown option; set one of num_generations"),
+    (
+        {"overrides": {"num_generations": 6, "prompts_per_rollout": 4, "micro_batch_size": 5}},
+        "micro_batch_size is 5, but",
+    ),
+    ({"overrides": {"accumulate_grad_batches": 7}}, "accumulate_grad_batches is 7, but"),
+    ({"overrides": {"precision": "bf16-true", "dtype": "float32"}}, "contradict each other"),
+    ({"overrides": {"lora_rank": 0}, "lora": True}, "contradict each other"),
+    ({"overrides": {"max_completion_length": 10**6}}, "supports 32768; set max_completion_length to"),
     ({"model": "Qwen/Qwen2.5-32B-Instruct", "gpu": "t4"}, "cannot fit T4"),
-    ({"reward": "Nope"}, "--reward Nope: unknown; set one of ExactMatch, "),
-    ({"reward": "Reward"}, "--reward Reward: unknown"),
+    ({"reward": "Nope"}, "--reward Nope: unknown reward; set one of CodeTests, "),
+    ({"reward": "Reward"}, "--reward Reward: unknown reward"),
     ({"reward": "LengthPenalty"}, "--reward LengthPenalty: it needs "),
     ({"reward": "nowhere.mine"}, "--reward nowhere.mine: can't be imported"),
-    ({"reward": "math.pi"}, "--reward math.pi: is no function"),
+    ({"reward": "math.pi"}, "--reward math.pi: this is not a function"),
     ({"budget_hours": float("inf")}, "--budget_hours is inf"),
     ({"budget_hours": float("nan")}, "--budget_hours is nan"),
-    ({"pins": {"strategy": "fsdp"}}, "shards over several devices"),
+    ({"overrides": {"strategy": "fsdp"}}, "needs several devices"),
     ({"gpu": "h1000"}, "--gpu h1000: unknown"),
 ]
 
@@ -135,10 +150,10 @@ def test_bad_input_is_named(changes, message):
 def test_unreadable_prompts_name_the_line(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": \n')
-    with raises(ValueError, match=r"prompts.jsonl, line 2: no JSON object"):
+    with raises(ValueError, match=r"prompts.jsonl, line 2: not JSON"):
         plan(**QWEN, prompts=str(file))
     file.write_text('{"question": "a"}\n')
-    with raises(ValueError, match=r"row 1: has no column 'prompt'"):
+    with raises(ValueError, match=r"line 1: the row has no column 'prompt'"):
         plan(**QWEN, prompts=str(file))
 
 
@@ -203,17 +218,17 @@ def test_the_command_prints_yaml_and_explains(capsys, tmp_path):
     assert "set one of math_reasoning" in capsys.readouterr().err
 
 
-def test_pins_are_parsed():
-    assert parse_pins(["beta=1e-3", "num_generations=4", "gradient_checkpointing=true", "loss_type=dapo"]) == {
+def test_overrides_are_parsed():
+    assert parse_overrides(["beta=1e-3", "num_generations=4", "gradient_checkpointing=true", "loss_type=dapo"]) == {
         "beta": 1e-3,
         "num_generations": 4,
         "gradient_checkpointing": True,
         "loss_type": "dapo",
     }
     with raises(ValueError, match="given twice"):
-        parse_pins(["beta=0", "beta=1"])
+        parse_overrides(["beta=0", "beta=1"])
     with raises(ValueError, match="write OPTION=VALUE"):
-        parse_pins(["beta"])
+        parse_overrides(["beta"])
 
 
 WRONG = {
@@ -249,7 +264,7 @@ WRONG = {
 }
 
 
-@mark.parametrize("option", PINNABLE)
+@mark.parametrize("option", OVERRIDABLE)
 def test_every_wrong_value_is_one_line_with_the_option_in_it(option, capsys):
     for value in WRONG[option]:
         arguments = ["--task", "short_answer", "--model", "SmolLM2-135M-Instruct", "--gpu", "l4"]
@@ -269,8 +284,8 @@ def test_prompts_are_estimated_without_a_tokenizer(tmp_path):
     assert made.workload.prompts_per_rollout == 8
     with raises(ValueError, match="has 8 rows, fewer than the 16 ranks"):
         plan(task="short_answer", model=str(folder), gpu="l4", prompts=str(file), num_gpus=16)
-    with raises(ValueError, match="prompts_per_rollout is 9, and --prompts has 8 rows"):
-        plan(task="short_answer", model=str(folder), gpu="l4", prompts=str(file), pins={"prompts_per_rollout": 9})
+    with raises(ValueError, match="prompts_per_rollout is 9, but --prompts has 8 rows"):
+        plan(task="short_answer", model=str(folder), gpu="l4", prompts=str(file), overrides={"prompts_per_rollout": 9})
 
 
 @mark.parametrize("ranks", [1, 2, 3, 8, 64])
@@ -285,9 +300,9 @@ def test_ranks_take_the_place_of_the_baseline_accumulation(ranks):
 def test_baseline_comes_out_as_written_also_if_it_does_not_fit():
     made = plan(task="math_reasoning", model="Qwen/Qwen2.5-1.5B-Instruct", gpu=16, preset="baseline")
     assert values(made, *BASELINE_OPTIONS) == (8, 500, 0.05, 1e-5, 16)
-    assert made.memory.peak > HEADROOM * made.hardware.memory
+    assert made.memory.peak > USABLE * made.hardware.memory
     text = to_yaml(made)
-    assert "cannot fit" in text and "the cheapest ways out" in text and "--model.lora.rank 16" in text
+    assert "cannot fit" in text and "cheapest changes that fit" in text and "--model.lora.rank 16" in text
 
 
 def test_cpu_ranks_share_the_memory():
@@ -296,26 +311,26 @@ def test_cpu_ranks_share_the_memory():
 
 
 def test_an_engine_in_float32_is_counted_in_float32():
-    half, full = (plan(**QWEN, pins={"precision": p}) for p in ("bf16-mixed", "32-true"))
+    half, full = (plan(**QWEN, overrides={"precision": p}) for p in ("bf16-mixed", "32-true"))
     sizes = [made.memory.phases["generate"]["engine weights"] for made in (half, full)]
     assert sizes[1] == 2 * sizes[0]
 
 
 @mark.parametrize(
-    ("changes", "lever"),
+    ("changes", "saver"),
     [
         ({"model": "Qwen/Qwen3-4B", "gpu": 24, "lora": True}, "smallest engine cache"),
         ({"model": "Qwen/Qwen2.5-32B-Instruct", "gpu": "h100", "num_gpus": 8, "lora": True}, "split engine"),
         ({"model": "Qwen/Qwen2.5-72B-Instruct", "gpu": "h100", "num_gpus": 64, "lora": True}, "split engine"),
         ({"model": "Qwen/Qwen2.5-7B-Instruct", "gpu": 24, "num_gpus": 8}, "sharding"),
         (
-            {"model": "Qwen/Qwen2.5-3B-Instruct", "gpu": 16, "lora": True, "pins": {"engine": "hf"}},
+            {"model": "Qwen/Qwen2.5-3B-Instruct", "gpu": 16, "lora": True, "overrides": {"engine": "hf"}},
             "fewer completions at once",
         ),
     ],
 )
-def test_what_fits_is_not_refused_and_completions_keep_their_length(changes, lever):
+def test_what_fits_is_not_refused_and_completions_keep_their_length(changes, saver):
     made = plan(task="math_reasoning", **changes)
-    assert made.memory.peak <= HEADROOM * made.hardware.memory
-    assert lever in [text.split(" (")[0] for text in made.levers]
+    assert made.memory.peak <= USABLE * made.hardware.memory
+    assert saver in [text.split(" (")[0] for text in made.memory_savers]
     assert made.workload.completion_length == 1024

@@ -139,10 +139,10 @@ def test_a_slow_choice_is_warned_of_with_its_factor_and_the_remedy(rates, monkey
     engine = VLLMRollout(dtype="float16")
     mixed = cpu_trainer("bf16-mixed", callbacks=[engine])
     assert slow_choices(mixed, module(tiny_model_path)) == [
-        "trainer.precision is bf16-mixed, and this processor multiplies bfloat16 25.0 times as slowly as float32; "
-        "set trainer.precision auto or 32-true",
-        "rollout.dtype is float16, and this processor multiplies float16 100.0 times as slowly as float32; "
-        "set rollout.dtype auto",
+        "trainer.precision is bf16-mixed, but matrix products take 25.0 times as long in bfloat16 as in float32 on "
+        "this processor; set trainer.precision auto or 32-true",
+        "rollout.dtype is float16, but matrix products take 100.0 times as long in float16 as in float32 on "
+        "this processor; set rollout.dtype auto",
     ]
     plain = cpu_trainer("32-true", callbacks=[HFRollout()])
     (warning,) = slow_choices(plain, module(tiny_model_path, dtype="bfloat16"))
@@ -159,7 +159,7 @@ def test_the_summary_says_what_is_fast_and_what_follows(tmp_path, tiny_model_pat
         fit(tmp_path, policy, data(), steps=1, callbacks=[prediction], precision="bf16-mixed")
     (line,) = [line for line in caplog.text.splitlines() if line.startswith("speed ")]
     assert line.endswith("computes in bfloat16, samples in bfloat16 with HFRollout")
-    warned = "this processor multiplies bfloat16" in caplog.text
+    warned = "times as long in bfloat16" in caplog.text
     assert warned == (processor.slowdown(torch.bfloat16) >= processor.GAIN)
 
 

@@ -1,7 +1,7 @@
-"""What a forward pass keeps for its backward, measured without memory: the model's own layers on fake tensors.
+"""Activations that a forward pass saves for its backward, measured by running the model's layers on fake tensors.
 
-Fake tensors have shapes and types but no storage, so a 70B model at 32k tokens costs as little as a small one. One and
-two layers are run at the planned size; every further layer keeps what the second one did.
+Fake tensors have shapes and dtypes but no storage, so that a 70B model at 32k tokens takes no memory. One and two
+layers are run at the planned size; every further layer saves as much as the second one.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ from functools import cache
 from math import ceil
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
@@ -21,21 +20,22 @@ from lightning_grpo.configure.shape import ModelShape, with_layers
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.policy.attention import attention_for
+from lightning_grpo.policy.load import DTYPES, LoRA, with_adapters
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that the trunk's forward of one micro-batch keeps."""
+    """Bytes that the trunk saves in the forward of one micro-batch."""
 
     layer: float
-    """Of each layer, its low-precision weight copies included."""
+    """Bytes per layer, including low-precision copies of its weights."""
     ends: float
-    """Of embedding, final norm, masks and rotary tables."""
+    """Bytes for embedding, final norm, masks and rotary tables."""
 
 
 @contextlib.contextmanager
 def saved_bytes(weights: set[int]) -> Iterator[dict[int, int]]:
-    """Collects {storage: bytes} of all that autograd keeps inside, the storages in ``weights`` left out."""
+    """Collect {storage: bytes} of what autograd saves in this context, except for the storages in ``weights``."""
     saved: dict[int, int] = {}
     alive = []
 
@@ -50,17 +50,27 @@ def saved_bytes(weights: set[int]) -> Iterator[dict[int, int]]:
         yield saved
 
 
-def _kept(shape: ModelShape, layers: int, rows: int, prompts: int, P: int, T: int, settings: tuple) -> int:
-    attention, precision, dtype, rank, targets = settings
-    low = torch.float16 if precision.startswith("16") else torch.bfloat16
-    autocast = torch.autocast("cpu", dtype=low) if precision.endswith("mixed") else contextlib.nullcontext()
+@dataclass(frozen=True)
+class _Settings:
+    """Options of a run that determine its activations besides the sizes."""
+
+    attention: str
+    dtype: str
+    autocast: str | None
+    lora_rank: int
+    lora_targets: str | tuple[str, ...]
+
+
+def _saved(shape: ModelShape, layers: int, rows: int, prompts: int, P: int, T: int, settings: _Settings) -> int:
+    autocast = contextlib.nullcontext()
+    if settings.autocast:
+        autocast = torch.autocast("cpu", dtype=DTYPES[settings.autocast])
     with torch.device("meta"):
-        config = with_layers(shape.config, layers)
-        kind = getattr(torch, dtype)
-        model = _build(config, kind, attention).train()
-        if rank:
-            chosen = targets if isinstance(targets, str) else list(targets)
-            get_peft_model(model, LoraConfig(r=rank, target_modules=chosen, task_type="CAUSAL_LM"))
+        model = _build(with_layers(shape.config, layers), DTYPES[settings.dtype], settings.attention).train()
+        if settings.lora_rank:
+            targets = settings.lora_targets
+            targets = targets if isinstance(targets, str) else list(targets)
+            with_adapters(model, LoRA(rank=settings.lora_rank, target_modules=targets))
     with FakeTensorMode(), _fake_experts():
         _move_to_cpu(model)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -70,14 +80,14 @@ def _kept(shape: ModelShape, layers: int, rows: int, prompts: int, P: int, T: in
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> nn.Module:
-    """With the model's own attention if it takes none by name."""
+    """Build the model, with its own attention if the named one is not supported."""
     attention = attention if attention_for(config, ATTENTION) else None
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 @contextlib.contextmanager
 def _fake_experts() -> Iterator[None]:
-    """Experts by transformers' own grouped product, which keeps what torch's does and has a form without data."""
+    """Use transformers' grouped product for experts, which saves as much as torch's and runs on fake tensors."""
     real = moe._can_use_grouped_mm
     moe._can_use_grouped_mm = lambda input, weight, offs: False
     try:
@@ -87,7 +97,7 @@ def _fake_experts() -> Iterator[None]:
 
 
 def _forward(trunk: nn.Module, rows: int, prompts: int, P: int, T: int) -> None:
-    """As the trainer runs it: rows of prompt and completion, or each prompt once into a cache shared by its rows."""
+    """Run the trunk as the trainer does: on prompts with completions, or on each prompt once for all its rows."""
     ids = torch.zeros(rows, P + T, dtype=torch.long)
     if prompts == rows:
         trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -100,7 +110,7 @@ def _forward(trunk: nn.Module, rows: int, prompts: int, P: int, T: int) -> None:
 
 
 def _move_to_cpu(model: nn.Module) -> None:
-    """From meta to fake tensors (autocast doesn't know meta). `Module.to` swaps storages, which fake ones can't."""
+    """Replace meta by fake tensors, since autocast does not support meta, and `Module.to` not fake tensors."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -113,25 +123,25 @@ def _move_to_cpu(model: nn.Module) -> None:
 
 
 class Untraceable(ValueError):
-    """A model's layers can't run without data, so that nothing can be predicted of it."""
+    """The layers of a model don't run on fake tensors, so that its memory and time cannot be predicted."""
 
 
 @cache
 def _activations(shape: ModelShape, *sizes) -> Activations:
     try:
-        one, two = (_kept(shape, layers, *sizes) for layers in (1, 2))
+        one, two = (_saved(shape, layers, *sizes) for layers in (1, 2))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Untraceable(
-            f"{shape.name}: memory and time can't be predicted, since its layers don't run on tensors without data "
+            f"{shape.name}: memory and time can't be predicted, because its layers don't run on tensors without data "
             f"({type(error).__name__}: {reason})"
         ) from error
     return Activations(layer=two - one, ends=max(0, 2 * one - two))
 
 
 def activations(w: Workload, attention: str = "sdpa") -> Activations:
-    """What the forward of one micro-batch of ``w`` keeps, with transformers' attention of this name."""
+    """Return what the forward of one micro-batch of ``w`` saves, with transformers' attention of this name."""
     rows = w.micro_batch_size
     prompts = ceil(rows / w.num_generations) if w.shares_prompt else rows
-    settings = (attention, w.precision, w.dtype, w.lora_rank, w.lora_targets)
+    settings = _Settings(attention, w.dtype, w.compute_dtype if w.is_mixed else None, w.lora_rank, w.lora_targets)
     return _activations(w.shape, rows, prompts, w.prompt_length, w.completion_length, settings)

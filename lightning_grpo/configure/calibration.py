@@ -1,4 +1,4 @@
-"""Efficiencies measured on this machine, and where they are kept for the next plan."""
+"""Measures efficiencies on this machine, and stores them for later plans."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from lightning_grpo.errors import UserError
 
 
 def default_file() -> Path:
-    """``$LIGHTNING_GRPO_CALIBRATION``, else lightning_grpo/calibration.json in the user's cache folder."""
+    """Return ``$LIGHTNING_GRPO_CALIBRATION``, or lightning_grpo/calibration.json in the user's cache folder."""
     if given := os.environ.get("LIGHTNING_GRPO_CALIBRATION"):
         return Path(given)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -23,22 +23,22 @@ def default_file() -> Path:
 
 
 def key(w: Workload, hardware: Hardware) -> str:
-    """What a measurement holds for: device, precision, whole weights or adapters, engine."""
+    """Return what a measurement is valid for: device, precision, full weights or adapters, engine."""
     return f"{hardware.name} | {w.precision} | {'lora' if w.lora_rank else 'full'} | {w.engine}"
 
 
 def load(w: Workload, hardware: Hardware, file: Path | None = None) -> Efficiency | None:
-    """What was measured for runs like ``w`` on this device; None where nothing was.
+    """Return the efficiencies measured for runs like ``w`` on this device, or None.
 
     Raises:
-        ValueError: the file is there and isn't what `save` writes.
+        UserError: the file exists but was not written by `save`.
     """
     entry = _read(file or default_file()).get(key(w, hardware))
     return None if entry is None else Efficiency(**entry)
 
 
 def save(w: Workload, hardware: Hardware, efficiency: Efficiency, file: Path | None = None) -> Path:
-    """Keep ``efficiency`` for runs like ``w`` on this device."""
+    """Store ``efficiency`` for runs like ``w`` on this device."""
     file = file or default_file()
     entries = _read(file) | {key(w, hardware): asdict(efficiency)}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -56,22 +56,24 @@ def _read(file: Path) -> dict[str, dict]:
         for entry in entries.values():
             Efficiency(**entry)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is no calibration ({error}); delete it, or name another with --calibration") from error
+        raise UserError(
+            f"{file} is not a calibration file ({error}); delete it, or set --calibration to another"
+        ) from error
     return entries
 
 
 def from_update(w: Workload, hardware: Hardware, measured: Measured, before: Efficiency) -> Efficiency:
-    """Efficiencies that explain a measured update; decoding keeps those of ``before``.
+    """Return the efficiencies that explain a measured update, with those of ``before`` for decoding.
 
-    The optimizer step shows the bandwidth, except where it is too short to time (adapters); the rest of the
-    micro-batch then shows the matrix products.
+    The bandwidth follows from the optimizer step, unless it is too short to measure (adapters); the rate of matrix
+    products follows from the rest of the micro-batch.
     """
     flops, moved = micro_batch_work(w)
     bandwidth = before.bandwidth
     if measured.optimizer_seconds > 0.05 * measured.micro_batch_seconds:
         bandwidth = optimizer_bytes(w) / (measured.optimizer_seconds * hardware.bandwidth)
-    elsewhere = moved / (hardware.bandwidth * bandwidth)
-    products = max(measured.micro_batch_seconds - elsewhere, 0.2 * measured.micro_batch_seconds)
+    transfers = moved / (hardware.bandwidth * bandwidth)
+    products = max(measured.micro_batch_seconds - transfers, 0.2 * measured.micro_batch_seconds)
     peak = hardware.flops_fp32 if w.compute_bytes == 4 else hardware.flops
     return replace(
         before,
@@ -84,14 +86,14 @@ def from_update(w: Workload, hardware: Hardware, measured: Measured, before: Eff
 
 
 def measure(w: Workload, hardware: Hardware) -> tuple[Efficiency, Measured]:
-    """Two real updates at the shapes of ``w`` and, where the policy samples for itself, some decoding.
+    """Run two updates with the shapes of ``w`` and, if the policy itself samples, some decoding steps.
 
     Raises:
-        ValueError: ``hardware`` is not what is in this machine.
+        UserError: this machine has no such device.
     """
     device = "cpu" if hardware.is_cpu else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--measure: there is no GPU in this machine to measure {hardware.name}; leave --gpu out")
+        raise UserError(f"--measure: this machine has no GPU, so {hardware.name} can't be measured; leave --gpu out")
     full = replace(w, mean_fill=1.0)
     measured = measure_update(full, device)
     before = Efficiency.assumed(hardware, w.engine)

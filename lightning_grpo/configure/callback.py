@@ -1,4 +1,4 @@
-"""During ``fit``: a summary before the first step, prediction against reality after some, and what to learn from it."""
+"""The `Prediction` callback: predicts memory and time before a run, and compares them with measurements."""
 
 import logging
 import statistics
@@ -29,22 +29,22 @@ log = logging.getLogger(__name__)
 
 
 class Prediction(Callback):
-    """Says before the first step what a run will need, refuses what cannot fit, and compares with what it then needs.
+    """Predicts memory and time, rejects runs that cannot fit, and compares the prediction with measurements.
 
     Args:
         refuse: stop a run that is predicted not to fit; otherwise only warn.
-        tolerance: relative difference between predicted and real peak memory, or time, from which to warn.
-        after: optimizer steps before the comparison; the first ones compile and allocate.
-        calibration: file in which measured efficiencies are kept. None takes the user's cache folder.
+        tolerance: relative difference between predicted and measured memory or time above which to warn.
+        after: optimizer steps before the comparison; the first ones include compilation and allocation.
+        calibration: file in which measured efficiencies are stored. Empty takes the user's cache folder.
     """
 
     def __init__(
         self, *, refuse: bool = True, tolerance: float = 0.3, after: int = 3, calibration: str | None = None
     ) -> None:
         if tolerance <= 0:
-            raise UserError(f"tolerance is {tolerance}; set a relative difference above 0, such as 0.3")
+            raise UserError(f"prediction.tolerance is {tolerance}; set a relative difference above 0, such as 0.3")
         if after < 1:
-            raise UserError(f"after is {after}; set 1 or more optimizer steps")
+            raise UserError(f"prediction.after is {after}; set 1 or more optimizer steps")
         self.refuse = refuse
         self.tolerance = tolerance
         self.after = after
@@ -56,10 +56,10 @@ class Prediction(Callback):
         self.compares = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the summary, or refuse.
+        """Log the summary.
 
         Raises:
-            ValueError: the run cannot fit; the message has the three cheapest ways out.
+            UserError: the run cannot fit; the message has the three cheapest changes that fit.
         """
         self.hardware = this_machine() if trainer.strategy.root_device.type == "cuda" else _cpu(trainer)
         self.workload = workload_of(trainer, pl_module, self.hardware)
@@ -84,12 +84,12 @@ class Prediction(Callback):
             rank_zero_only(log.warning)("%s", warning)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """A rollout begins where the module has no experience left."""
+        """Note whether this batch starts with a rollout."""
         self._rolls_out = pl_module.progress.experience is None
         self._restart()
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
-        """After the forward, before the backward: what came before it was the rollout, if there was one."""
+        """Record the peak of the rollout, which ends after the first forward."""
         if self._rolls_out:
             self._note("rollout")
             self._restart()
@@ -98,7 +98,7 @@ class Prediction(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Collect; after enough optimizer steps, compare once."""
+        """Record times; compare once after enough optimizer steps."""
         self._note("update")
         metrics = trainer.callback_metrics
         closed = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -111,31 +111,30 @@ class Prediction(Callback):
             self.compare()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run too short for the comparison is compared at its end."""
+        """Compare at the end of a run that was too short before."""
         if self.compares and not self.report and self.seconds:
             self.compare()
 
     @rank_zero_only
     def compare(self) -> None:
-        """Predicted against measured, in the log; warns where it is off, and keeps the factors for the next plan."""
+        """Log predicted and measured figures, warn of large differences, and store the factors for later plans."""
         w = self.workload
         if self.lengths:
             fill = sum(self.lengths) / len(self.lengths) / w.completion_length
             w = replace(w, mean_fill=min(1.0, max(fill, 1e-3)))
         predicted = predict_cost(w, self.hardware, self.efficiency).seconds
         updates = w.updates_per_rollout
-        # The median of rollouts, for one that was disturbed says little.
-        took = {name: updates * _typical(values, updates) for name, values in self.seconds.items()}
+        measured = {name: updates * _typical(values, updates) for name, values in self.seconds.items()}
         pairs = {
-            "generate": (predicted["generate"] + predicted["sync"], took["sync"] + took["rollout"]),
-            "score and update": (predicted["score"] + predicted["update"], took["score"] + took["update"]),
+            "generate": (predicted["generate"] + predicted["sync"], measured["sync"] + measured["rollout"]),
+            "score and update": (predicted["score"] + predicted["update"], measured["score"] + measured["update"]),
         }
         if w.rollout_ahead:
-            # Only the wait for what was sampled shows.
+            # only the wait for the samples is measured
             del pairs["generate"]
-        lines = [f"{name} {_pair(*pair, 's a rollout')}" for name, pair in pairs.items()]
+        lines = [f"{name} {_pair(*pair, 's per rollout')}" for name, pair in pairs.items()]
         memory = predict_memory(self.workload, self.hardware)
-        # The rollout's window ends after the first forward of the update.
+        # the first forward of the update belongs to the rollout's measurement
         peaks = {"rollout": memory.peak, "update": memory.total("update")}
         pairs |= {f"memory of {name}": (peaks[name], self.peaks[name]) for name in self.peaks}
         lines += [
@@ -143,15 +142,15 @@ class Prediction(Callback):
         ]
         self.report = "predicted → measured: " + "; ".join(lines)
         log.info("%s", self.report)
-        # Less memory than predicted is what short completions give; more is a fault of the model.
+        # short completions take less memory than predicted, which is no reason to warn
         off = [
             name
             for name, (guess, real) in pairs.items()
             if real > (1 + self.tolerance) * guess or (guess > (1 + self.tolerance) * real and "memory" not in name)
         ]
         if off:
-            log.warning("the prediction was off by more than %.0f %% in: %s", 100 * self.tolerance, ", ".join(off))
-        # Half of it, on a logarithmic scale: a run beside other work does not undo what earlier ones showed.
+            log.warning("the prediction differs by more than %.0f %% in: %s", 100 * self.tolerance, ", ".join(off))
+        # later runs change the factors by half, on a logarithmic scale, in case other processes slowed this run down
         share = 0.5 if self.efficiency.source == MEASURED else 1.0
         factors = {name: _factor(*pair) ** share for name, pair in pairs.items()}
         learned = replace(
@@ -177,7 +176,7 @@ class Prediction(Callback):
 
 
 def workload_of(trainer: Trainer, pl_module: LightningModule, hardware: Hardware) -> Workload:
-    """The run that a trainer and a GRPOModule describe; prompts are as long as the longest there is."""
+    """Return the run that a trainer and a GRPOModule describe, with the longest prompt of the data."""
     data = trainer.datamodule
     optimizer = type(trainer.optimizers[0]).__name__ if trainer.optimizers else "AdamW"
     sharded = type(trainer.strategy).__name__ == "ModelParallelStrategy"
@@ -210,12 +209,11 @@ def workload_of(trainer: Trainer, pl_module: LightningModule, hardware: Hardware
 
 
 def _with_engine(w: Workload, trainer: Trainer, hardware: Hardware) -> Workload:
-    """Add what the run's rollout callback says about its engine."""
+    """Add the options of the run's rollout callback."""
     rollout = next((c for c in trainer.callbacks if isinstance(c, RolloutCallback)), None)
     if not isinstance(rollout, HFRollout | VLLMRollout) or not rollout.shares_memory:
         return replace(w, engine="remote")
-    kind = type(rollout)
-    w = replace(w, rollout_class=f"{kind.__module__}.{kind.__name__}")
+    w = replace(w, rollout_class=f"{type(rollout).__module__}.{type(rollout).__name__}")
     if isinstance(rollout, HFRollout):
         return replace(w, engine="hf", engine_sequences=rollout.max_num_seqs)
     shards = rollout.engine_args.get("tensor_parallel_size", 1)
@@ -238,13 +236,13 @@ def _with_engine(w: Workload, trainer: Trainer, hardware: Hardware) -> Workload:
 
 
 def _learning_rate(trainer: Trainer) -> float:
-    """After the warm-up."""
+    """Return the learning rate after the warm-up."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return max((float(group.get("initial_lr", group["lr"])) for group in groups), default=0.0)
 
 
 def _cpu(trainer: Trainer) -> Hardware:
-    """The host, shared by the ranks that run on it."""
+    """Return this CPU with a share of its memory for each rank on it."""
     cpu = this_machine()
     ranks = max(1, trainer.world_size // trainer.num_nodes)
     return replace(cpu, memory=cpu.memory / ranks)
@@ -255,7 +253,7 @@ def _pair(predicted: float, measured: float, unit: str) -> str:
 
 
 def _typical(values: Sequence[float], updates: int) -> float:
-    """Mean over a rollout's optimizer steps, median over rollouts; the mean of all where there is no whole rollout."""
+    """Return the median over rollouts of the mean over their optimizer steps, or the mean without a whole rollout."""
     rollouts = [values[i : i + updates] for i in range(0, len(values) - updates + 1, updates)] or [values]
     return statistics.median(statistics.fmean(steps) for steps in rollouts)
 

@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from lightning_grpo.configure.devices import GPUS, GiB
-from lightning_grpo.configure.overrides import PINNABLE
+from lightning_grpo.configure.overrides import OVERRIDABLE
 from lightning_grpo.configure.recommendations import TASKS
-from lightning_grpo.errors import UserError
+from lightning_grpo.errors import UserError, optional
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of all options, with units and defaults."""
+    """Return the parser of all options."""
     tasks = "; ".join(f"{name}: {task.about}" for name, task in TASKS.items())
     out = argparse.ArgumentParser(
         prog="lightning-grpo configure",
@@ -32,55 +32,69 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--gpu",
         default=None,
-        help=f"{', '.join(GPUS)}, cpu, or gigabytes of memory such as 24 (default: what is in this machine)",
+        help=f"{', '.join(GPUS)}, cpu, or gigabytes of memory such as 24 (default: the device of this machine)",
     )
-    add("--num_gpus", type=int, default=1, help="devices, one rank on each (default: 1)")
-    add("--lora", action="store_true", help="train adapters instead of the whole weights (default: off)")
+    add("--num_gpus", type=int, default=1, help="number of devices, with one rank on each (default: 1)")
+    add("--lora", action="store_true", help="train adapters instead of all weights (default: off)")
     add(
         "--prompts",
-        metavar="FILE",
-        help=".jsonl or .parquet with a column prompt; its lengths are taken into account, "
-        "and its pass rates where it has a column pass_rate (default: none)",
+        metavar="SOURCE",
+        help=".jsonl, .json, .csv or .parquet file, or another data set as for data.source, with a column prompt; the "
+        "plan takes its lengths into account, and its pass rates if it has a column pass_rate (default: none)",
     )
-    add("--reward", help="class of lightning_grpo.rewards, or dotted path of your own function (default: the task's)")
+    add(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="column of the prompts to use as NAME, as data.columns (for example prompt=question); can be repeated",
+    )
+    add(
+        "--reward",
+        help="class in lightning_grpo.rewards, or dotted path of your own function (default: the task's)",
+    )
     add(
         "--budget_hours",
         type=float,
         metavar="HOURS",
-        help="hours on the clock; decides the number of steps (default: 200 optimizer steps)",
+        help="wall-clock hours, which determine the number of steps (default: 200 optimizer steps)",
     )
-    add("--preset", default="evidence", help="evidence, or baseline for the fixed baseline values (default: evidence)")
+    add(
+        "--preset",
+        default="recommended",
+        help="recommended, or baseline for the fixed values of the baseline presets (default: recommended)",
+    )
     add(
         "--set",
         action="append",
         default=[],
         metavar="OPTION=VALUE",
-        dest="pins",
-        help=f"fix an option and plan the rest around it; may be repeated. Options: {', '.join(PINNABLE)}",
+        dest="overrides",
+        help=f"fix an option and plan the rest around it; can be repeated. Options: {', '.join(OVERRIDABLE)}",
     )
     add("--explain", action="store_true", help="print a table of choices, memory and time instead of the YAML")
-    add("--plot", metavar="FILE", help="also draw memory and time into FILE.png and FILE.svg")
+    add("--plot", metavar="FILE", help="also plot memory and time as FILE.png and FILE.svg")
     add(
         "--measure",
         action="store_true",
-        help="run two real steps with the planned shapes on this machine, and use "
-        "what they show in this plan and the next ones (default: off)",
+        help="run two steps with the planned shapes on this machine, and use the measurements in this and later "
+        "plans (default: off)",
     )
     add(
         "--calibration",
         metavar="FILE",
-        help="where measurements are kept (default: lightning_grpo/calibration.json in the user's cache folder)",
+        help="file with measurements (default: lightning_grpo/calibration.json in the user's cache folder)",
     )
     return out
 
 
-def parse_pins(texts: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     """``["beta=0.05"]`` to ``{"beta": 0.05}``.
 
     Raises:
-        ValueError: no equals sign, or two values for one option.
+        UserError: there is no equals sign, or an option has two values.
     """
-    pins: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not value.strip():
@@ -89,25 +103,38 @@ def parse_pins(texts: Sequence[str]) -> dict[str, Any]:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(
-                f"--set {text}: {value!r} is no plain value; write a number, true, false or a name"
+                f"--set {text}: {value!r} is not a plain value; write a number, true, false or a name"
             ) from error
         if isinstance(parsed, str):
-            # YAML 1.1 takes 1e-5 for text.
+            # YAML 1.1 reads 1e-5 as text
             with contextlib.suppress(ValueError):
                 parsed = float(parsed)
-        if name in pins and pins[name] != parsed:
-            raise UserError(f"--set {name} is given twice, as {pins[name]} and {parsed}; leave one out")
-        pins[name] = parsed
-    return pins
+        if name in overrides and overrides[name] != parsed:
+            raise UserError(f"--set {name} is given twice, as {overrides[name]} and {parsed}; remove one")
+        overrides[name] = parsed
+    return overrides
+
+
+def parse_columns(texts: Sequence[str]) -> dict[str, str]:
+    """``["prompt=question"]`` to ``{"prompt": "question"}``.
+
+    Raises:
+        UserError: a name or a column is missing.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for text, (name, _, column) in zip(texts, pairs, strict=True):
+        if not name or not column:
+            raise UserError(f"--columns {text}: write NAME=COLUMN, for example --columns prompt=question")
+    return {name: column for name, _, column in pairs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 0, or 2 where the input is wrong or nothing fits."""
+    """Run the command and return its exit status: 0, or 2 if the input is wrong or no plan fits."""
     arguments = parser().parse_args(argv)
-    # after the options are read: torch and transformers take seconds to import
+    # torch and transformers take seconds to import, so --help does without them
     from lightning_grpo.configure import calibration
     from lightning_grpo.configure.planner import plan
-    from lightning_grpo.configure.render import draw, table, to_yaml
+    from lightning_grpo.configure.render import table, to_yaml
 
     file = Path(arguments.calibration) if arguments.calibration else None
     try:
@@ -119,27 +146,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_gpus=arguments.num_gpus,
             lora=arguments.lora,
             prompts=arguments.prompts,
+            columns=parse_columns(arguments.columns),
             reward=arguments.reward,
             budget_hours=arguments.budget_hours,
-            pins=parse_pins(arguments.pins),
+            overrides=parse_overrides(arguments.overrides),
             preset=arguments.preset,
             calibration=file,
         )
-        made = choose()
+        chosen = choose()
         if arguments.measure:
-            efficiency, measured = calibration.measure(made.workload, made.hardware)
-            where = calibration.save(made.workload, made.hardware, efficiency, file)
+            efficiency, measured = calibration.measure(chosen.workload, chosen.hardware)
+            saved = calibration.save(chosen.workload, chosen.hardware, efficiency, file)
             print(
-                f"measured: {measured.micro_batch_seconds:.3f} s a micro-batch, {measured.optimizer_seconds:.3f} s an "
-                f"optimizer step, peak {measured.peak_bytes / GiB:.2f} GiB in the update; kept in {where}",
+                f"measured: {measured.micro_batch_seconds:.3f} s per micro-batch, {measured.optimizer_seconds:.3f} s "
+                f"per optimizer step, peak {measured.peak_bytes / GiB:.2f} GiB in the update; saved in {saved}",
                 file=sys.stderr,
             )
-            made = choose()
+            chosen = choose()
         if arguments.plot:
-            files = draw(made, Path(arguments.plot))
-            print(f"drawn: {', '.join(map(str, files))}", file=sys.stderr)
+            optional("matplotlib", "plot", "--plot")
+            from lightning_grpo.configure.plot import draw
+
+            files = draw(chosen, Path(arguments.plot))
+            print(f"plotted: {', '.join(map(str, files))}", file=sys.stderr)
     except ValueError as error:
         print(f"lightning-grpo configure: {error}", file=sys.stderr)
         return 2
-    sys.stdout.write(table(made) if arguments.explain else to_yaml(made))
+    sys.stdout.write(table(chosen) if arguments.explain else to_yaml(chosen))
     return 0

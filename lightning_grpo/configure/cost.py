@@ -1,8 +1,9 @@
-"""Time of a rollout and its update, as formulas: Cost = G · generate + G · reward + update.
+"""Time of a rollout and its update: Cost = G · generate + G · reward + update.
 
-A phase takes flops / (rate · efficiency) + bytes / (bandwidth · efficiency). Floating-point operations: 2 a weight and
-token forward, 4 backward (2 with frozen weights), attention 2 · query width · length² a layer and sequence forward
-(causal) and twice that backward; after "Scaling Laws" (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+A phase takes flops / (rate · efficiency) + bytes / (bandwidth · efficiency). Floating-point operations: 2 per weight
+and token in the forward, 4 in the backward (2 with frozen weights); attention 2 · query width · length² per layer and
+sequence in the forward (causal) and twice that in the backward. They follow "Scaling Laws" (Kaplan et al. 2020,
+arXiv:2001.08361, section 2.1).
 """
 
 import math
@@ -15,40 +16,39 @@ from lightning_grpo.configure.devices import Hardware
 from lightning_grpo.configure.workload import Workload
 
 MEASURED = "measured here"
-"""Source of efficiencies that this machine showed."""
+"""Source of efficiencies that were measured on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares of the hardware's peak rates that are reached."""
+    """Shares of the hardware's peak rates."""
 
     flops: float
-    """Of the dense rate, in the update's and the prefill's matrix products."""
+    """Share of the dense rate in the matrix products of update and prefill."""
     bandwidth: float
-    """Of the memory bandwidth, in decoding, element-wise work and the optimizer."""
+    """Share of the memory bandwidth in decoding, element-wise operations and the optimizer."""
     token_overhead: float
-    """Seconds of one decoding step besides reading weights and cache."""
+    """Seconds per decoding step besides reading weights and cache."""
     decoding: float = 1.0
-    """Share of ``flops`` that is reached with the few rows of a decoding step."""
+    """Share of ``flops`` that the few rows of a decoding step reach."""
     generate_factor: float = 1.0
-    """Seconds that generation took here, over those predicted without this factor."""
+    """Measured seconds of generation divided by those predicted without this factor."""
     update_factor: float = 1.0
-    """The same of the update and of scoring."""
+    """The same for update and scoring."""
     spread: float
-    """The truth is expected within a factor of this, up or down."""
+    """Factor within which the true time is expected, up or down."""
     source: str
 
     @classmethod
     def assumed(cls, hardware: Hardware, engine: str) -> "Efficiency":
-        """Before anything was measured here."""
+        """Return assumptions for a device without measurements."""
         if hardware.is_cpu:
-            overhead = 0.03 if engine != "hf" else 0.1
             return cls(
                 flops=0.95,
                 decoding=0.5,
                 bandwidth=0.4,
-                token_overhead=overhead,
-                # some of the groups have no signal, and are skipped
+                token_overhead=0.03 if engine != "hf" else 0.1,
+                # groups without signal are skipped
                 update_factor=0.75,
                 spread=1.5,
                 source="assumed",
@@ -59,12 +59,12 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one rollout with its updates, by phase, and what of it teaches nothing."""
+    """Seconds per rollout with its updates, by phase, and the share of groups without signal."""
 
     seconds: dict[str, float]
-    """By phase; of a rollout sampled ahead, what is still to be waited for."""
+    """Seconds by phase. Of a rollout sampled ahead, only the remaining wait is counted."""
     generated_tokens: float
-    """Tokens sampled in one rollout, over all ranks."""
+    """Tokens sampled per rollout, over all ranks."""
     zero_variance: float
     """Expected share of groups whose rewards are all equal."""
     efficiency: Efficiency
@@ -75,20 +75,20 @@ class Cost:
 
     @property
     def effective(self) -> float:
-        """Seconds a rollout's worth of groups that do teach: total / (1 − zero-variance share)."""
+        """Seconds per rollout's worth of groups with a signal: total / (1 − zero-variance share)."""
         return self.total / max(1e-9, 1 - self.zero_variance)
 
 
 def zero_variance_share(pass_rates: Sequence[float], num_generations: int) -> float:
-    """Expected share of groups of G 0/1 rewards that are all equal: mean of p^G + (1 − p)^G over prompts."""
+    """Return the expected share of groups of G equal 0/1 rewards: the mean of p^G + (1 − p)^G over prompts."""
     return sum(p**num_generations + (1 - p) ** num_generations for p in pass_rates) / len(pass_rates)
 
 
 def pass_rate_grid(mean: float, count: int = 32, spread: float = 0.8) -> list[float]:
-    """Pass rates of prompts around ``mean``: quantiles of a Beta distribution with a + b = ``spread``.
+    """Return pass rates around ``mean``: quantiles of a Beta distribution with a + b = ``spread``.
 
-    Below 2 the distribution is U-shaped: most prompts are nearly always or nearly never solved, as is seen where
-    pass rates are measured.
+    Below 2 the distribution is U-shaped: most prompts are solved nearly always or nearly never, as measurements of
+    pass rates show.
     """
     draws = random.Random(0)
     rates = sorted(draws.betavariate(mean * spread, (1 - mean) * spread) for _ in range(128 * count))
@@ -96,9 +96,9 @@ def pass_rate_grid(mean: float, count: int = 32, spread: float = 0.8) -> list[fl
 
 
 def alive_shares(mean_fill: float, points: int = 32) -> list[float]:
-    """Share of completions still going at ``points`` moments from start to cap.
+    """Return the share of unfinished completions at ``points`` moments from the start to the maximum length.
 
-    Lengths are taken as exponential and cut at the cap, so that their mean is ``mean_fill`` of it.
+    Lengths are exponential, truncated at the maximum, with a mean of ``mean_fill`` times the maximum.
     """
     if mean_fill >= 0.999:
         return [1.0] * points
@@ -110,7 +110,7 @@ def alive_shares(mean_fill: float, points: int = 32) -> list[float]:
 
 
 def rate(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
-    """FLOP/s that matrix products reach in the precision of ``w``."""
+    """Return the FLOP/s of matrix products in the precision of ``w``."""
     return efficiency.flops * (hardware.flops_fp32 if w.compute_bytes == 4 else hardware.flops)
 
 
@@ -122,20 +122,19 @@ def predict_cost(
     reward_seconds: float = 0.002,
     pass_rates: Sequence[float] = (),
 ) -> Cost:
-    """Seconds of one rollout and its updates.
+    """Predict the seconds of one rollout and its updates.
 
     Args:
         w: the run.
-        hardware: of each rank.
+        hardware: device of each rank.
         efficiency: measured shares of the peak rates; None assumes them.
-        reward_seconds: of one completion; those of a rank are judged one after another.
-        pass_rates: measured shares of solved completions by prompt, for the zero-variance share; none: 0.
+        reward_seconds: seconds per completion; a rank scores one completion after another.
+        pass_rates: shares of correct completions by prompt, for the zero-variance share, which is 0 without them.
     """
     efficiency = efficiency or Efficiency.assumed(hardware, w.engine)
-    local = w.samples / w.ranks
     seconds = {
         "generate": _generate(w, hardware, efficiency),
-        "reward": local * reward_seconds,
+        "reward": w.local_samples * reward_seconds,
         "score": (w.needs_old_logprobs + w.needs_reference) * score_seconds(w, hardware, efficiency),
         "update": w.num_iterations * update_seconds(w, hardware, efficiency),
         "sync": 0.0 if w.engine == "hf" else w.engine_bytes * w.shape.params / hardware.link,
@@ -151,55 +150,55 @@ def predict_cost(
 
 
 def padded_length(w: Workload) -> float:
-    """Tokens that a completion takes in a micro-batch: as many as the longest of its rows, on average."""
+    """Return the mean tokens per completion in a micro-batch, which are those of its longest row."""
     shares = alive_shares(w.mean_fill)
     longest = sum(1 - (1 - share) ** w.micro_batch_size for share in shares) / len(shares)
     return max(1.0, w.completion_length * longest)
 
 
 def _trunk_tokens(w: Workload) -> float:
-    """Tokens of a row in the trainer's trunk: a shared prompt is computed once per micro-batch."""
+    """Return the tokens per row in the trainer's trunk; a shared prompt is computed once per micro-batch."""
     sharing = min(w.micro_batch_size, w.num_generations) if w.shares_prompt else 1
     return w.prompt_length / sharing + padded_length(w)
 
 
 def _head_tokens(w: Workload) -> float:
-    """Tokens of a row in the head, which leaves out padding."""
+    """Return the tokens per row in the head, which skips padding."""
     return max(1.0, w.mean_length)
 
 
 def forward_flops(w: Workload) -> float:
-    """Floating-point operations of the trunk's forward, one row."""
+    """Return the floating-point operations of the trunk's forward for one row."""
     tokens = _trunk_tokens(w)
     attention = 2 * w.shape.layers * w.shape.query_width * (w.prompt_length + padded_length(w)) * tokens
     return 2 * w.shape.trunk_linear * tokens + attention
 
 
 def micro_batch_work(w: Workload) -> tuple[float, float]:
-    """(floating-point operations, bytes moved besides the matrix products') of one forward and backward."""
+    """Return the operations of one forward and backward, and the bytes moved besides those of matrix products."""
     rows = w.micro_batch_size
     completion = _head_tokens(w)
     backward = 1 if w.lora_rank else 2
     trunk = forward_flops(w) * (1 + backward + w.gradient_checkpointing)
     head = completion * w.shape.head * (4 if w.lora_rank else 8)
 
-    kept = activations(w)
-    full = kept.layer * w.shape.layers + kept.ends
+    saved = activations(w)
+    full = saved.layer * w.shape.layers + saved.ends
     written = full * padded_length(w) / w.completion_length
     logits = rows * completion * w.shape.vocab * 4
-    copies = 6 * w.shape.linear if w.precision.endswith("mixed") else 0
+    copies = 6 * w.shape.linear if w.is_mixed else 0
     accumulate = 3 * w.trained * w.trained_bytes
     return rows * (trunk + head), 4 * written + 6 * logits + copies + accumulate
 
 
 def optimizer_bytes(w: Workload) -> float:
-    """Bytes moved by clipping and one step of Adam: weight, gradient and two moments read and written."""
+    """Return the bytes moved by clipping and Adam: weight, gradient and two moments are read and written."""
     return w.trained * (7 * w.trained_bytes + 12) / w.shards
 
 
 def update_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
-    """Seconds of one pass of the update over one rank's completions, optimizer steps included."""
-    micro_batches = w.samples / w.ranks / w.micro_batch_size
+    """Return the seconds of one pass over the completions of a rank, including optimizer steps."""
+    micro_batches = w.local_samples / w.micro_batch_size
     flops, moved = micro_batch_work(w)
     traffic = micro_batches * moved + micro_batches / w.accumulate_grad_batches * optimizer_bytes(w)
     seconds = micro_batches * flops / rate(w, hardware, efficiency)
@@ -207,9 +206,8 @@ def update_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> f
 
 
 def score_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
-    """Seconds of one forward pass with log-probs over one rank's completions."""
-    completion = _head_tokens(w)
-    local = w.samples / w.ranks
+    """Return the seconds of one forward pass with log-probs over the completions of a rank."""
+    completion, local = _head_tokens(w), w.local_samples
     flops = local * (forward_flops(w) + 2 * completion * w.shape.head)
     traffic = local * completion * w.shape.vocab * 12
     seconds = flops / rate(w, hardware, efficiency) + traffic / (hardware.bandwidth * efficiency.bandwidth)
@@ -217,12 +215,12 @@ def score_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> fl
 
 
 def decode_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency, rows: float, length: float) -> float:
-    """Seconds of one decoding step of ``rows`` sequences of ``length`` tokens, without its fixed overhead."""
+    """Return the seconds of one decoding step of ``rows`` sequences of ``length`` tokens, without its overhead."""
     weights = w.shape.trunk_linear + w.shape.head
-    # The policy itself is cast once per rollout and then read in what it computes in.
+    # the policy itself is cast once per rollout
     size = w.engine_bytes if w.engine != "hf" else min(w.weight_bytes, w.compute_bytes)
     cached = rows * length * w.shape.cache_bytes * w.engine_bytes / 2
-    # an engine that several ranks share has the rows of all of them, and a part of the weights on each
+    # a shared engine has the rows of all its ranks, and a part of the weights on each
     read = size * (w.shape.read_linear(rows * w.engine_shards) + w.shape.head) / w.engine_shards + cached
     bandwidth = hardware.bandwidth * efficiency.bandwidth
     products = 2 * weights * rows / (efficiency.decoding * rate(w, hardware, efficiency))
@@ -230,11 +228,10 @@ def decode_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency, rows
 
 
 def _generate(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
-    """Seconds to sample one rank's completions: prefill, then decoding in waves, the tail of long ones included."""
-    local = w.samples / w.ranks
+    """Return the seconds to sample the completions of a rank: prefill, then decoding in waves."""
     prefill = w.prompts_per_rollout / w.ranks * w.prompt_length * 2 * w.shape.trunk_linear
-    waves = math.ceil(local / w.engine_sequences)
-    rows = local / waves
+    waves = math.ceil(w.local_samples / w.engine_sequences)
+    rows = w.local_samples / waves
     alive = alive_shares(w.mean_fill)
     decode = 0.0
     for i, share in enumerate(alive):

@@ -1,7 +1,7 @@
-"""What a device holds and how fast it is, and a table of known GPUs.
+"""Memory and rates of devices, and a table of known GPUs.
 
-Rates are dense, without sparsity: bfloat16 tensor-core FLOP/s (float16 where a card has no bfloat16), device-memory
-bytes/s, bytes. Source: the vendors' data sheets.
+Rates are dense, without sparsity: bfloat16 tensor-core FLOP/s (float16 for cards without bfloat16), and bytes/s of the
+device memory. Source: the vendors' data sheets.
 """
 
 import re
@@ -13,16 +13,16 @@ GiB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One device (or the host's CPU) as the planner sees it."""
+    """One device, or the host's CPU."""
 
     name: str
-    """Name shown to people."""
+    """Name in messages."""
     memory: float
     """Bytes of device memory."""
     flops: float
     """Dense bf16 FLOP/s."""
     flops_fp32: float
-    """Dense fp32 FLOP/s (TF32 left off, as in PyTorch's default)."""
+    """Dense fp32 FLOP/s, without TF32 (PyTorch's default)."""
     bandwidth: float
     """Device-memory bytes/s."""
     link: float = 25 * GB
@@ -30,11 +30,11 @@ class Hardware:
     device: str = "cuda"
     """Torch device type."""
     bf16: bool = True
-    """Whether matrix products can be in bfloat16."""
+    """Whether it supports matrix products in bfloat16."""
     context: float = 0.9 * GiB
-    """Bytes that the driver's context, the libraries' workspaces and fragmentation take."""
+    """Bytes for the driver's context, the libraries' workspaces and fragmentation."""
     source: str = ""
-    """Where the figures come from."""
+    """Source of the figures."""
 
     @property
     def is_cpu(self) -> bool:
@@ -46,14 +46,14 @@ def _gpu(
 ) -> Hardware:
     return Hardware(
         name=name,
-        # Some cards count in 2^30 bytes, others in 10^9; a percent is the driver's.
+        # some vendors count in 2^30 bytes, others in 10^9; the driver takes a percent
         memory=0.99 * gb * (GiB if name[:4] in ("A100", "H100", "H200") else GB),
         flops=tflops * 1e12,
         flops_fp32=fp32 * 1e12,
         bandwidth=tb_s * 1e12,
         link=link * GB,
         bf16=bf16,
-        source="vendor data sheet, dense" if bf16 else "vendor data sheet; float16: this card has no bfloat16",
+        source="vendor data sheet, dense" if bf16 else "vendor data sheet; float16, since this card has no bfloat16",
     )
 
 
@@ -77,10 +77,10 @@ GPUS: dict[str, Hardware] = {
 
 
 def known_gpu(name: str) -> Hardware | None:
-    """The known card of this name, as PyTorch or a person writes it (``NVIDIA A100-SXM4-40GB``, ``h100``).
+    """Return the card of this name, as PyTorch or a person writes it (``NVIDIA A100-SXM4-40GB``, ``h100``).
 
-    None for any other card, also if its name merely contains a known one (RTX A1000, H100 NVL), and for a part of a
-    card (MIG).
+    None for any other card, even if its name contains a known one (RTX A1000, H100 NVL), and for a part of a card
+    (MIG).
     """
     words = re.findall(r"[a-z0-9]+", name.lower())
     plain = re.sub(r"(\d+) gb\b", r"\1gb", " ".join(words))
@@ -100,7 +100,7 @@ def known_gpu(name: str) -> Hardware | None:
 
 
 def by_memory(gb: float) -> Hardware:
-    """The slowest known card with about this much memory (within 25 %), given exactly ``gb`` gigabytes."""
+    """Return the slowest known card with about this much memory (within 25 %), with exactly ``gb`` gigabytes."""
     near = [gpu for gpu in GPUS.values() if abs(gpu.memory / GB - gb) <= 0.25 * gb] or list(GPUS.values())
     card = min(near, key=lambda gpu: gpu.bandwidth)
     return replace(card, name=f"{gb:g} GB GPU (rates of {card.name})", memory=gb * GB)

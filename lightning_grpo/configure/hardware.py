@@ -1,4 +1,4 @@
-"""The machine at hand, and devices by name."""
+"""The device of this machine, and devices by name."""
 
 import platform
 import re
@@ -16,7 +16,7 @@ from lightning_grpo.processor import parallel_speedup, product_rate
 
 
 def cgroup_limit() -> float:
-    """Bytes this container may use; infinite without a limit."""
+    """Return the bytes that this container may use, or infinity."""
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             text = Path(path).read_text().strip()
@@ -29,7 +29,7 @@ def cgroup_limit() -> float:
 
 @cache
 def this_cpu() -> Hardware:
-    """The host's CPU: its rates in matrix products, and in copying, as measured here (about 0.2 s)."""
+    """Return this CPU, with measured rates of matrix products and copies (about 0.2 s)."""
     x, y = torch.ones(2**24), torch.empty(2**24)
     best = float("inf")
     for _ in range(3):
@@ -37,9 +37,9 @@ def this_cpu() -> Hardware:
         y.copy_(x)
         best = min(best, time.perf_counter() - start)
     threads = torch.get_num_threads()
-    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    model = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return Hardware(
-        name=f"CPU ({kind}, {threads} thread{'s' if threads > 1 else ''})",
+        name=f"CPU ({model}, {threads} thread{'s' if threads > 1 else ''})",
         memory=min(float(psutil.virtual_memory().total), cgroup_limit()),
         flops=parallel_speedup() * product_rate(torch.bfloat16),
         flops_fp32=parallel_speedup() * product_rate(torch.float32),
@@ -52,17 +52,17 @@ def this_cpu() -> Hardware:
 
 
 def this_machine() -> Hardware:
-    """The first CUDA device, its rates known by name or taken from a card of its memory; else the CPU."""
+    """Return the first CUDA device, with rates by its name or by its memory; without one, the CPU."""
     if not torch.cuda.is_available():
         return this_cpu()
     properties = torch.cuda.get_device_properties(0)
     base = known_gpu(properties.name) or by_memory(properties.total_memory / GB)
-    # what the driver says of the card goes before any table: its memory, and bfloat16 from compute capability 8 on
+    # memory and compute capability (bfloat16 from 8 on) come from the driver
     return replace(base, name=properties.name, memory=float(properties.total_memory), bf16=properties.major >= 8)
 
 
 def shared(hardware: Hardware, ranks: int) -> Hardware:
-    """What each of ``ranks`` processes has of a CPU; a GPU is a rank's own."""
+    """Return the share of a CPU that each of ``ranks`` processes has; each rank has a GPU of its own."""
     if not hardware.is_cpu or ranks == 1:
         return hardware
     rates = {name: getattr(hardware, name) / ranks for name in ("memory", "flops", "flops_fp32", "bandwidth")}
@@ -70,11 +70,11 @@ def shared(hardware: Hardware, ranks: int) -> Hardware:
 
 
 def find_gpu(gpu: str | float | None) -> Hardware:
-    """A device by name (``"h100"``), by gigabytes of memory (``24`` or ``"24GB"``), or, for None, ``"auto"`` or
-    ``"cpu"``, what is in this machine.
+    """Return a device by name (``"h100"``), by gigabytes of memory (``24`` or ``"24GB"``), or, for None, ``"auto"``
+    or ``"cpu"``, that of this machine.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        UserError: an unknown name; the message lists the known ones.
     """
     if gpu is None or gpu == "auto":
         return this_machine()
@@ -84,13 +84,13 @@ def find_gpu(gpu: str | float | None) -> Hardware:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b?)?", text):
         gb = float(match[1])
         if not 4 <= gb <= 1000:
-            raise UserError(f"--gpu {gpu}: {gb:g} GB of memory is no accelerator's; set between 4 and 1000")
+            raise UserError(f"--gpu {gpu}: no accelerator has {gb:g} GB of memory; set a number from 4 to 1000")
         return by_memory(gb)
     if text in GPUS:
         return GPUS[text]
     if known := known_gpu(text):
         return known
     raise UserError(
-        f"--gpu {gpu}: unknown. Set one of {', '.join(GPUS)}, cpu, auto (what is in this machine), "
-        "or the memory in gigabytes (for example 24)"
+        f"--gpu {gpu}: unknown device; set one of {', '.join(GPUS)}, cpu, auto (the device of this machine), or the "
+        "memory in gigabytes (for example 24)"
     )

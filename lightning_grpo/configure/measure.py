@@ -1,14 +1,15 @@
-"""Two real updates at the planned shapes on this machine: what they take in time and memory."""
+"""Measures time and memory of updates and of decoding with the planned shapes on this machine."""
 
 import contextlib
 import os
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -17,42 +18,43 @@ from lightning_grpo.configure.devices import Hardware
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.policy.attention import attention_for
+from lightning_grpo.policy.load import DTYPES, enable_gradient_checkpointing, with_adapters
 from lightning_grpo.policy.logprobs import completion_logprobs
 from lightning_grpo.rollout import HFEngine, SampleRequest
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one micro-batch, on one rank."""
+    """Measurements of one micro-batch on one rank."""
 
     micro_batch_seconds: float
-    """Forward and backward."""
+    """Seconds of forward and backward."""
     optimizer_seconds: float
-    """Clipping and one step."""
+    """Seconds of clipping and one optimizer step."""
     peak_bytes: float
-    """Most that the update held: on a GPU as its allocator counts, on a CPU by which the resident memory grew; NaN
-    where the system doesn't tell."""
+    """Peak of the update: of the allocator on a GPU, and the growth of resident memory on a CPU; NaN if the system does
+    not report it."""
 
 
 def random_policy(w: Workload, device: torch.device | str) -> nn.Module:
-    """The model of ``w`` with random weights, ready to be trained."""
+    """Return the model of ``w`` with random weights, in training mode."""
     with torch.device(device):
-        config, dtype = w.shape.config, getattr(torch, w.dtype)
-        attention = attention_for(config, ATTENTION)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    if w.lora_rank:
-        targets = w.lora_targets if isinstance(w.lora_targets, str) else list(w.lora_targets)
-        model = get_peft_model(model, LoraConfig(r=w.lora_rank, target_modules=targets, task_type="CAUSAL_LM"))
-    model.train()
+        attention = attention_for(w.shape.config, ATTENTION)
+        model = AutoModelForCausalLM.from_config(w.shape.config, dtype=DTYPES[w.dtype], attn_implementation=attention)
+    if lora := w.lora:
+        model = with_adapters(model, lora)
     if w.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        if w.lora_rank:
-            model.enable_input_require_grads()
-    return model
+        enable_gradient_checkpointing(model)
+    return model.train()
+
+
+def autocast(w: Workload, device: str) -> AbstractContextManager:
+    """Return a context that computes in the precision of ``w``."""
+    return torch.autocast(device, dtype=DTYPES[w.compute_dtype]) if w.is_mixed else contextlib.nullcontext()
 
 
 def random_batch(w: Workload, device: torch.device | str) -> dict[str, Tensor]:
-    """One micro-batch of full length; rows of a group have the same prompt."""
+    """Return one micro-batch of full length, in which the rows of a group have the same prompt."""
     rows = w.micro_batch_size
     prompts = torch.randint(w.shape.vocab, (ceil(rows / w.num_generations), w.prompt_length))
     prompt_ids = prompts.repeat_interleave(w.num_generations, 0)[:rows]
@@ -67,12 +69,12 @@ def random_batch(w: Workload, device: torch.device | str) -> dict[str, Tensor]:
 
 
 def sees_peaks() -> bool:
-    """Whether this system lets a process watch the peak of its own resident memory."""
+    """Return whether this system reports the peak of a process's resident memory."""
     return os.access("/proc/self/clear_refs", os.W_OK)
 
 
 def resident(field: str = "VmRSS") -> float:
-    """Bytes of resident memory of this process now, or (VmHWM) at its peak since `reset_peak`."""
+    """Return the bytes of resident memory of this process now, or (VmHWM) its peak since `reset_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return float(line.split()[1]) * 1024
@@ -80,16 +82,15 @@ def resident(field: str = "VmRSS") -> float:
 
 
 def reset_peak() -> None:
-    """Let the peak of resident memory start again from here (Linux)."""
+    """Reset the peak of resident memory (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure_update(w: Workload, device: torch.device | str, steps: int = 2) -> Measured:
-    """Forward, backward, clip and step, ``steps`` times after one to warm up.
+    """Measure forward, backward, clipping and optimizer step, ``steps`` times after one to warm up.
 
-    Weights and tokens are random: neither time nor memory depends on them. On a CPU the peak is that of the process
-    above what it held before; it means most in a fresh process, with MALLOC_MMAP_THRESHOLD_=65536 in the environment,
-    where freed memory returns to the system at once.
+    Weights and tokens are random, since neither time nor memory depends on them. On a CPU the peak is the growth of the
+    process; it is most accurate in a fresh process with `environment`, which returns freed memory at once.
     """
     device = torch.device(device)
     cuda = device.type == "cuda"
@@ -103,15 +104,13 @@ def measure_update(w: Workload, device: torch.device | str, steps: int = 2) -> M
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
     reference = [random_policy(replace(w, gradient_checkpointing=False), device)] if w.needs_reference else []
     batch = random_batch(w, device)
-    low = torch.float16 if w.precision.startswith("16") else torch.bfloat16
-    mixed = w.precision.endswith("mixed")
     passes, updates = [], []
     for step in range(steps + 1):
         if step == 1 and watched:
             reset_peak()
         wait()
         start = time.perf_counter()
-        with torch.autocast(device.type, dtype=low) if mixed else contextlib.nullcontext():
+        with autocast(w, device.type):
             for frozen in reference:
                 with torch.no_grad():
                     completion_logprobs(frozen, **batch, share_prompt=w.shares_prompt)
@@ -132,18 +131,16 @@ def measure_update(w: Workload, device: torch.device | str, steps: int = 2) -> M
 
 
 def environment() -> dict[str, str]:
-    """Of a fresh process whose resident memory follows what it really holds."""
+    """Return the environment for a fresh process whose resident memory follows its allocations."""
     return os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 def measure_decoding(w: Workload, hardware: Hardware, efficiency: Efficiency, device: str, steps: int = 8) -> float:
-    """Seconds of one decoding step beyond what reading weights and cache explains, with the planned number of rows."""
+    """Return the seconds per decoding step that reading weights and cache does not explain."""
     policy = random_policy(replace(w, gradient_checkpointing=False, lora_rank=0), device)
-    low = torch.float16 if w.precision.startswith("16") else torch.bfloat16
-    mixed = w.precision.endswith("mixed")
-    context = (lambda: torch.autocast(device, dtype=low)) if mixed else contextlib.nullcontext
+    context = partial(autocast, w, device)
     engine = HFEngine(policy, eos_token_ids=[], pad_id=0, max_num_seqs=w.engine_sequences, context=context)
-    rows = min(w.engine_sequences, w.samples // w.ranks)
+    rows = min(w.engine_sequences, w.local_samples)
     groups = ceil(rows / w.num_generations)
     prompts = torch.randint(w.shape.vocab, (groups, w.prompt_length)).tolist()
     seeds = [list(range(w.num_generations)) for _ in prompts]

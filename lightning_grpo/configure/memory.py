@@ -1,8 +1,8 @@
 """Peak memory by phase (generate, score, update) and by part, from a model's config alone.
 
-Parameters are counted exactly, kept activations measured on fake tensors (`activations`), the rest follows from the
-numbers of the run. States as in "ZeRO" (Rajbhandari et al. 2020, arXiv:1910.02054, section 3): with Adam in fp32,
-4 (weights) + 4 (gradients) + 8 (moments) bytes a trained parameter.
+Parameters are counted exactly, saved activations are measured on fake tensors (`activations`), and the rest follows
+from the numbers of the run. States are as in "ZeRO" (Rajbhandari et al. 2020, arXiv:1910.02054, section 3): with Adam
+in fp32, 4 (weights) + 4 (gradients) + 8 (moments) bytes per trained parameter.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ from lightning_grpo.policy.attention import NAME as ATTENTION
 
 Parts = dict[str, float]
 
-# vLLM on a GPU: its profiling batch and workspaces, its CUDA graphs, and what stays behind while it sleeps. Its users
-# report 0.7 to 2 GB in all.
-VLLM_WORKSPACE = 1.0 * GiB
-VLLM_GRAPHS = 0.8 * GiB
-VLLM_RESIDUE = 0.8 * GiB
+VLLM_WORKSPACE = 1.8 * GiB
+"""Bytes that vLLM takes on a GPU besides weights and cache: profiling batch, workspaces and CUDA graphs. Users report
+0.7 to 2 GB."""
+
+VLLM_ASLEEP = 0.8 * GiB
+"""Bytes that vLLM keeps while it sleeps."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Memory:
 
 
 def predict_memory(w: Workload, hardware: Hardware) -> Memory:
-    """Peak bytes of each phase on one rank, once the optimizer's state exists.
+    """Return the peak bytes of each phase on one rank once the optimizer state exists.
 
-    Shapes are the longest planned: prompts and completions all of full length.
+    All prompts and completions are taken at full length.
     """
     context = {"context": hardware.context}
     awake, asleep = _engine(w, hardware)
@@ -57,7 +58,7 @@ def predict_memory(w: Workload, hardware: Hardware) -> Memory:
 
 
 def _states(w: Workload) -> Parts:
-    """What lies in memory all the time, from the first optimizer step on. Gradients don't outlive the update."""
+    """Return what is in memory all the time after the first optimizer step; gradients exist only in the update."""
     state = STATE_BYTES[w.optimizer]
     if w.optimizer != "adamw_8bit":
         state *= w.trained_bytes / 4
@@ -71,7 +72,7 @@ def _states(w: Workload) -> Parts:
 
 
 def _gathered(w: Workload) -> Parts:
-    """FSDP's whole weights: those of the layer at work and the next one, embedding and head."""
+    """Return the weights that FSDP gathers: those of the current and the next layer, embedding and head."""
     if w.shards == 1:
         return {}
     ends = w.shape.head * (1 if w.shape.tied else 2)
@@ -79,14 +80,14 @@ def _gathered(w: Workload) -> Parts:
 
 
 def _weight_copies(w: Workload) -> float:
-    """Autocast's low-precision copies of trained weights, kept until the forward's context ends."""
-    return 2 * w.shape.linear if w.precision.endswith("mixed") and w.dtype == "float32" and not w.lora_rank else 0
+    """Return the bytes of autocast's copies of trained weights, which exist until the context of the forward ends."""
+    return 2 * w.shape.linear if w.is_mixed and w.dtype == "float32" and not w.lora_rank else 0
 
 
 def _head(w: Workload, hardware: Hardware, trained: bool) -> float:
-    """The log-prob kernel's blocks: logits [n, W] of W ids of the vocabulary, and what it multiplies them with.
+    """Return the bytes of the log-prob kernel: a block of logits [n, W] for W ids of the vocabulary, and its factors.
 
-    A trained head keeps blocks for the backward up to a budget, and multiplies for the others again.
+    A trained head keeps blocks for the backward up to a budget and recomputes the others.
     """
     n, H, V, size = w.micro_batch_size * w.completion_length, w.shape.hidden, w.shape.vocab, w.compute_bytes
     logit = size if hardware.is_cpu else 4
@@ -102,45 +103,45 @@ def _head(w: Workload, hardware: Hardware, trained: bool) -> float:
 def _generate(w: Workload) -> Parts:
     if w.engine != "hf":
         return {}
-    rows = min(w.engine_sequences, w.samples // w.ranks)
-    length = w.prompt_length + w.completion_length
-    # One layer after another is copied when rows leave.
-    cache = rows * length * 2 * w.shape.layers * w.shape.kv_width * w.compute_bytes * (1 + 1 / w.shape.layers)
-    # All of them stay for the whole rollout, the head's too.
+    rows = min(w.engine_sequences, w.local_samples)
+    # layers are copied one after another when rows finish
+    cache = rows * w.max_length * 2 * w.shape.layers * w.shape.kv_width * w.compute_bytes * (1 + 1 / w.shape.layers)
+    # the copies of all layers and of the head stay for the whole rollout
     copies = _weight_copies(w) and _weight_copies(w) + 2 * w.shape.head
     return {"KV cache": cache, "weight copies": copies, "sampling": 12 * rows * w.shape.vocab}
 
 
-def _kept(w: Workload, hardware: Hardware) -> Activations:
+def _residual(w: Workload) -> int:
+    """Return the bytes of the residual stream, which has the dtype of the parameters, also under autocast."""
+    return w.micro_batch_size * w.max_length * w.shape.hidden * w.weight_bytes
+
+
+def _saved(w: Workload, hardware: Hardware) -> Activations:
     return activations(w, ATTENTION if hardware.is_cpu else "sdpa")
 
 
 def _score(w: Workload, hardware: Hardware) -> Parts:
-    """Old and reference log-probs, without gradients: one layer's activations at a time."""
+    """Return the memory for old and reference log-probs without gradients: the activations of one layer at a time."""
     if not (w.needs_old_logprobs or w.needs_reference):
         return {}
-    tokens = w.micro_batch_size * (w.prompt_length + w.completion_length)
     return {
-        "activations": _kept(w, hardware).layer + 2 * tokens * w.shape.hidden * w.weight_bytes,
+        "activations": _saved(w, hardware).layer + 2 * _residual(w),
         "weight copies": _weight_copies(w),
         "logits blocks": _head(w, hardware, trained=False),
     }
 
 
 def _update(w: Workload, hardware: Hardware) -> Parts:
-    """The largest of three moments: the loss is known, the last gradient arrives, the optimizer steps."""
+    """Return the largest of three moments: after the loss, at the last gradient, and in the optimizer step."""
     states = _states(w) | {"gradients": w.trained * w.trained_bytes / w.shards}
-    kept = _kept(w, hardware)
-    tokens = w.micro_batch_size * (w.prompt_length + w.completion_length)
-    # The residual stream has the parameters' type, also under autocast.
-    residual = tokens * w.shape.hidden * w.weight_bytes
+    saved, residual = _saved(w, hardware), _residual(w)
     if w.gradient_checkpointing:
         body = {
-            "activations (checkpoints)": w.shape.layers * residual + kept.ends,
-            "one layer, recomputed": max(kept.layer, _weight_copies(w)),
+            "activations (checkpoints)": w.shape.layers * residual + saved.ends,
+            "one layer, recomputed": max(saved.layer, _weight_copies(w)),
         }
     else:
-        body = {"activations": w.shape.layers * kept.layer + kept.ends}
+        body = {"activations": w.shape.layers * saved.layer + saved.ends}
     head_gradient = 0 if w.lora_rank else w.shape.head * w.weight_bytes / w.shards
     loss = body | {
         "hidden states": 2 * residual,
@@ -148,19 +149,19 @@ def _update(w: Workload, hardware: Hardware) -> Parts:
         "head gradient": head_gradient,
     }
     last = {"head gradient": 2 * head_gradient}
-    # On a GPU, PyTorch's AdamW works on all parameters at once and holds one temporary of their size; on a CPU, on one
-    # after another, the largest being the head.
-    at_once = 2 * head_gradient if hardware.is_cpu else w.trained * w.trained_bytes / w.shards
-    step = {"optimizer temporaries": at_once}
+    # PyTorch's AdamW has temporaries for all parameters on a GPU, but only for one at a time on a CPU, of which
+    # the head is the largest
+    temporaries = 2 * head_gradient if hardware.is_cpu else w.trained * w.trained_bytes / w.shards
+    step = {"optimizer temporaries": temporaries}
     return states | max((loss, last, step), key=lambda parts: sum(parts.values()))
 
 
 def _engine(w: Workload, hardware: Hardware) -> tuple[Parts, Parts]:
-    """What the engine holds (awake, asleep)."""
+    """Return the memory of the engine while it samples and while the policy trains."""
     if w.engine != "vllm":
         return {}, {}
     awake = {"engine weights": w.engine_bytes * w.shape.params / w.engine_shards, "KV cache": w.engine_cache}
     if hardware.is_cpu:
         return awake, awake
-    awake |= {"engine workspace": VLLM_WORKSPACE + VLLM_GRAPHS * w.engine_graphs}
-    return awake, {"engine asleep": VLLM_RESIDUE} if w.engine_sleep else awake
+    awake |= {"engine workspace": VLLM_WORKSPACE}
+    return awake, {"engine asleep": VLLM_ASLEEP} if w.engine_sleep else awake

@@ -1,13 +1,16 @@
-"""What a file of prompts says about a run: how many, how long, and, where it has them, how often they are solved."""
+"""Statistics of a user's prompts: their number, their lengths and, if there is a column for it, their pass rates."""
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from lightning_grpo.data.encoding import encode_rows
+from lightning_grpo.data.rows import Row, as_messages, name_columns
+from lightning_grpo.data.sources import read
 from lightning_grpo.errors import UserError
-from lightning_grpo.policy.files import loading_options
+from lightning_grpo.policy.load import load_tokenizer
 
 CHARACTERS_PER_TOKEN = 3.5
 PASS_RATE_COLUMNS = ("pass_rate", "solve_rate", "mean_reward")
@@ -21,72 +24,67 @@ class PromptStatistics:
     mean_length: float
     longest: int
     pass_rates: tuple[float, ...]
-    """Of the prompts that have one; empty where the file has no such column."""
+    """Pass rates of the prompts that have one."""
     counted: bool
-    """By the model's tokenizer; otherwise estimated from characters."""
+    """Whether the lengths were counted by the model's tokenizer; otherwise they are estimated from characters."""
 
 
-def read_rows(path: str) -> list[dict[str, Any]]:
-    """Rows of a .jsonl or .parquet file.
+def prompt_statistics(source: str, model: str, columns: Mapping[str, str] = {}) -> PromptStatistics:
+    """Read prompts as `PromptDataModule` does and measure them, with the model's tokenizer if its folder is local.
+
+    Args:
+        source: as ``data.source``.
+        model: folder or hub name.
+        columns: as ``data.columns``, new name → column.
 
     Raises:
-        ValueError: not there, not readable, or without rows; the message names file and line.
+        UserError: the prompts can't be read, or a pass rate is not a share.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"--prompts {path}: no such file; set a .jsonl or .parquet file")
-    if file.suffix == ".parquet":
-        from pyarrow import ArrowException, parquet
-
-        try:
-            rows = parquet.read_table(file).to_pylist()
-        except (ArrowException, OSError) as error:
-            raise UserError(f"--prompts {path}: not readable as parquet ({str(error).splitlines()[0]})") from error
-    elif file.suffix in (".jsonl", ".json"):
-        rows = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"--prompts {path}, line {number}: no JSON object ({error})") from error
-    else:
-        raise UserError(f"--prompts {path}: unknown kind of file {file.suffix!r}; set a .jsonl or .parquet file")
-    if not rows:
-        raise UserError(f"--prompts {path}: holds no rows")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or "prompt" not in row:
-            raise UserError(f"--prompts {path}, row {number}: has no column 'prompt'")
-    return rows
-
-
-def _tokens(prompt: str | list[dict], tokenizer: Any) -> int:
-    if tokenizer is None:
-        text = prompt if isinstance(prompt, str) else "".join(str(message["content"]) for message in prompt)
-        return max(1, round(len(text) / CHARACTERS_PER_TOKEN))
-    if isinstance(prompt, str):
-        return len(tokenizer(prompt)["input_ids"])
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def prompt_statistics(path: str, model: str) -> PromptStatistics:
-    """Read the file and measure it, with the model's own tokenizer where its folder is here."""
-    rows = read_rows(path)
-    tokenizer = None
-    if Path(model).is_dir():
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model, **loading_options(model))
-        except (OSError, ValueError):
-            tokenizer = None
-        if tokenizer is not None and not tokenizer("a prompt")["input_ids"]:
-            # a folder without tokenizer files gives one without a vocabulary
-            tokenizer = None
-    lengths = [_tokens(row["prompt"], tokenizer) for row in rows]
-    column = next((name for name in PASS_RATE_COLUMNS if name in rows[0]), None)
-    rates = tuple(float(row[column]) for row in rows if row.get(column) is not None) if column else ()
-    if any(not 0 <= rate <= 1 for rate in rates):
-        raise UserError(f"--prompts {path}: column {column!r} has values outside [0, 1]; pass rates are shares")
+    rows = read(source, args={}, size=None, seed=0, option="--prompts")
+    tokenizer = _local_tokenizer(model)
+    lengths = _counted(rows, tokenizer, columns) if tokenizer else [_estimated(*row, columns) for row in rows]
+    rates = tuple(rate for where, row in rows if (rate := _pass_rate(where, row)) is not None)
     return PromptStatistics(len(rows), mean(lengths), max(lengths), rates, tokenizer is not None)
+
+
+def _local_tokenizer(model: str) -> Any:
+    try:
+        tokenizer = load_tokenizer(model) if Path(model).is_dir() else None
+    except UserError:
+        return None
+    # a folder without tokenizer files gives a tokenizer without a vocabulary
+    return tokenizer if tokenizer and tokenizer("a prompt")["input_ids"] else None
+
+
+def _counted(rows: list[tuple[str, Row]], tokenizer: Any, columns: Mapping[str, str]) -> list[int]:
+    prompts = encode_rows(
+        rows,
+        tokenizer,
+        columns=dict(columns),
+        chat=False,
+        system_prompt=None,
+        chat_template=None,
+        chat_template_args={},
+        max_prompt_length=None,
+        overlong="drop",
+    )
+    return [len(prompt.ids) for prompt in prompts]
+
+
+def _estimated(where: str, row: Row, columns: Mapping[str, str]) -> int:
+    prompt = as_messages(where, name_columns(where, row, dict(columns))["prompt"], chat=False, system_prompt=None)
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] or "" for message in prompt]
+    return max(1, round(sum(map(len, texts)) / CHARACTERS_PER_TOKEN))
+
+
+def _pass_rate(where: str, row: Row) -> float | None:
+    column = next((name for name in PASS_RATE_COLUMNS if row.get(name) not in (None, "")), None)
+    if column is None:
+        return None
+    try:
+        rate = float(row[column])
+    except (TypeError, ValueError):
+        rate = -1.0
+    if not 0 <= rate <= 1:
+        raise UserError(f"{where}: the column {column} is {row[column]!r}; a pass rate is a number in [0, 1]")
+    return rate

@@ -1,4 +1,4 @@
-"""What to choose before memory is looked at: per task and model size, with the reason, its source, and the price.
+"""Recommended values per task and model size, before memory is considered, with reasons, sources and trade-offs.
 
 Sources: DeepSeekMath (arXiv:2402.03300), DAPO (arXiv:2503.14476), Dr. GRPO (arXiv:2503.20783), GSPO (arXiv:2507.18071),
 ScaleRL (arXiv:2510.13786), Tülu 3 (arXiv:2411.15124, with the 3.1 release), OLMo 3, open-r1's recipes, verl's examples,
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choice:
-    """One value of the plan and what it rests on."""
+    """One value of a plan, with the reason, who uses it, and the trade-off."""
 
     value: Any
     why: str
-    evidence: str = ""
-    trades: str = ""
+    sources: str = ""
+    tradeoff: str = ""
 
     def sentence(self) -> str:
-        text = self.why
-        text += f" [{self.evidence}]" if self.evidence else ""
-        return text + (f" Trades: {self.trades}." if self.trades else "")
+        """The reason, the sources and the trade-off in one line."""
+        text = f"{self.why} [{self.sources}]" if self.sources else self.why
+        return f"{text} Trade-off: {self.tradeoff}." if self.tradeoff else text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is usual for a kind of task. Lengths are in tokens."""
+    """Usual values for a kind of task. Lengths are in tokens."""
 
     about: str
     num_generations: Choice
@@ -37,25 +37,25 @@ class Task:
     beta: Choice
     max_prompt_length: int
     mean_fill: float
-    """Mean completion length as a share of the cap."""
+    """Mean completion length as a share of the maximum."""
     mean_pass_rate: float
-    """Share of right completions at the start; assumed where the prompts bring none."""
+    """Share of correct completions at the start, assumed if the prompts have no pass rates."""
     reward: dict[str, Any]
-    """For the user's own prompts."""
+    """Reward for the user's own prompts."""
     source: str
-    """Procedural prompts that stand in where none are given."""
+    """Procedural prompts that are used if none are given."""
     source_reward: dict[str, Any]
+    """Reward for the procedural prompts."""
     source_args: dict[str, Any] | None = None
-    """Of the procedural prompts."""
     reward_seconds: float
-    """Of one completion."""
+    """Seconds to score one completion."""
 
 
 _NO_REFERENCE = Choice(
     0.0,
-    "no pull to the start: rewards that are verified need none, and no reference model is loaded",
+    "no KL penalty: verifiable rewards do not need one, and no reference model is loaded",
     "DAPO, Dr. GRPO, GSPO, ScaleRL, OLMo 3: 0; DeepSeekMath: 0.04",
-    "a policy that drifts further",
+    "the policy can move further from its start",
 )
 
 _NUMBER = {"class_path": "lightning_grpo.rewards.ExactMatch", "init_args": {"extract": "last_number"}}
@@ -64,18 +64,19 @@ _GYM = "lightning_grpo.rewards.ReasoningGym"
 
 TASKS: dict[str, Task] = {
     "math_reasoning": Task(
-        about="problems whose final answer can be checked",
+        about="problems with a final answer that can be checked",
         num_generations=Choice(
             16,
-            "hard problems are solved rarely: at a pass rate of 0.1, 18 % of groups teach nothing, against 43 % with 8",
+            "hard problems are rarely solved: at a pass rate of 0.1, 18 % of groups have no signal, "
+            "compared to 43 % with 8",
             "DAPO 512×16, ScaleRL and Tülu 3.1 48×16, open-r1 ×16; baseline range 6–16",
-            "twice the sampling of 8",
+            "twice as much sampling as with 8",
         ),
         max_completion_length=Choice(
             1024,
-            "room for a worked solution",
+            "long enough for a worked solution",
             "DeepSeekMath 1,024; verl LoRA 1,024; open-r1 1–2k; baseline preset 500",
-            "time and cache follow it; raise it where more than 5–15 % of completions are cut off",
+            "time and cache grow with it; raise it if more than 5–15 % of completions are truncated",
         ),
         beta=_NO_REFERENCE,
         max_prompt_length=256,
@@ -90,15 +91,15 @@ TASKS: dict[str, Task] = {
         about="programs that are run against tests",
         num_generations=Choice(
             8,
-            "running programs is dear; 8 still gives mixed groups at middling pass rates",
+            "running programs is expensive; 8 samples still give mixed groups at medium pass rates",
             "Tinker code 128×8, OLMo 3 ×8, open-r1 code ×14",
-            "at a pass rate of 0.1, 43 % of groups teach nothing",
+            "at a pass rate of 0.1, 43 % of groups have no signal",
         ),
         max_completion_length=Choice(
             2048,
-            "a program and the reasoning before it",
+            "long enough for a program and the reasoning before it",
             "open-r1 1–2k; Tinker code 24k",
-            "time and cache follow it",
+            "time and cache grow with it",
         ),
         beta=_NO_REFERENCE,
         max_prompt_length=1024,
@@ -110,16 +111,16 @@ TASKS: dict[str, Task] = {
         reward_seconds=0.5,
     ),
     "instruction_following": Task(
-        about="constraints that can be verified, or a reward model's taste",
+        about="constraints that can be verified, or scores of a reward model",
         num_generations=Choice(8, "partial rewards differ even in small groups", "baseline preset 8; TRL default 8"),
         max_completion_length=Choice(
-            512, "an answer of a page", "TRL default 512, Tülu 3.1 2,048; baseline preset 200"
+            512, "long enough for a one-page answer", "TRL default 512, Tülu 3.1 2,048; baseline preset 200"
         ),
         beta=Choice(
             0.01,
-            "rewards that can be gamed need a pull to the start",
+            "rewards that can be exploited need a KL penalty towards the initial policy",
             "Tülu 3.1: 0.01; baseline range 0.01–0.2",
-            "a reference pass over every completion, and its weights unless LoRA",
+            "a reference pass over every completion and, without LoRA, the memory for its weights",
         ),
         max_prompt_length=512,
         mean_fill=0.6,
@@ -131,8 +132,10 @@ TASKS: dict[str, Task] = {
     ),
     "short_answer": Task(
         about="a number, a word or a label",
-        num_generations=Choice(8, "short completions are cheap, easy prompts are mixed", "TRL default 8; OLMo 3 ×8"),
-        max_completion_length=Choice(64, "an answer, not an essay", "", "no room to reason"),
+        num_generations=Choice(
+            8, "easy prompts give mixed groups, and short completions are cheap", "TRL default 8; OLMo 3 ×8"
+        ),
+        max_completion_length=Choice(64, "long enough for a short answer", "", "too short for reasoning"),
         beta=_NO_REFERENCE,
         max_prompt_length=128,
         mean_fill=0.5,
@@ -145,8 +148,10 @@ TASKS: dict[str, Task] = {
     ),
     "tool_use": Task(
         about="several turns with tools or an environment",
-        num_generations=Choice(8, "turns make a sample dear", "OLMo 3 ×8, TRL default 8", "more groups all equal"),
-        max_completion_length=Choice(2048, "all turns together, what the tools answer included", "open-r1 1–2k"),
+        num_generations=Choice(
+            8, "several turns make samples expensive", "OLMo 3 ×8, TRL default 8", "more groups without signal"
+        ),
+        max_completion_length=Choice(2048, "long enough for all turns, including tool results", "open-r1 1–2k"),
         beta=_NO_REFERENCE,
         max_prompt_length=1024,
         mean_fill=0.4,
@@ -161,7 +166,7 @@ TASKS: dict[str, Task] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """A baseline preset. Below 24 GB num_generations is halved and the accumulation doubled."""
+    """A baseline preset. Below 24 GB, num_generations is halved and the accumulation doubled."""
 
     num_generations: int
     max_completion_length: int
@@ -176,69 +181,75 @@ BASELINES = {
 
 
 def learning_rate(shape: "ModelShape", lora: bool) -> Choice:
-    """By the size of the model; ten times as much for adapters."""
+    """Return the learning rate for a model of this size; adapters get about ten times as much."""
     billions = shape.params / 1e9
     if lora:
         value = 5e-5 if billions < 1 else 3e-5 if billions < 10 else 2e-5
         return Choice(
             value,
-            "adapters take about ten times the rate of whole weights",
+            "adapters need about ten times the rate of full weights",
             "verl LoRA 7B 3e-5; Tinker 2e-5–8e-5; usual 1e-5–5e-5",
-            "faster, and sooner unstable",
+            "a higher rate learns faster but becomes unstable sooner",
         )
     steps = ((0.2, 1e-5, "2e-6–1e-5"), (0.75, 5e-6, "2e-6–1e-5"), (5, 2e-6, "1e-6–5e-6"), (20, 1e-6, "5e-7–1e-6"))
     value, usual = next(((lr, span) for size, lr, span in steps if billions < size), (5e-7, "3e-7–2e-6"))
     return Choice(
         value,
-        f"whole weights of {billions:.2g}B parameters",
+        f"all weights of a model of {billions:.2g}B parameters are trained",
         f"usual at this size {usual}; DeepSeekMath, DAPO, Dr. GRPO 1e-6; ScaleRL, Tülu 3.1 5e-7; baseline 1e-6–5e-5",
-        "faster, and sooner unstable",
+        "a higher rate learns faster but becomes unstable sooner",
     )
 
 
 def prompts_per_rollout(device_is_cpu: bool, ranks: int) -> Choice:
-    """B, over all ranks."""
+    """Return B, over all ranks."""
     if device_is_cpu:
-        return Choice(8 * ranks, "few, for a CPU", "", "noisier gradients than 32–64")
+        return Choice(8 * ranks, "few, because a CPU is slow", "", "noisier gradients than with 32–64")
     value = 16 if ranks == 1 else 32 if ranks <= 4 else 64
     value = -(-value // ranks) * ranks
     return Choice(
         value,
-        "the gradient averages over prompts; more of them calm it",
+        "more prompts per rollout reduce the variance of the gradient",
         "DeepSeekMath 16×64, verl LoRA 16×5, Tinker 32×64, ScaleRL and Tülu 3.1 48×16, OLMo 3 32–64×8",
-        "time a rollout",
+        "more time per rollout",
     )
 
 
 FIXED = {
     "num_iterations": Choice(
         1,
-        "on-policy: each completion is used once, no old log-probs are scored",
+        "on-policy: each completion is used once, and no old log-probs are needed",
         "usual: 1",
-        "more sampling per update",
+        "more sampling per update than with several passes",
     ),
     "loss_type": Choice(
-        "dr_grpo", "sums over a constant: no bias to short or long answers", "Dr. GRPO; the baseline objective"
+        "dr_grpo", "divides by a constant, without a bias to short or long answers", "Dr. GRPO; baseline preset"
     ),
     "scale_rewards": Choice(
-        "none", "advantage = reward − group mean: easy and hard prompts keep their weight", "Dr. GRPO, Tinker; baseline"
+        "none",
+        "advantage = reward − group mean: easy and hard prompts keep their weight",
+        "Dr. GRPO, Tinker; baseline preset",
     ),
-    "epsilon": Choice(0.2, "binds only with several updates a rollout", "DAPO, Dr. GRPO, Tülu 3.1, TRL: 0.2"),
-    "epsilon_high": Choice(0.28, "leaves unlikely tokens room to grow", "DAPO 0.28"),
-    "temperature": Choice(1.0, "samples from the policy itself: nothing to correct", "usual: 1"),
-    "lr_schedule": Choice("constant", "runs can be prolonged", "usual"),
-    "warmup_steps": Choice(10, "Adam's moments settle first", "usual: 10–20 steps or 0.03–0.1 of the run"),
-    "weight_decay": Choice(0.0, "fine-tuning at small rates moves weights little", "usual: 0–0.01"),
+    "epsilon": Choice(0.2, "takes effect only with several updates per rollout", "DAPO, Dr. GRPO, Tülu 3.1, TRL: 0.2"),
+    "epsilon_high": Choice(0.28, "lets unlikely tokens become more likely", "DAPO 0.28"),
+    "temperature": Choice(1.0, "samples follow the policy exactly and need no correction", "usual: 1"),
+    "lr_schedule": Choice("constant", "the run can be extended", "usual"),
+    "warmup_steps": Choice(10, "gives Adam's moments time to settle", "usual: 10–20 steps or 0.03–0.1 of the run"),
+    "weight_decay": Choice(0.0, "small learning rates change the weights little", "usual: 0–0.01"),
 }
 
 
 def gradient_clip_val(lora: bool) -> Choice:
-    """Clipping of the gradient's norm."""
+    """Return the maximum norm of the gradient."""
     if lora:
-        return Choice(0.2, "small batches of adapters spike", "usual for LoRA: 0.1–0.2; whole weights 1.0")
-    return Choice(1.0, "stops single bad steps", "usual: 1.0")
+        return Choice(
+            0.2, "gradients of adapters have spikes with small batches", "usual: 0.1–0.2 for LoRA, 1.0 for full weights"
+        )
+    return Choice(1.0, "limits the effect of a single bad step", "usual: 1.0")
 
 
 def lora_rank() -> Choice:
-    """Rank of the adapters."""
-    return Choice(16, "enough for reinforcement learning, on all linear layers", "usual: 1–32; Tinker 32, verl 32")
+    """Return the rank of the adapters."""
+    return Choice(
+        16, "enough for reinforcement learning with adapters on all linear layers", "usual: 1–32; Tinker 32, verl 32"
+    )

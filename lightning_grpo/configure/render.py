@@ -1,19 +1,17 @@
-"""A plan as YAML for ``lightning-grpo fit``, as a table for people, and as a picture."""
+"""Writes a plan as YAML for ``lightning-grpo fit`` and as a table."""
 
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_grpo.configure.devices import GB, GiB
+from lightning_grpo.configure.devices import GiB
 from lightning_grpo.configure.memory_savers import SHARDED
 from lightning_grpo.configure.recommendations import TASKS, Choice
 from lightning_grpo.configure.result import Plan
 from lightning_grpo.configure.reward import reward_options
-from lightning_grpo.configure.summary import hours, identity_line, memory_line, time_line
-from lightning_grpo.errors import optional
+from lightning_grpo.configure.summary import duration, identity_line, memory_line, time_line
 
 WIDTH = 108
 
@@ -26,7 +24,7 @@ OPTIMIZERS = {
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    """The run as nested ``lightning-grpo fit`` options; leaves that were chosen are `Choice` objects."""
+    """Return the nested options of ``lightning-grpo fit``; chosen values are `Choice` objects."""
     w, c = plan.workload, plan.choices
     trainer: dict[str, Any] = {
         "max_steps": Choice(plan.max_steps, _steps_reason(plan)),
@@ -73,7 +71,9 @@ def config(plan: Plan) -> dict[str, Any]:
         "lr_schedule": c["lr_schedule"],
         "warmup_steps": c["warmup_steps"],
     }
-    source = {"source": plan.prompts} if plan.prompts else _procedural(plan)
+    source: dict[str, Any] = {"source": plan.prompts} if plan.prompts else _procedural(plan)
+    if plan.columns:
+        source["columns"] = plan.columns
     return {
         "seed_everything": c["seed"].value,
         "trainer": trainer,
@@ -101,41 +101,30 @@ def _procedural(plan: Plan) -> dict[str, Any]:
 
 def _steps_reason(plan: Plan) -> str:
     if plan.budget_hours:
-        return f"what {plan.budget_hours:g} h are expected to hold"
-    return f"about {hours(plan.hours * 3600)}; look at the reward by then"
+        return f"expected to take {plan.budget_hours:g} h"
+    return f"takes about {duration(plan.hours * 3600)}; check the reward after that"
 
 
 def _engine(plan: Plan) -> dict[str, Any]:
     w = plan.workload
-    together = w.samples // w.ranks * w.engine_shards
-    sequences = Choice(w.engine_sequences * w.engine_shards, f"of an engine's {together} completions per rollout")
+    completions = w.local_samples * w.engine_shards
+    sequences = Choice(w.engine_sequences * w.engine_shards, f"an engine samples {completions} completions per rollout")
     if w.engine == "hf":
         return {"max_num_seqs": sequences}
-    low = "float16" if w.precision.startswith("16") else "bfloat16"
     settings: dict[str, Any] = {
-        "dtype": "float32" if w.precision == "32-true" else low,
+        "dtype": w.compute_dtype,
         "max_num_seqs": sequences,
         "kv_cache_memory_bytes": Choice(int(w.engine_cache), f"{w.engine_cache / GiB:.1f} GiB of key-value cache"),
     }
     if w.engine_shards > 1:
-        why = "neighbouring ranks hold one engine's weights together"
-        settings["tensor_parallel_size"] = Choice(w.engine_shards, why)
+        settings["tensor_parallel_size"] = Choice(w.engine_shards, "ranks that share the weights of one engine")
     if not plan.hardware.is_cpu:
-        settings["sleep_level"] = Choice(2 if w.engine_sleep else 0, "gives its memory to the update")
+        settings["sleep_level"] = Choice(2 if w.engine_sleep else 0, "frees the engine's memory for the update")
     return settings
 
 
-def plain(node: Any) -> Any:
-    """The same options with the chosen values in place of the choices."""
-    if isinstance(node, Choice):
-        return node.value
-    if isinstance(node, dict):
-        return {key: plain(value) for key, value in node.items()}
-    return [plain(item) for item in node] if isinstance(node, list) else node
-
-
 def _scalar(value: Any) -> str:
-    # YAML 1.1 reads 1e-06 as text: floats need a point.
+    # YAML 1.1 reads 1e-06 as text; floats need a point
     if isinstance(value, float):
         text = f"{value:.10g}"
         mantissa, _, exponent = text.partition("e")
@@ -161,13 +150,13 @@ def _lines(node: dict[str, Any], indent: str) -> Iterator[str]:
 
 
 def to_yaml(plan: Plan) -> str:
-    """A complete configuration with a comment above each choice."""
+    """Return a complete configuration with a comment above each choice."""
     head = [
         f"{plan.task} with {plan.model} on {plan.workload.ranks} × {plan.hardware.name} ({plan.preset} preset)",
         identity_line(plan.workload),
         memory_line(plan.memory, plan.hardware),
         time_line(plan.workload, plan.cost, plan.max_steps),
-        *(f"changed to fit: {lever}" for lever in plan.levers),
+        *(f"changed to fit the memory: {change}" for change in plan.memory_savers),
         *plan.notes,
     ]
     comments = [line for text in head for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
@@ -175,16 +164,16 @@ def to_yaml(plan: Plan) -> str:
 
 
 def table(plan: Plan) -> str:
-    """What was chosen and why, memory by phase and part, time and cost."""
+    """Return a table of the choices with reasons, memory by phase and part, time and cost."""
     out = [f"{plan.task}, {plan.model}, {plan.workload.ranks} × {plan.hardware.name}, {plan.preset} preset", ""]
     width = max(map(len, plan.choices))
     for name, choice in plan.choices.items():
         lines = textwrap.wrap(choice.sentence(), 84)
         out.append(f"{name:<{width}}  {choice.value!s:<12}  {lines[0]}")
         out += [f"{'':<{width}}  {'':<12}  {line}" for line in lines[1:]]
-    out += ["", identity_line(plan.workload), "", "memory of one rank, GiB", *_memory_table(plan), ""]
-    out += ["time of a rollout and its updates, s", *_cost_table(plan), ""]
-    out += [f"changed to fit: {lever}" for lever in plan.levers]
+    out += ["", identity_line(plan.workload), "", "memory of one rank (GiB)", *_memory_table(plan), ""]
+    out += ["time of a rollout and its updates (s)", *_cost_table(plan), ""]
+    out += [f"changed to fit the memory: {change}" for change in plan.memory_savers]
     out += [f"note: {note}" for note in plan.notes]
     return "\n".join(out) + "\n"
 
@@ -209,62 +198,10 @@ def _cost_table(plan: Plan) -> Iterator[str]:
     low, high = cost.total / cost.efficiency.spread, cost.total * cost.efficiency.spread
     yield f"{'total':<10}{cost.total:>10.2f}  between {low:.1f} and {high:.1f} (efficiencies {cost.efficiency.source})"
     yield (
-        f"about {cost.zero_variance:.0%} of groups all equal at the start: {cost.effective:.1f} s a rollout's worth of "
-        "groups that teach"
+        f"about {cost.zero_variance:.0%} of groups have equal rewards at the start: {cost.effective:.1f} s per "
+        "rollout's worth of groups with a signal"
     )
     yield (
-        f"{plan.max_steps} optimizer steps: {plan.tokens / 1e6:,.1f}M tokens sampled, {hours(plan.hours * 3600)} on "
-        f"the clock, {plan.device_hours:.2f} device-hours"
+        f"{plan.max_steps} optimizer steps: {plan.tokens / 1e6:,.1f}M tokens sampled, {duration(plan.hours * 3600)}, "
+        f"{plan.device_hours:.2f} device-hours"
     )
-
-
-def draw(plan: Plan, path: str | Path) -> list[Path]:
-    """Memory by phase as stacked bars and the step's time as one bar, as PNG and SVG beside each other.
-
-    Args:
-        plan: what to draw.
-        path: file name; its ending is replaced by .png and .svg.
-    """
-    optional("matplotlib", "plot", "--plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, height_ratios=(3, 1))
-    phases = plan.memory.phases
-    parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))
-    offset = dict.fromkeys(phases, 0.0)
-    colours = _colours(len(parts))
-    for part, colour in zip(parts, colours, strict=True):
-        sizes = [phases[phase].get(part, 0.0) / GB for phase in phases]
-        if max(sizes) < 0.002 * plan.memory.peak / GB:
-            continue
-        above.barh(list(phases), sizes, left=list(offset.values()), label=part, color=colour, edgecolor="white")
-        offset = {phase: offset[phase] + size for phase, size in zip(phases, sizes, strict=True)}
-    above.axvline(plan.hardware.memory / GB, color="black", linestyle="--", linewidth=1)
-    above.text(plan.hardware.memory / GB, 2.45, f" {plan.hardware.name}", fontsize=8, va="bottom", ha="right")
-    above.invert_yaxis()
-    above.set_xlabel("GB of one rank")
-    above.set_title(f"{plan.task}, {plan.model}: predicted peak memory and time", fontsize=11, loc="left")
-    above.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    start = 0.0
-    for (phase, seconds), colour in zip(plan.cost.seconds.items(), _colours(5), strict=True):
-        if seconds >= 0.001 * plan.cost.total:
-            below.barh(["rollout"], [seconds], left=[start], label=f"{phase} {seconds:.1f} s", color=colour)
-            start += seconds
-    below.set_xlabel("seconds of a rollout and its updates")
-    below.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
-    files = [Path(path).with_suffix(ending) for ending in (".png", ".svg")]
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=150)
-    return files
-
-
-def _colours(count: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    return [colormaps["tab20"](i % 20) for i in range(count)]

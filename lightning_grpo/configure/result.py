@@ -1,6 +1,6 @@
-"""What planning comes to."""
+"""The result of planning."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lightning_grpo.configure.cost import Cost
 from lightning_grpo.configure.devices import Hardware
@@ -12,7 +12,7 @@ from lightning_grpo.configure.workload import Workload
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A complete run: its choices with their reasons, and what it will need. `render` makes YAML and tables of it."""
+    """A complete run: its choices with their reasons, and the predicted memory, time and cost."""
 
     task: str
     preset: str
@@ -20,31 +20,27 @@ class Plan:
     hardware: Hardware
     workload: Workload
     choices: dict[str, Choice]
-    """By option name; the values are those of the run."""
+    """By option name."""
     memory: Memory
     cost: Cost
     max_steps: int
-    levers: tuple[str, ...]
-    """What was pulled to make the run fit."""
+    memory_savers: tuple[str, ...]
+    """What was changed to make the run fit."""
     prompts: str | None
+    columns: dict[str, str]
     reward: str | None
     prompt_statistics: PromptStatistics | None
     budget_hours: float | None
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def step_seconds(self) -> float:
-        """Of one optimizer step, its share of the rollout included."""
-        return self.cost.total / self.workload.updates_per_rollout
+    notes: tuple[str, ...] = ()
 
     @property
     def hours(self) -> float:
-        """Of the whole run, on the clock."""
-        return self.step_seconds * self.max_steps / 3600
+        """Wall-clock hours of the whole run."""
+        return self.cost.total / self.workload.updates_per_rollout * self.max_steps / 3600
 
     @property
     def device_hours(self) -> float:
-        """Of all devices together."""
+        """Hours of all devices together."""
         return self.hours * self.workload.ranks
 
     @property

@@ -1,4 +1,4 @@
-"""``--reward``: what it names, checked before a plan is made."""
+"""Checks the option ``--reward`` before a plan is made."""
 
 import importlib
 import inspect
@@ -8,11 +8,11 @@ from lightning_grpo.errors import UserError
 
 
 def reward_options(name: str) -> dict[str, Any]:
-    """The reward as an entry of ``model.rewards``.
+    """Return the reward as an entry of ``model.rewards``.
 
     Raises:
-        UserError: no class of lightning_grpo.rewards has this name, it needs arguments of its own, or there is nothing
-            that can be called at this dotted path.
+        UserError: lightning_grpo.rewards has no class of this name, the class has required arguments, or the dotted
+            path does not name a function.
     """
     if "." in name:
         _imported(name)
@@ -33,9 +33,9 @@ def reward_options(name: str) -> dict[str, Any]:
     ready = ", ".join(known for known in needed if not needed[known] and known != "Reward")
     hint = f"set one of {ready}, or the dotted path of your own function, such as my_module.my_function"
     if name not in classes or name == "Reward":
-        raise UserError(f"--reward {name}: unknown; {hint}")
+        raise UserError(f"--reward {name}: unknown reward; {hint}")
     if needed[name]:
-        raise UserError(f"--reward {name}: it needs {', '.join(needed[name])}; write it into the YAML, or {hint}")
+        raise UserError(f"--reward {name}: it needs {', '.join(needed[name])}; add it to the YAML by hand, or {hint}")
     return {"class_path": f"lightning_grpo.rewards.{name}"}
 
 
@@ -45,9 +45,9 @@ def _imported(path: str) -> Any:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"--reward {path}: can't be imported ({error}); name a function in a module of this folder or of the "
+            f"--reward {path}: can't be imported ({error}); set a function in a module of this folder or of the "
             "environment"
         ) from error
     if not callable(found):
-        raise UserError(f"--reward {path}: is no function, but {type(found).__name__}")
+        raise UserError(f"--reward {path}: this is not a function, but {type(found).__name__}")
     return found

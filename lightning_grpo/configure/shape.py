@@ -1,4 +1,4 @@
-"""What of a model decides its memory and its cost, from its config alone: nothing is downloaded or allocated."""
+"""The sizes of a model that determine its memory and cost, from its config alone, without its weights."""
 
 import copy
 from collections.abc import Sequence
@@ -60,11 +60,11 @@ _MORE: dict[str, dict[str, Any]] = {
         "v_head_dim": 128,
     },
 }
-"""What the sizes above leave out: experts and latent attention."""
+"""Further options of these models, such as experts and latent attention."""
 
 
 def known_config(name: str) -> PreTrainedConfig | None:
-    """The config of a well-known model (its base or instruct form), without the network; None for others."""
+    """Return the config of a well-known model (base or instruct), without the network; None for other models."""
     forms = {name, f"{name}-Instruct", name.removesuffix("-Base")}
     found = next((key for key in _KNOWN if key in forms or key.split("/")[1] in forms), None)
     if found is None:
@@ -91,11 +91,11 @@ class ModelShape:
 
     name: str
     config: PreTrainedConfig = field(repr=False, hash=False, compare=False)
-    """The Hugging Face config that the rest was derived from."""
+    """The Hugging Face config."""
     params: int
-    """All parameters, tied ones once."""
+    """Number of parameters, with tied ones counted once."""
     trunk_linear: int
-    """Weights that one token is multiplied with below the head; of a mixture's experts, those it is routed to."""
+    """Weights below the head that one token is multiplied with, including only the experts it is routed to."""
     layers: int
     hidden: int
     query_width: int
@@ -115,7 +115,7 @@ class ModelShape:
     experts_share: float = 0.0
     """Share of the experts that a token is routed to."""
     latent_width: int = 0
-    """What vLLM caches of a token and layer under latent attention (DeepSeek), in elements; 0 without it."""
+    """Elements that vLLM caches per token and layer with latent attention (DeepSeek); 0 without it."""
 
     @property
     def head(self) -> int:
@@ -124,34 +124,36 @@ class ModelShape:
 
     @property
     def cache_bytes(self) -> int:
-        """vLLM's cache of one token in 16 bits: 2 (keys, values) · layers · kv_width · 2 bytes, or the latent."""
+        """Bytes of vLLM's cache per token in 16 bits: 2 (keys, values) · layers · kv_width · 2, or the latent."""
         return 2 * self.layers * (self.latent_width or 2 * self.kv_width)
 
     @property
     def linear(self) -> int:
-        """Weights of the linear layers below the head, experts left out: those that autocast copies."""
+        """Weights of the linear layers below the head without experts, which autocast copies."""
         return self.trunk_linear - round(self.experts * self.experts_share)
 
     @property
     def layer_params(self) -> float:
-        """Weights of one layer, all experts included."""
+        """Weights of one layer, including all experts."""
         return (self.linear + self.experts) / self.layers
 
     def read_linear(self, rows: float) -> float:
-        """Weights below the head that ``rows`` tokens need at once, each routed to experts at random."""
+        """Return the weights below the head that ``rows`` tokens need together, if each is routed at random."""
         return self.linear + self.experts * (1 - (1 - self.experts_share) ** rows)
 
     def lora_params(self, rank: int, targets: str | Sequence[str] = "all-linear") -> int:
-        """Σ rank · (in + out) over the adapted linear layers."""
+        """Return the number of adapter weights: Σ rank · (in + out) over the adapted linear layers."""
         chosen = [(i, o) for leaf, i, o in self.linears if targets == "all-linear" or leaf in targets]
         if not chosen:
             leaves = sorted({leaf for leaf, _, _ in self.linears})
-            raise UserError(f"lora.target_modules {targets!r} names no linear layer; set all-linear or of {leaves}")
+            raise UserError(
+                f"lora.target_modules is {targets!r}, which names no linear layer; set all-linear, or names in {leaves}"
+            )
         return sum(rank * (i + o) for i, o in chosen)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, name: str = "") -> "ModelShape":
-        """Count on the meta device: exact for whatever architecture transformers can build."""
+        """Count the parameters on the meta device, exactly for every architecture that transformers can build."""
         text = config.get_text_config()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
@@ -192,19 +194,19 @@ class ModelShape:
 
 
 def _experts_share(config: PreTrainedConfig) -> float:
-    """Experts of a token over all experts of a layer."""
+    """Return the experts per token divided by the experts per layer."""
     chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    every = next((count for name in names if (count := getattr(config, name, None))), None)
-    return chosen / every if chosen and every else 1.0
+    total = next((count for name in names if (count := getattr(config, name, None))), None)
+    return chosen / total if chosen and total else 1.0
 
 
 @cache
 def find_model(model: str) -> ModelShape:
-    """The shape of a model given by folder, well-known name, or hub name.
+    """Return the shape of a model, given by folder, well-known name, or hub name.
 
     Raises:
-        ValueError: there is no such folder, and the hub does not have or does not answer for the name.
+        UserError: there is no such folder, and the hub has no such model or can't be reached.
     """
     if config := None if Path(model).exists() else known_config(model):
         return ModelShape.from_config(config, model)
@@ -213,17 +215,17 @@ def find_model(model: str) -> ModelShape:
     except (OSError, ValueError, KeyError) as error:
         reason = error if isinstance(error, UserError) else unreadable("config.json", model, error)
         raise UserError(
-            f"--model {model}: no config found ({reason}). Set a folder with a config.json, a name on the hub, or, "
-            f"without the network, one of {', '.join(_KNOWN)}"
+            f"--model {model}: no config found ({reason}). Set a folder with a config.json, a name on the hub or, "
+            f"without a network, one of {', '.join(_KNOWN)}"
         ) from error
 
 
 def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The same architecture, ``layers`` deep."""
+    """Return a config of the same architecture with this number of layers."""
     changed: dict[str, Any] = config.to_dict() | {"num_hidden_layers": layers}
     rope = changed.get("rope_parameters") or {}
     if rope.get("rope_type") in ("longrope", "dynamic"):
-        # their frequencies depend on the positions' values, which tensors without data have none of
+        # these frequencies depend on the values of the positions, which fake tensors do not have
         kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if rope.get(name) is not None}
         changed |= {"rope_parameters": {"rope_type": "default"} | kept, "rope_scaling": None}
     if kinds := changed.get("layer_types"):

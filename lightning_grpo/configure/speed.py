@@ -1,4 +1,4 @@
-"""What a run computes and samples in on a CPU, beside what this processor multiplies fast."""
+"""The dtypes that a run on a CPU computes and samples in, compared to what is fast on this processor."""
 
 import torch
 from lightning import LightningModule, Trainer
@@ -10,19 +10,19 @@ from lightning_grpo.rollout.callback import compute_dtype
 
 
 def speed_line(trainer: Trainer, pl_module: LightningModule, hardware: Hardware) -> str:
-    """The start-up summary's line about the processor's speed and the choices that follow it."""
+    """Return the line of the start-up summary about the processor's speed."""
     computes = compute_dtype(trainer, pl_module)
     rollout = _rollout(trainer)
     samples = _engine_dtype(rollout, computes)
     engine = f", samples in {_name(samples)} with {type(rollout).__name__}" if samples else ""
     return (
-        f"speed   {hardware.flops_fp32 / 1e9:.0f} GFLOP/s in float32, {hardware.flops / 1e9:.0f} in bfloat16: computes "
+        f"speed   {hardware.flops_fp32 / 1e9:.0f} GFLOP/s in float32, {hardware.flops / 1e9:.0f} in bfloat16; computes "
         f"in {_name(computes)}{engine}"
     )
 
 
 def slow_choices(trainer: Trainer, pl_module: LightningModule) -> list[str]:
-    """A warning for each option that has the processor multiply in a 16-bit type which it is slow in."""
+    """Return a warning for each option that selects a dtype in which this processor is slow."""
     computes = compute_dtype(trainer, pl_module)
     low = "16" in str(trainer.precision)
     option = f"trainer.precision is {trainer.precision}" if low else f"model.dtype is {pl_module.dtype_name}"
@@ -38,8 +38,8 @@ def _warning(option: str, dtype: torch.dtype, remedy: str) -> str:
     if dtype == torch.float32 or slowdown(dtype) < GAIN:
         return ""
     return (
-        f"{option}, and this processor multiplies {_name(dtype)} {slowdown(dtype):.1f} times as slowly as "
-        f"{_name(fast_dtype())}; set {remedy}"
+        f"{option}, but matrix products take {slowdown(dtype):.1f} times as long in {_name(dtype)} as in "
+        f"{_name(fast_dtype())} on this processor; set {remedy}"
     )
 
 
@@ -48,7 +48,7 @@ def _rollout(trainer: Trainer) -> RolloutCallback | None:
 
 
 def _engine_dtype(rollout: RolloutCallback | None, computes: torch.dtype) -> torch.dtype | None:
-    """What the engine multiplies in; None if it is not known here, or not on this processor."""
+    """Return the dtype of the engine's products, or None if it is unknown or not on this processor."""
     if isinstance(rollout, VLLMRollout):
         return None if torch.cuda.is_available() else getattr(torch, rollout.engine_args["dtype"])
     return computes if isinstance(rollout, HFRollout) else None

@@ -1,16 +1,21 @@
-"""Every number of a run that decides its memory and its time."""
+"""The numbers of a run that determine its memory and its time."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
+
+import torch
 
 from lightning_grpo.configure.shape import ModelShape
+from lightning_grpo.policy.load import LoRA, compute_dtype_of
+from lightning_grpo.training.batching import steps_per_rollout
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
 Optimizer = Literal["adamw", "adamw_8bit", "sgd"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 EngineKind = Literal["hf", "vllm", "remote"]
 
-# Optimizer state of one trained parameter, in bytes, for 4-byte parameters.
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.06, "sgd": 0.0}
+"""Bytes of optimizer state per trained parameter of 4 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,84 +24,100 @@ class Workload:
 
     shape: ModelShape
     prompts_per_rollout: int
-    """Prompts of one rollout, over all ranks."""
+    """Prompts per rollout, over all ranks."""
     num_generations: int
-    """Completions of each prompt."""
+    """Completions per prompt."""
     micro_batch_size: int
-    """Completions of one forward and backward, on one rank."""
+    """Completions per forward and backward on one rank."""
     accumulate_grad_batches: int = 1
-    """Micro-batches of one optimizer step."""
+    """Micro-batches per optimizer step."""
     num_iterations: int = 1
-    """Passes of the update over a rollout (μ)."""
+    """Passes over a rollout (μ)."""
     prompt_length: int
-    """Longest prompt."""
+    """Length of the longest prompt."""
     completion_length: int
-    """Longest completion."""
+    """Length of the longest completion."""
     mean_fill: float = 0.6
-    """Mean length of a completion as a share of the longest."""
+    """Mean completion length as a share of the longest."""
     precision: Precision = "bf16-mixed"
-    """Lightning's: of the arithmetic, and with -true of the parameters too."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the policy's parameters as loaded. Adapters keep 32 bits, unless the precision is a 16-bit -true one."""
+    """Lightning's precision."""
+    dtype: Dtype = "float32"
+    """Dtype of the policy's parameters. Adapters are float32, unless the precision is bf16-true or 16-true."""
     lora_rank: int = 0
-    """0 trains all weights."""
+    """Rank of the adapters; 0 trains all weights."""
     lora_targets: str | tuple[str, ...] = "all-linear"
     gradient_checkpointing: bool = False
     beta: float = 0.0
-    """Above 0, a reference scores every completion."""
+    """Weight of the KL penalty. Above 0, a reference scores every completion."""
     optimizer: Optimizer = "adamw"
     learning_rate: float = 1e-6
-    """Kept when a change of the optimizer is advised."""
+    """Learning rate to keep if another optimizer is suggested."""
     ranks: int = 1
-    """Processes, one device each."""
+    """Processes with one device each."""
     shards: int = 1
-    """Ranks over which FSDP splits weights, gradients and optimizer state. 1 is DDP."""
+    """Ranks over which FSDP splits weights, gradients and optimizer state; 1 is DDP."""
     engine: EngineKind = "hf"
-    """hf samples from the policy itself, vllm from a copy on the same device, remote from a copy elsewhere."""
+    """hf samples from the policy itself, vllm from a copy on the same device, remote from a copy on another device."""
     rollout_ahead: bool = False
-    """The next rollout is sampled while the policy trains on this one, on a device of the engine's own."""
+    """Whether the next rollout is sampled on another device while the policy trains on this one."""
     engine_cache: float = 0.0
     """Bytes reserved for vLLM's key-value cache."""
     engine_sequences: int = 128
-    """Completions that the engine samples at once."""
+    """Completions sampled at once."""
     engine_shards: int = 1
     """Ranks that share one engine (tensor parallelism)."""
     engine_bytes: int = 2
-    """Bytes of one of the engine's parameters, and of one element of its cache."""
+    """Bytes per parameter of the engine, and per element of its cache."""
     engine_process: bool = False
-    """The engine is a server in a process of its own, which never sleeps."""
+    """Whether the engine is a server in its own process, which never sleeps."""
     rollout_class: str = "VLLMRollout"
     """Name of the run's rollout callback."""
     ranks_per_node: int = 1
-    """Ranks on one machine."""
     engine_sleep: bool = True
-    """vLLM gives weights and cache back while the policy trains (GPU only)."""
-    engine_graphs: bool = True
-    """vLLM captures CUDA graphs (GPU only)."""
+    """Whether vLLM frees weights and cache while the policy trains (GPU only)."""
     share_prompt: bool = True
-    """The trainer computes a prompt once for the completions of a micro-batch. Off under gradient checkpointing
-    and FSDP."""
+    """Whether the trainer computes a prompt once for all its completions in a micro-batch. Has no effect with gradient
+    checkpointing or FSDP."""
 
     def __post_init__(self) -> None:
         if self.precision in ("bf16-true", "16-true"):
             object.__setattr__(self, "dtype", "bfloat16" if self.precision == "bf16-true" else "float16")
 
     @property
+    def max_length(self) -> int:
+        """Tokens of the longest prompt and completion."""
+        return self.prompt_length + self.completion_length
+
+    @property
+    def mean_length(self) -> float:
+        """Mean tokens per completion."""
+        return self.mean_fill * self.completion_length
+
+    @property
     def engine_row(self) -> float:
-        """Bytes that one sequence at full length takes of a rank's cache; blocks of 32 tokens round it up."""
-        tokens = self.prompt_length + self.completion_length + 32
+        """Bytes of a rank's cache per sequence at full length, rounded up to blocks of 32 tokens."""
         shards = 1 if self.shape.latent_width else min(self.engine_shards, self.shape.kv_heads)
-        return tokens * self.shape.cache_bytes * self.engine_bytes / 2 / shards
+        return (self.max_length + 32) * self.shape.cache_bytes * self.engine_bytes / 2 / shards
 
     @property
     def samples(self) -> int:
-        """N, completions of one rollout, over all ranks."""
+        """N, completions per rollout, over all ranks."""
         return self.prompts_per_rollout * self.num_generations
+
+    @property
+    def local_samples(self) -> int:
+        """Completions per rollout on one rank."""
+        return self.samples // self.ranks
 
     @property
     def steps_per_rollout(self) -> int:
         """Micro-batches that one rank trains on per rollout."""
-        return self.samples * self.num_iterations // (self.ranks * self.micro_batch_size)
+        return steps_per_rollout(
+            samples=self.samples,
+            micro_batch_size=self.micro_batch_size,
+            num_iterations=self.num_iterations,
+            ranks=self.ranks,
+        )
 
     @property
     def updates_per_rollout(self) -> int:
@@ -105,43 +126,56 @@ class Workload:
 
     @property
     def samples_per_update(self) -> int:
-        """Completions behind one optimizer step, over all ranks."""
+        """Completions per optimizer step, over all ranks."""
         return self.micro_batch_size * self.accumulate_grad_batches * self.ranks
 
     @property
+    def compute_dtype(self) -> Dtype:
+        """Name of the dtype of matrix products."""
+        dtype = compute_dtype_of(self.precision, getattr(torch, self.dtype))
+        return cast(Dtype, str(dtype).removeprefix("torch."))
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the precision is one with autocast."""
+        return self.precision.endswith("mixed")
+
+    @property
     def weight_bytes(self) -> int:
-        """Bytes of one parameter of the policy."""
+        """Bytes per parameter of the policy."""
         return 2 if self.dtype != "float32" else 4
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of one activation inside the matrix products."""
-        return 4 if self.precision == "32-true" else 2
+        """Bytes per activation in matrix products."""
+        return 2 if self.compute_dtype != "float32" else 4
+
+    @property
+    def lora(self) -> LoRA | None:
+        """The adapters, or None if all weights are trained."""
+        targets = self.lora_targets if isinstance(self.lora_targets, str) else list(self.lora_targets)
+        return LoRA(rank=self.lora_rank, target_modules=targets) if self.lora_rank else None
 
     @property
     def trained(self) -> int:
-        """Trained parameters."""
+        """Number of trained parameters."""
         return self.shape.lora_params(self.lora_rank, self.lora_targets) if self.lora_rank else self.shape.params
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of one trained parameter."""
+        """Bytes per trained parameter."""
         return 4 if self.lora_rank and not self.precision.endswith("16-true") else self.weight_bytes
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether the policy moves between a rollout and its last update."""
+        """Whether the policy changes between a rollout and its last update."""
         return self.updates_per_rollout > 1
-
-    @property
-    def shares_prompt(self) -> bool:
-        return self.share_prompt and not self.gradient_checkpointing and self.shards == 1
 
     @property
     def needs_reference(self) -> bool:
         return self.beta > 0
 
     @property
-    def mean_length(self) -> float:
-        """Mean tokens of a completion."""
-        return self.mean_fill * self.completion_length
+    def shares_prompt(self) -> bool:
+        """Whether prompts are shared, given the other options."""
+        return self.share_prompt and not self.gradient_checkpointing and self.shards == 1

@@ -38,6 +38,13 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def compute_dtype_of(precision: str, parameters: torch.dtype) -> torch.dtype:
+    """The dtype of matrix products under Lightning's ``precision``, for parameters of this dtype."""
+    if precision.startswith("bf16"):
+        return torch.bfloat16
+    return torch.float16 if precision.startswith("16") else parameters
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
     """Train low-rank adapters instead of all weights (Hu et al. 2021, arXiv:2106.09685)."""
@@ -174,10 +181,15 @@ def load_policy(
         if lora is not None:
             policy = with_adapters(policy, lora)
     if gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if lora is not None:
-            policy.enable_input_require_grads()
+        enable_gradient_checkpointing(policy)
     return policy.train()
+
+
+def enable_gradient_checkpointing(policy: PreTrainedModel | PeftModel) -> None:
+    """Recompute the activations of ``policy`` in the backward pass."""
+    policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if isinstance(policy, PeftModel):
+        policy.enable_input_require_grads()
 
 
 @contextmanager

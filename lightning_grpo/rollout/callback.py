@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.policy.checks import context_length, require_context
+from lightning_grpo.policy.load import compute_dtype_of
 from lightning_grpo.policy.weights import write_counters
 from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.hf.engine import HFEngine, eval_mode
@@ -152,13 +153,8 @@ def pad_id(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def compute_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:
-    """The dtype of the policy's matrix products: that of the trainer's precision, else of the parameters."""
-    precision = str(trainer.precision)
-    if "bf16" in precision:
-        return torch.bfloat16
-    if "16" in precision:
-        return torch.float16
-    return getattr(torch, getattr(pl_module, "dtype_name", "float32"))
+    """What the policy's matrix products are in: as the trainer's precision says, else the parameters' own."""
+    return compute_dtype_of(str(trainer.precision), getattr(torch, getattr(pl_module, "dtype_name", "float32")))
 
 
 def max_model_len(pl_module: L.LightningModule) -> int:

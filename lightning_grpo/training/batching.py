@@ -16,6 +16,11 @@ def _nearest(value: int, allowed: list[int], count: int = 4) -> str:
     return " or ".join(map(str, near))
 
 
+def steps_per_rollout(*, samples: int, micro_batch_size: int, num_iterations: int = 1, ranks: int = 1) -> int:
+    """Micro-batches that one rank trains on per rollout: N · num_iterations / (ranks · micro_batch_size)."""
+    return samples * num_iterations // (ranks * micro_batch_size)
+
+
 def check_batch_arithmetic(
     *,
     prompts_per_rollout: int,
@@ -25,18 +30,18 @@ def check_batch_arithmetic(
     num_iterations: int = 1,
     ranks: int = 1,
 ) -> int:
-    """Micro-batches of one rank per rollout: N · num_iterations / (ranks · micro_batch_size).
+    """Return `steps_per_rollout` if all numbers divide.
 
     Args:
         prompts_per_rollout: B, over all ranks.
         num_generations: G; N = B · G.
-        micro_batch_size: completions of one forward and backward on one rank.
-        accumulate_grad_batches: micro-batches of one optimizer step (Lightning's own meaning).
+        micro_batch_size: completions per forward and backward on one rank.
+        accumulate_grad_batches: micro-batches per optimizer step (Lightning's own meaning).
         num_iterations: passes over a rollout (μ).
         ranks: data-parallel processes.
 
     Raises:
-        ValueError: where the numbers don't divide; the message names the option and the nearest values that do.
+        UserError: a number does not divide; the message names the option and the nearest values that do.
     """
     numbers = {
         "prompts_per_rollout": prompts_per_rollout,
@@ -51,14 +56,14 @@ def check_batch_arithmetic(
             raise UserError(f"{name} is {value}; set 1 or more")
     if num_generations < 2:
         raise UserError(
-            "num_generations is 1: a group of one has no other completion to be compared with, every advantage is 0; "
-            "set 2 or more (8 is common)"
+            "num_generations is 1: a completion without others in its group always has the advantage 0; set 2 or "
+            "more (8 is common)"
         )
     if prompts_per_rollout % ranks:
         below = prompts_per_rollout // ranks * ranks
         near = [b for b in (below, below + ranks) if b]
         raise UserError(
-            f"prompts_per_rollout is {prompts_per_rollout}, which {ranks} ranks can't share evenly; "
+            f"prompts_per_rollout is {prompts_per_rollout}, which does not divide by {ranks} ranks; "
             f"set {' or '.join(map(str, near))}"
         )
     local = prompts_per_rollout * num_generations // ranks
@@ -73,8 +78,13 @@ def check_batch_arithmetic(
     if one_pass % accumulate_grad_batches:
         raise UserError(
             f"accumulate_grad_batches is {accumulate_grad_batches}, but one pass over a rollout is {one_pass} "
-            f"micro-batches a rank ({local} completions / micro_batch_size {micro_batch_size}), which it does not "
-            "divide: an optimizer step would straddle two passes; set accumulate_grad_batches to "
+            f"micro-batches per rank ({local} completions / micro_batch_size {micro_batch_size}), which it does not "
+            "divide, so an optimizer step would span two passes; set accumulate_grad_batches to "
             f"{_nearest(accumulate_grad_batches, divisors(one_pass))}"
         )
-    return one_pass * num_iterations
+    return steps_per_rollout(
+        samples=prompts_per_rollout * num_generations,
+        micro_batch_size=micro_batch_size,
+        num_iterations=num_iterations,
+        ranks=ranks,
+    )
