@@ -12,16 +12,17 @@ overrides `rollout`, `compute_rewards`, `compute_advantages` or `compute_loss`.
 Shapes: B prompts and N = B·G completions on this rank, n of them in a micro-batch, R rewards, T completion length.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ from lightning_grpo.objective import (
 )
 from lightning_grpo.policy import (
     LoRA,
+    Policy,
     adapters,
     frozen_copy,
     full_precision_buffers,
@@ -200,7 +202,7 @@ class GRPOModule(LightningModule):
         if lora is not None:
             # checkpoints contain the adapter alone; `adapters.check` requires all of it
             self.strict_loading = False
-        self.policy: nn.Module | None = None
+        self.policy: Policy | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._optimizer_options: dict[str, Any] | None = None
         self._saved_optimizer_options: dict[str, Any] | None = None
@@ -248,7 +250,8 @@ class GRPOModule(LightningModule):
         if not self.advantage.spans_batch:
             return self.advantage(rewards, lengths=lengths, **options)
         # statistics of the batch are taken over all ranks
-        rewards, lengths = (self.all_gather(x.to(self.device)).view(-1, *x.shape[1:]).cpu() for x in (rewards, lengths))
+        gather = cast(Callable[[Tensor], Tensor], self.all_gather)  # Lightning's type is that of all collections
+        rewards, lengths = (gather(x.to(self.device)).view(-1, *x.shape[1:]).cpu() for x in (rewards, lengths))
         advantages = self.advantage(rewards, lengths=lengths, **options)
         return advantages.view(self.trainer.world_size, -1)[self.trainer.global_rank]
 
@@ -565,7 +568,7 @@ class GRPOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy, and for training a reference if one is needed and LoRA does not provide it."""
-        loaded = []
+        loaded: list[nn.Module] = []
         if self.policy is None:
             self.policy = self._load_policy()
             loaded.append(self.policy)
@@ -578,7 +581,7 @@ class GRPOModule(LightningModule):
             for model in loaded:
                 shard(model, self.device_mesh["data_parallel"])
 
-    def _load_policy(self) -> nn.Module:
+    def _load_policy(self) -> Policy:
         return load_policy(
             self.model_path,
             dtype=self.dtype_name,
@@ -597,7 +600,7 @@ class GRPOModule(LightningModule):
     def _build_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return optimizers.build_optimizer(self.optimizer_factory, parameters)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over all trainable parameters, and its learning-rate schedule in optimizer steps."""
         optimizer = self._build_optimizer(p for p in self.parameters() if p.requires_grad)
         optimizers.check_precision(optimizer, self.trainer)

@@ -9,11 +9,13 @@ from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAcce
 
 from lightning_grpo.processor import fast_dtype
 
+Precision = Literal["auto"] | _PRECISION_INPUT | None
+
 
 class GRPOTrainer(Trainer):
     """Lightning's `Trainer`, which also accepts the precision auto."""
 
-    def __init__(self, *args: Any, precision: Literal["auto"] | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, precision: Precision = None, **kwargs: Any) -> None:
         """Lightning's `Trainer`, whose precision may be auto.
 
         Args:
@@ -24,7 +26,7 @@ class GRPOTrainer(Trainer):
         super().__init__(*args, precision=resolved(precision, kwargs.get("accelerator", "auto")), **kwargs)
 
 
-def resolved(precision: str | int | None, accelerator: str | Accelerator) -> str | int | None:
+def resolved(precision: Precision, accelerator: str | Accelerator) -> _PRECISION_INPUT | None:
     """Return ``precision``, or for ``auto`` the fastest one of the device of ``accelerator``."""
     if precision != "auto":
         return precision

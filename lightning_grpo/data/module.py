@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning
 import numpy as np
@@ -247,7 +247,7 @@ class PromptDataModule(lightning.LightningDataModule):
                 f"data.prompts_per_rollout is {B}, which can't be divided among {W} data-parallel ranks; "
                 f"set it to {' or '.join(map(str, nearest))}"
             )
-        repeats = self.trainer.lightning_module.steps_per_rollout
+        repeats = cast(int, self.trainer.lightning_module.steps_per_rollout)  # of `GRPOModule`
         length = len(self.train) // B * repeats
 
         def batches() -> Iterator[PromptBatch]:

@@ -2,6 +2,7 @@
 
 from lightning_grpo.policy.load import (
     LoRA,
+    Policy,
     frozen_copy,
     full_precision_buffers,
     load_config,
@@ -13,6 +14,7 @@ from lightning_grpo.policy.load import (
 
 __all__ = [
     "LoRA",
+    "Policy",
     "frozen_copy",
     "full_precision_buffers",
     "load_config",

@@ -35,6 +35,9 @@ from lightning_grpo.ranges import check_ranges
 
 log = logging.getLogger(__name__)
 
+Policy = PreTrainedModel | PeftModel
+"""What is trained: a model of transformers, or one of PEFT around it."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -148,7 +151,7 @@ def load_policy(
     attn_implementation: str = ATTENTION,
     from_scratch: bool = False,
     seed: int = 0,
-) -> PreTrainedModel | PeftModel:
+) -> Policy:
     """Load a causal language model for training, in training mode.
 
     Args:
@@ -254,7 +257,7 @@ def _load_weights(model: str, config: PreTrainedConfig, **options: Any) -> PreTr
     return policy
 
 
-def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
+def frozen_copy(policy: nn.Module) -> nn.Module:
     """Return a copy of the policy as the reference, in evaluation mode and without gradients."""
     return copy.deepcopy(policy).eval().requires_grad_(False)
 

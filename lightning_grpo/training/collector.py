@@ -65,8 +65,8 @@ class Collector:
             flat = flat_groups(self._totals(rewards), G).nonzero().flatten().tolist()
             count = torch.tensor(len(flat), device=trainer.strategy.root_device)
             missing = int(trainer.strategy.reduce(count, reduce_op="sum"))
-            further = trainer.datamodule.more_prompts(missing) if missing else []
-            if not len(further):
+            further = trainer.datamodule.more_prompts(missing) if missing else None
+            if not further:
                 break
             others, other_rewards = self._sample(further, window)
             mixed = (~flat_groups(self._totals(other_rewards), G)).nonzero().flatten().tolist()

@@ -5,6 +5,7 @@ Shapes: N = B·G completions on this rank, R rewards, P prompt length, T complet
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -57,7 +58,9 @@ def cut_windows(
             f"of {micro_batch_size}"
         )
     lengths = extents(experience.completion_mask) + extents(experience.prompt_mask.flip(1))
-    matters = (experience.advantages != 0).view(len(experience), -1).any(1) if skip_zero_advantage else lengths >= 0
+    matters = lengths >= 0
+    if skip_zero_advantage:
+        matters = (cast(Experience, experience).advantages != 0).view(len(experience), -1).any(1)
     batches: list[list[int]] = []
     for window in range(windows):
         rows = list(range(window * size, (window + 1) * size))

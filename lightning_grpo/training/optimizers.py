@@ -7,7 +7,7 @@ the options that it adapts by itself. An option that has changed in the configur
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Trainer
@@ -90,7 +90,7 @@ def resume(trainer: Trainer, saved: Mapping[str, Any], configured: Mapping[str, 
         configured: the same of this run.
     """
     changes = take_changed(trainer.optimizers[0], saved, configured)
-    reschedule(trainer.lr_scheduler_configs[0].scheduler)
+    reschedule(cast(LambdaLR, trainer.lr_scheduler_configs[0].scheduler))  # as `build_schedule` returns
     schedule = configured["schedule"]
     changes += [f"{k} {was} → {now}" for k, was in saved["schedule"].items() if was != (now := schedule[k])]
     log.info(

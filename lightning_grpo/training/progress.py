@@ -3,10 +3,11 @@
 Shapes: N = B·G completions on this rank.
 """
 
-from lightning import LightningDataModule, Trainer
+from lightning import Trainer
 
-from lightning_grpo.data import PromptBatch
+from lightning_grpo.data import PromptBatch, PromptDataModule
 from lightning_grpo.errors import RunError
+from lightning_grpo.rollout import Rollout
 from lightning_grpo.training.experience import Experience, cut_windows
 
 
@@ -59,7 +60,7 @@ class Progress:
         """Train on ``experience`` next. It has not been cut into micro-batches."""
         self.experience, self.micro_batches = experience, []
 
-    def cut(self, rollout: Experience, accumulate: int, *, skip_zero_advantage: bool) -> list[list[int]]:
+    def cut(self, rollout: Rollout, accumulate: int, *, skip_zero_advantage: bool) -> list[list[int]]:
         """The micro-batches of one pass; see `cut_windows`."""
         return cut_windows(
             rollout,
@@ -144,7 +145,7 @@ class Progress:
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         }
 
-    def return_to_last_step(self, datamodule: LightningDataModule) -> bool:
+    def return_to_last_step(self, datamodule: PromptDataModule) -> bool:
         """Prepare a further `fit` of the same trainer, which may have stopped anywhere, from the last optimizer step.
 
         Returns:

@@ -6,6 +6,7 @@ Shapes: N completions on this rank, n of them in a micro-batch, P prompt length,
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from typing import Any, cast
 
 import torch
 from lightning import Trainer
@@ -103,7 +104,8 @@ class Scorer:
     ) -> Tensor:
         """`score` by ``policy`` as it was before training."""
         if self.reference is None:
-            with policy.disable_adapter():
+            adapted = cast(Any, policy)  # a PeftModel, whose type this package does not import
+            with adapted.disable_adapter():
                 return self.score(policy, rollout, micro_batches, number, trainer)
         # Lightning moves and converts only what is in the module tree
         with full_precision_buffers(self.reference):

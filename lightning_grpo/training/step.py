@@ -4,6 +4,7 @@ Shapes: N completions on this rank, n of them in an optimizer step, R rewards.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from lightning import Trainer
@@ -78,7 +79,7 @@ class StepMonitor:
         """Raise for a gradient that is not finite, unless 16-mixed may have scaled the loss too far: its scaler then
         skips the step and halves the scale."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        loss = self.window.metrics["loss"].value
+        loss = cast(Mean, self.window.metrics["loss"]).value
         # the gradient is summed over all ranks, while the loss is that of this rank
         is_broken = trainer.strategy.reduce_boolean_decision(not bool(loss.isfinite()), all=False)
         if scaler is not None and not is_broken and scaler.get_scale() >= 1:
