@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_grpo.configure import render
+from lightning_grpo.configure import plot
 from lightning_grpo.data.sources import read
 from lightning_grpo.errors import UserError
 from lightning_grpo.rewards.reasoning_gym import _scorer
@@ -53,7 +53,7 @@ def test_every_imported_package_is_declared_and_every_declared_one_imported():
         ("datasets", lambda path: read(str(path), args={}, size=None, seed=0)),
         ("reasoning-gym", lambda path: read("reasoning_gym:chain_sum", args={}, size=1, seed=0)),
         ("reasoning-gym", lambda path: _scorer("chain_sum", "{}")),
-        ("plot", lambda path: render.draw(None, path / "plan")),
+        ("plot", lambda path: plot.draw(None, path / "plan")),
     ],
     ids=["hub", "saved data set", "source", "reward", "plot"],
 )

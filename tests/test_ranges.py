@@ -60,7 +60,12 @@ OPTIONS = [
         "temperature": NOT_NEGATIVE, "top_p": SHARE, "top_k": ([0, 5], [-1]), "min_p": ([0, 0.5, 1], [-0.1, 1.1]),
         "repetition_penalty": POSITIVE, "cutoff": SHARE,
     }),
-    (LoRA, {}, {"rank": COUNT, "alpha": POSITIVE, "dropout": ([0, 0.9], [-0.1, 1])}),
+    (LoRA, {}, {
+        "rank": COUNT, "alpha": POSITIVE, "dropout": ([0, 0.9], [-0.1, 1]),
+        "rank_pattern": ([{"q_proj": 1}], [{"q_proj": 0}, {"q_proj": math.nan}]),
+        "alpha_pattern": ([{"q_proj": 0.5}], [{"q_proj": 0}, {"q_proj": math.inf}]),
+        "layers_to_transform": ([[0, 3]], [[-1]]),
+    }),
     (PromptDataModule, {"source": "letters"}, {
         "size": COUNT, "validation_size": ([0, 3], [-1]), "prompts_per_rollout": COUNT, "max_prompt_length": COUNT,
         "validation_batch_size": COUNT, "seed": ([0, 3], [-1]),
@@ -90,7 +95,8 @@ CASES = [(kind, needs, name, *values) for kind, needs, options in OPTIONS for na
 def test_a_number_outside_its_range_is_refused(kind, needs, name, taken, refused):
     for value in taken:
         kind(**needs | {name: value})
-    for value in [*refused, math.nan, math.inf, -math.inf]:
+    not_finite = [] if isinstance(taken[0], dict | list) else [math.nan, math.inf, -math.inf]
+    for value in [*refused, *not_finite]:
         with pytest.raises(UserError, match=rf"\b{name}\b.*\bis "):
             kind(**needs | {name: value})
 

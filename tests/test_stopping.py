@@ -221,7 +221,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "ending at once, without a checkpoint" in rest and "Traceback" not in rest
+    assert "ending immediately, without a checkpoint" in rest and "Traceback" not in rest
 
 
 @pytest.mark.slow

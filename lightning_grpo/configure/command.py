@@ -13,7 +13,7 @@ import yaml
 from lightning_grpo.configure.devices import GPUS, GiB
 from lightning_grpo.configure.overrides import OVERRIDABLE
 from lightning_grpo.configure.recommendations import TASKS
-from lightning_grpo.errors import UserError, optional
+from lightning_grpo.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -164,7 +164,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             chosen = choose()
         if arguments.plot:
-            optional("matplotlib", "plot", "--plot")
             from lightning_grpo.configure.plot import draw
 
             files = draw(chosen, Path(arguments.plot))

@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from lightning_grpo.configure.devices import GB
 from lightning_grpo.configure.result import Plan
+from lightning_grpo.errors import optional
 
 
 def draw(plan: Plan, path: str | Path) -> list[Path]:
@@ -17,6 +14,10 @@ def draw(plan: Plan, path: str | Path) -> list[Path]:
         plan: the plan.
         path: file name, whose suffix is replaced by .png and .svg.
     """
+    optional("matplotlib", "plot", "--plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, height_ratios=(3, 1))
@@ -52,4 +53,6 @@ def draw(plan: Plan, path: str | Path) -> list[Path]:
 
 
 def _color(i: int) -> tuple[float, ...]:
+    from matplotlib import colormaps
+
     return colormaps["tab20"](i % 20)

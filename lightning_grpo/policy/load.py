@@ -81,6 +81,11 @@ class LoRA:
     def __post_init__(self) -> None:
         # rank 0 is not allowed: without adapters, lora is None
         check_ranges(self, {"rank": "[1, inf)", "alpha": "(0, inf)", "dropout": "[0, 1)"}, prefix="lora.")
+        for pattern, interval in (("rank_pattern", "[1, inf)"), ("alpha_pattern", "(0, inf)")):
+            values = getattr(self, pattern)
+            check_ranges(values, dict.fromkeys(values, interval), prefix=f"lora.{pattern}.")
+        layers = dict(enumerate(self.layers_to_transform or ()))
+        check_ranges(layers, dict.fromkeys(layers, "[0, inf)"), prefix="lora.layers_to_transform.")
         if self.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
             raise UserError(
                 f"lora.init_lora_weights is {self.init_lora_weights!r}; set true, false, gaussian or orthogonal: other "
