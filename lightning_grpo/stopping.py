@@ -2,11 +2,11 @@
 
 The first signal stops the run at a safe point, a second one ends it immediately.
 
-A signal may arrive between any two lines, and on one rank before the others. It therefore only sets a flag while
+A signal may arrive at any point of the code, and on one rank before the others. It therefore only sets a flag while
 weights, the optimizer or a file are being written. In work that changes nothing in a checkpoint, which `abandonable`
 marks, it raises `Stopped` immediately. In `stop_if_asked` all ranks stop together.
 
-This module imports nothing slow, since every command imports it first.
+This module has no slow imports, since every command imports it first.
 """
 
 import os
@@ -199,7 +199,7 @@ def _any_rank(asked: int) -> int:
 
 
 def end_children(patience: float) -> None:
-    """End every process that this one started, and those that they started, after ``patience`` seconds."""
+    """Kill all child processes and their children if they are still running after ``patience`` seconds."""
     import psutil
 
     children = psutil.Process().children(recursive=True)

@@ -1,4 +1,4 @@
-"""Rewards that judge groups while others are still being sampled."""
+"""Rewards that score groups while others are still being sampled."""
 
 import threading
 
@@ -23,21 +23,21 @@ def test_they_are_the_same_rewards(tmp_path, tiny_model_path):
 
 
 def test_a_group_is_judged_while_others_are_sampled(tmp_path, tiny_model_path, monkeypatch):
-    """The second half of the rollout is not sampled before the first half's first group is judged."""
-    judged, calls, halves = threading.Event(), [], []
+    """The second half of the rollout is not sampled before the first half's first group is scored."""
+    scored, calls, halves = threading.Event(), [], []
     decode = HFEngine._decode
 
     def in_two_halves(self, prompts, rows, *args, **settings):
         if len(rows) == 16:
             halves.append(rows)
-            assert len(halves) == 1 or judged.wait(30), "no reward came before the second half was sampled"
+            assert len(halves) == 1 or scored.wait(30), "no reward came before the second half was sampled"
         return decode(self, prompts, rows, *args, **settings)
 
     monkeypatch.setattr(HFEngine, "_decode", in_two_halves)
 
     def slow(completion_ids, trainer_state):
         calls.append((threading.current_thread() is threading.main_thread(), len(completion_ids)))
-        judged.set()
+        scored.set()
         return [0.0] * len(completion_ids)
 
     policy = module(tiny_model_path, rewards=[FunctionReward(function=slow, early=True)])
@@ -55,11 +55,11 @@ def test_an_error_ends_the_sampling_and_names_the_reward(tmp_path, tiny_model_pa
         return decode(self, prompts, rows, *args, **settings)
 
     def broken(completion_ids):
-        raise ConnectionError("the judge does not answer")
+        raise ConnectionError("the reward server does not answer")
 
     monkeypatch.setattr(HFEngine, "_decode", counting)
     policy = module(tiny_model_path, rewards=[FunctionReward(function=broken, early=True)])
-    with pytest.raises(ConnectionError, match="the judge does not answer") as error:
+    with pytest.raises(ConnectionError, match="the reward server does not answer") as error:
         fit(tmp_path, policy, rollout=HFRollout(max_num_seqs=1))
     assert error.value.__notes__ == ["raised by the reward 'broken'"]
     assert sum(batches) < 1 + 8 * 4, "the rest must not be sampled"

@@ -100,7 +100,7 @@ def solve(case: Case, function, dtype: torch.dtype) -> list[Tensor | None]:
     if loss.requires_grad:
         loss.backward()
     used = [True, True, case.bias]
-    # A sum over no rows reaches nothing, whoever computes it.
+    # A sum over no rows has no gradient with either implementation.
     zeros = lambda x: torch.zeros_like(x) if x.grad is None else x.grad
     gradients = [zeros(x) if need and use else None for x, need, use in zip(leaves, case.needs, used, strict=True)]
     return [x if x is None else x.detach().double() for x in (*found, *gradients)]

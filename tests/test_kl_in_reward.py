@@ -24,7 +24,7 @@ class Spy(GRPOModule):
                     parameter.add_(0.02 * torch.randn_like(parameter))
 
     def compute_advantages(self, rewards, rollout):
-        self.judged, self.judged_rollout = rewards, rollout
+        self.seen_rewards, self.seen_rollout = rewards, rollout
         return super().compute_advantages(rewards, rollout)
 
 
@@ -42,16 +42,16 @@ def by_hand(model, ids, mask, prompt_ids, prompt_mask):
 def test_the_reward_loses_beta_times_the_kl(tmp_path, tiny_model_path):
     policy = module(tiny_model_path, Spy, rewards=[checksum], objective=ObjectiveConfig(**IN_REWARD))
     record = fit(tmp_path, policy, steps=1)
-    rollout = policy.judged_rollout
+    rollout = policy.seen_rollout
     texts = rollout.completion_ids, rollout.completion_mask, rollout.prompt_ids, rollout.prompt_mask
     before = by_hand(load_policy(tiny_model_path), *texts)
     reference = by_hand(policy.scorer.reference, *texts)
     expected = -0.5 * (before - reference).sum(1)  # k1: log π − log π_ref of the sampled tokens
     assert expected.abs().max() > 0.1
-    assert policy.judged.shape == (32, 2)
-    assert torch.allclose(policy.judged[:, 1], expected, atol=1e-4)
+    assert policy.seen_rewards.shape == (32, 2)
+    assert torch.allclose(policy.seen_rewards[:, 1], expected, atol=1e-4)
     # logged is what the rewards gave alone, and the KL by k1
-    assert record["reward"][0] == pytest.approx(float(policy.judged[:, 0].mean()), abs=1e-6)
+    assert record["reward"][0] == pytest.approx(float(policy.seen_rewards[:, 0].mean()), abs=1e-6)
     tokens = int(rollout.completion_mask.sum())
     assert record["kl"][0] == pytest.approx(float((before - reference).sum() / tokens), abs=1e-5)
 
@@ -82,19 +82,19 @@ def test_log_probs_that_only_the_kl_needs_are_not_kept(tmp_path, tiny_model_path
 
 
 def test_one_rollout_ahead_the_samplers_log_probs_count(tmp_path, tiny_model_path):
-    judged = []
+    seen = []
 
     class Keep(Spy):
         def compute_advantages(self, rewards, rollout):
             reference = self.scorer.score_reference(
                 self.policy, rollout, self.cut(rollout, skip_zero_advantage=False), 0, self.trainer
             )
-            judged.append((rewards[:, 1], 0.5 * (reference - rollout.rollout_logprobs).sum(1)))
+            seen.append((rewards[:, 1], 0.5 * (reference - rollout.rollout_logprobs).sum(1)))
             return super().compute_advantages(rewards, rollout)
 
     objective = ObjectiveConfig(**IN_REWARD, rollout_correction=RolloutCorrection())
     policy = module(tiny_model_path, Keep, rewards=[checksum], rollout_ahead=1, objective=objective)
     record = fit(tmp_path, policy, steps=3, rollout=CopyRollout())
     assert record["staleness"] == [0, 1, 1]
-    for penalty, expected in judged:
+    for penalty, expected in seen:
         assert torch.allclose(penalty, expected, atol=1e-5)

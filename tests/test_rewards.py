@@ -28,7 +28,7 @@ from lightning_grpo.rewards.reasoning_gym import REFUSED
 CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
 
 
-def judge(*rewards, completions=("so 4", "five"), prompts=None, columns=None, **kwargs):
+def evaluate(*rewards, completions=("so 4", "five"), prompts=None, columns=None, **kwargs):
     N = len(completions)
     return compute_rewards(
         as_rewards(rewards),
@@ -51,7 +51,7 @@ def test_arguments_are_those_of_trl():
         return [0.0, 0.0]
 
     columns = [{"answer": "4", "level": 1}, {"answer": "5", "level": 2}]
-    judge(spy, prompts=["2 + 2 =", CHAT], columns=columns, trainer_state="state")
+    evaluate(spy, prompts=["2 + 2 =", CHAT], columns=columns, trainer_state="state")
     assert seen == {
         "prompts": ["2 + 2 =", CHAT],
         "completions": ["so 4", [{"role": "assistant", "content": "five"}]],
@@ -67,32 +67,32 @@ def test_function_may_name_just_what_it_needs():
     def long_enough(completions, answer, least=4):
         return [float(len(text) >= least) for text in completions]
 
-    assert judge(long_enough).tolist() == [[1.0], [1.0]]
+    assert evaluate(long_enough).tolist() == [[1.0], [1.0]]
 
 
 def test_function_that_needs_a_column_that_is_not_there():
     def needs_level(completions, level):
         return level
 
-    with pytest.raises(ValueError, match="'level', and there is only openings, answer, prompts") as raised:
-        judge(needs_level)
+    with pytest.raises(ValueError, match="'level', but the arguments are openings, answer, prompts") as raised:
+        evaluate(needs_level)
     assert raised.value.__notes__ == ["raised by the reward 'needs_level'"]
 
 
 def test_none_becomes_nan_and_each_reward_has_its_column():
-    table = judge(lambda completions: [None, 2], LengthPenalty(max_completion_length=2, soft_punish_cache=1))
+    table = evaluate(lambda completions: [None, 2], LengthPenalty(max_completion_length=2, soft_punish_cache=1))
     assert table.dtype == torch.float32 and table.shape == (2, 2)
     assert math.isnan(table[0, 0]) and table[1, 0] == 2
     assert table[:, 1].tolist() == [0.0, -1.0]
 
 
 def test_column_missing_in_a_row_is_none_there():
-    assert judge(ExactMatch(), columns=[{"answer": "4"}, {"other": 1}]).isnan().tolist() == [[False], [True]]
+    assert evaluate(ExactMatch(), columns=[{"answer": "4"}, {"other": 1}]).isnan().tolist() == [[False], [True]]
 
 
 @pytest.mark.parametrize("values", [torch.tensor([0.5, 1]), (True, 0), [torch.tensor(0.5), torch.tensor([1])]])
 def test_numbers_of_any_kind(values):
-    assert judge(lambda completions: values).tolist() == [[float(values[0])], [float(values[1])]]
+    assert evaluate(lambda completions: values).tolist() == [[float(values[0])], [float(values[1])]]
 
 
 @pytest.mark.parametrize(
@@ -116,12 +116,12 @@ def test_wrong_answers_are_named(answer, message):
         return answer
 
     with pytest.raises(ValueError, match=f"the reward 'careless' {message}"):
-        judge(careless)
+        evaluate(careless)
 
 
 def test_as_many_rows_everywhere():
     with pytest.raises(ValueError, match="1 prompts for 2 completions"):
-        judge(ExactMatch(), prompts=["only one"])
+        evaluate(ExactMatch(), prompts=["only one"])
 
 
 # Async rewards --------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_async_rewards_run_together():
         reward.__name__ = f"reward_{mine}"
         return reward
 
-    table = judge(make(1, 2), lambda completions: [7, 7], make(2, 1))
+    table = evaluate(make(1, 2), lambda completions: [7, 7], make(2, 1))
     assert table.tolist() == [[1, 7, 2], [1, 7, 2]]
 
 
@@ -151,7 +151,7 @@ def test_async_class_inside_a_running_loop():
             return [float(len(c)) for c in completions]
 
     async def notebook():
-        return judge(Judge())
+        return evaluate(Judge())
 
     assert asyncio.run(notebook()).tolist() == [[4.0], [4.0]]
 
@@ -170,7 +170,7 @@ def test_error_in_a_reward_names_it(asynchronous):
         return [0, 0]
 
     with pytest.raises(KeyError, match="late") as raised:
-        judge(fine, waits if asynchronous else breaks)
+        evaluate(fine, waits if asynchronous else breaks)
     assert raised.value.__notes__ == [f"raised by the reward {'waits' if asynchronous else 'breaks'!r}"]
 
 
@@ -190,11 +190,11 @@ def test_names_and_weights():
     rewards = as_rewards([TwoWords(3.0), ExactMatch(weight=2, name="right"), LengthPenalty.__call__, "os.path.join"])
     assert [reward.name for reward in rewards] == ["two_words", "right", "__call__", "join"]
     assert [reward.weight for reward in rewards] == [1.0, 2, 1.0, 1.0]
-    assert judge(rewards[0]).tolist() == [[3.0], [3.0]]
+    assert evaluate(rewards[0]).tolist() == [[3.0], [3.0]]
 
 
 def test_two_rewards_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="two rewards are named 'exact_match'; give one of them another `name`"):
+    with pytest.raises(ValueError, match="two rewards are named 'exact_match'; set another `name` for one of them"):
         as_rewards([ExactMatch(), ExactMatch(extract="whole")])
 
 
@@ -234,7 +234,7 @@ def test_from_the_command_line(tmp_path, monkeypatch):
         ("ends_well", 1),
         ("brief", 0.5),
     ]
-    assert judge(*rewards, completions=["4.", "four."]).tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert evaluate(*rewards, completions=["4.", "four."]).tolist() == [[1, 1, 1], [0, 1, 1]]
     sys.modules.pop("my_rewards")
 
 
@@ -316,13 +316,13 @@ def test_same_answer(given_, expected, same):
     ],
 )
 def test_exact_match(how, completion, answer, score):
-    table = judge(ExactMatch(extract=how), completions=[completion], columns=[{"answer": answer}])
+    table = evaluate(ExactMatch(extract=how), completions=[completion], columns=[{"answer": answer}])
     assert table.isnan().item() if score is None else table.item() == score
 
 
 def test_exact_match_of_conversations_and_of_another_column():
     reward = ExactMatch(answer="solution")
-    assert judge(reward, completions=["5"], prompts=[CHAT], columns=[{"solution": 5}]).item() == 1
+    assert evaluate(reward, completions=["5"], prompts=[CHAT], columns=[{"solution": 5}]).item() == 1
 
 
 @pytest.mark.parametrize(
@@ -350,10 +350,10 @@ def test_extraction_that_cannot_work(how, message):
 
 
 def test_prefix_match_is_the_share_of_places():
-    table = judge(PrefixMatch(), completions=["aaaa", "aba", "baaaaaaa", "", "AA"], columns=[{"answer": "aaaa"}] * 5)
+    table = evaluate(PrefixMatch(), completions=["aaaa", "aba", "baaaaaaa", "", "AA"], columns=[{"answer": "aaaa"}] * 5)
     assert table[:, 0].tolist() == [1.0, 0.5, 0.75, 0.0, 0.0]
     with pytest.raises(ValueError, match=r"PrefixMatch.answer is 'answer', which is None in row 0"):
-        judge(PrefixMatch(), columns=[{"other": 1}] * 2)
+        evaluate(PrefixMatch(), columns=[{"other": 1}] * 2)
 
 
 # Format and length ----------------------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def test_prefix_match_is_the_share_of_places():
     ],
 )
 def test_think_format(text, score):
-    assert judge(RegexFormat(), completions=[text], prompts=[CHAT]).item() == score
+    assert evaluate(RegexFormat(), completions=[text], prompts=[CHAT]).item() == score
 
 
 def test_format_is_quick_on_hostile_text():
@@ -383,13 +383,13 @@ def test_format_is_quick_on_hostile_text():
         "<think></think>" + " " * 500_000 + "</think>",
         "<think></think>" + "a " * 500_000 + "<think>",
     ]
-    assert judge(RegexFormat(), completions=texts).tolist() == [[0], [0], [0]]
+    assert evaluate(RegexFormat(), completions=texts).tolist() == [[0], [0], [0]]
 
 
 def test_bad_pattern():
     with pytest.raises(ValueError, match=r"RegexFormat.pattern is '\('"):
         RegexFormat(pattern="(")
-    assert judge(RegexFormat(pattern="[0-9]+.*")).tolist() == [[0], [0]]
+    assert evaluate(RegexFormat(pattern="[0-9]+.*")).tolist() == [[0], [0]]
 
 
 def test_length_penalty_is_dapos():
@@ -401,7 +401,7 @@ def test_length_penalty_is_dapos():
 
 @pytest.mark.parametrize("cache", [0, -1, 11])
 def test_length_penalty_refuses(cache):
-    remedy = "set 1 or more" if cache < 1 else "set it from 1 to max_completion_length = 10"
+    remedy = "set 1 or more" if cache < 1 else "set a value from 1 to max_completion_length = 10"
     with pytest.raises(ValueError, match=f"soft_punish_cache is {cache}; {remedy}"):
         LengthPenalty(max_completion_length=10, soft_punish_cache=cache)
 
@@ -419,26 +419,26 @@ def gym_columns(task, seed=1, **args):
 def test_reasoning_gym_scores_with_the_task_itself():
     columns = gym_columns("chain_sum", max_terms=2)
     texts = [columns["answer"], f"= <answer>{columns['answer']}</answer>", "<answer>no</answer>", "nothing"]
-    whole = judge(ReasoningGym(), completions=texts, columns=[columns] * 4)
+    whole = evaluate(ReasoningGym(), completions=texts, columns=[columns] * 4)
     assert whole[:, 0].tolist() == [1, 0, 0, 0]
-    tagged = judge(ReasoningGym(extract="<answer>(.*?)</answer>"), completions=texts, columns=[columns] * 4)
+    tagged = evaluate(ReasoningGym(extract="<answer>(.*?)</answer>"), completions=texts, columns=[columns] * 4)
     assert tagged[:, 0].tolist() == [0, 1, 0, 0]
 
 
 def test_reasoning_gym_threshold_takes_the_floor_away():
     columns = [gym_columns("power_function")] * 2
     texts = ["garbage", columns[0]["answer"]]
-    graded = judge(ReasoningGym(threshold=None), completions=texts, columns=columns)[:, 0]
+    graded = evaluate(ReasoningGym(threshold=None), completions=texts, columns=columns)[:, 0]
     assert 0 < graded[0] < 0.1 and graded[1] == 1
-    assert judge(ReasoningGym(), completions=texts, columns=columns)[:, 0].tolist() == [0, 1]
+    assert evaluate(ReasoningGym(), completions=texts, columns=columns)[:, 0].tolist() == [0, 1]
 
 
 def test_scorer_that_raises_counts_as_zero_and_is_logged(caplog):
     columns = [gym_columns("prime_factorization")] * 3
     with caplog.at_level(logging.WARNING):
-        table = judge(ReasoningGym(), completions=["?", "x y", columns[0]["answer"]], columns=columns)
+        table = evaluate(ReasoningGym(), completions=["?", "x y", columns[0]["answer"]], columns=columns)
     assert table[:, 0].tolist() == [0, 0, 1]
-    assert "prime_factorization raised ValueError on 2 of 3 answers" in caplog.text
+    assert "prime_factorization raised ValueError for 2 of 3 answers" in caplog.text
 
 
 @pytest.mark.parametrize("task", REFUSED)
@@ -446,7 +446,7 @@ def test_scorers_that_cannot_be_trusted_are_refused(task, tmp_path):
     columns = gym_columns(task)
     payload = f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"
     with pytest.raises(ValueError, match=f"the scorer of the reasoning-gym task '{task}'.*choose a task other than"):
-        judge(ReasoningGym(), completions=[payload], columns=[columns])
+        evaluate(ReasoningGym(), completions=[payload], columns=[columns])
     with pytest.raises(ValueError, match=task):
         ReasoningGym().check([columns])
     assert not (tmp_path / "ran").exists()
@@ -456,11 +456,11 @@ def test_a_composite_cannot_smuggle_a_refused_scorer_in():
     entry = {"question": "", "answer": "", "metadata": {"source_dataset": "countdown"}}
     columns = {"task": "composite", "task_args": {}, "entry": entry}
     with pytest.raises(ValueError, match="'countdown' evaluates the model's answer as Python code"):
-        judge(ReasoningGym(), completions=["1"], columns=[columns])
+        evaluate(ReasoningGym(), completions=["1"], columns=[columns])
 
 
 def test_reasoning_gym_needs_its_own_rows():
     with pytest.raises(ValueError, match=r"no column 'task'; set data.source to reasoning_gym:TASK"):
-        judge(ReasoningGym())
+        evaluate(ReasoningGym())
     with pytest.raises(ValueError, match=r"row 0 is not from data.source = reasoning_gym:TASK"):
         ReasoningGym().check([{"answer": "4"}])

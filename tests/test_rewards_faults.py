@@ -23,7 +23,7 @@ from lightning_grpo.rewards.strict import EXACT, FORM
 CHAT = [{"role": "user", "content": "Hi"}]
 
 
-def judge(*rewards, completions=("so 4", "five"), columns=None, prompts=None, **kwargs):
+def evaluate(*rewards, completions=("so 4", "five"), columns=None, prompts=None, **kwargs):
     N = len(completions)
     columns = columns or [{"answer": "4"}] * N
     return compute_rewards(as_rewards(rewards), prompts or [CHAT] * N, list(completions), [[1]] * N, columns, **kwargs)
@@ -44,7 +44,7 @@ def test_what_a_reward_changes_no_other_sees():
         assert completions[0][0]["content"] == "so 4" and completion_ids == [[1], [1]] and prompts[0] == CHAT
         return [float(a == "4") for a in answer]
 
-    assert judge(vandal, witness).tolist() == [[0, 1], [0, 1]]
+    assert evaluate(vandal, witness).tolist() == [[0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def test_what_a_reward_changes_no_other_sees():
     [[np.True_, np.False_], (x for x in (1, 0)), np.array([1, 0]), [np.float16(1), np.int64(0)], range(1, -1, -1)],
 )
 def test_numbers_of_numpy_and_iterators(answer):
-    assert judge(lambda completions: answer).tolist() == [[1], [0]]
+    assert evaluate(lambda completions: answer).tolist() == [[1], [0]]
 
 
 def test_a_huge_integer_is_no_overflow():
     with pytest.raises(ValueError, match="row 1, the completion 'five'; return a finite number"):
-        judge(lambda completions: [0, 10**400])
+        evaluate(lambda completions: [0, 10**400])
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -69,7 +69,7 @@ def test_exit_in_a_reward_is_an_error_of_the_run(asynchronous):
         raise SystemExit(0)
 
     with pytest.raises(RunError, match=r"the reward '(waits|leaves)' called sys.exit\(0\)"):
-        judge(waits if asynchronous else leaves)
+        evaluate(waits if asynchronous else leaves)
 
 
 def test_a_missing_argument_is_found_before_training():
@@ -80,7 +80,7 @@ def test_a_missing_argument_is_found_before_training():
         return [0]
 
     FunctionReward(function=needs).check([{"level": 1}])
-    with pytest.raises(ReportedError, match="the reward function 'needs' can't be called: it takes 'level'"):
+    with pytest.raises(ReportedError, match="the reward function 'needs' can't be called: it requires 'level'"):
         FunctionReward(function=needs).check([{"answer": 1}])
     with pytest.raises(ReportedError, match="TRL's log_metric and log_extra are not supported"):
         FunctionReward(function=logs).check([{"answer": 1}])
@@ -92,7 +92,7 @@ def test_a_column_named_self():
             return [float("self" not in columns)] * len(completions)
 
     columns = [{"self": 3}, {"self": 4}]
-    assert judge(lambda **columns: columns["self"], Mine(), columns=columns).tolist() == [[3, 1], [4, 1]]
+    assert evaluate(lambda **columns: columns["self"], Mine(), columns=columns).tolist() == [[3, 1], [4, 1]]
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1"])
@@ -127,7 +127,7 @@ def test_scorers_give_no_marks_to_wrong_answers(task):
     for entry in dataset:
         row = {"task": task, "task_args": {}, "entry": entry, "answer": entry["answer"]}
         wrong = [answer for answer in wrong_answers(task, entry["answer"]) if answer != entry["answer"]]
-        table = judge(ReasoningGym(), completions=[entry["answer"], *wrong], columns=[row] * (1 + len(wrong)))
+        table = evaluate(ReasoningGym(), completions=[entry["answer"], *wrong], columns=[row] * (1 + len(wrong)))
         assert table[0, 0] == 1, entry["answer"]
         assert not table[1:, 0].any(), [answer for answer, s in zip(wrong, table[1:, 0], strict=True) if s]
 
@@ -148,7 +148,7 @@ def test_strict_scores_take_other_spellings_of_the_same_answer(task, right, wron
     assert task not in REFUSED
     entry = reasoning_gym.create_dataset(task, size=1, seed=7)[0]
     row = {"task": task, "task_args": {}, "entry": entry, "answer": entry["answer"]}
-    table = judge(ReasoningGym(), completions=[right(entry["answer"]), wrong(entry["answer"])], columns=[row] * 2)
+    table = evaluate(ReasoningGym(), completions=[right(entry["answer"]), wrong(entry["answer"])], columns=[row] * 2)
     assert table[:, 0].tolist() == [1, 0]
 
 
@@ -158,9 +158,9 @@ def test_strict_scores_take_other_spellings_of_the_same_answer(task, right, wron
 def test_a_tag_that_the_template_opened_counts():
     think = RegexFormat()
     texts = ["a</think> 4", "<think>a</think> 4"]
-    assert judge(think, completions=texts, openings=["<think>\n", ""]).tolist() == [[1], [1]]
-    assert judge(think, completions=["a</think> 4", "a</think> 4"]).tolist() == [[0], [0]]
-    seen = judge(lambda completions, **columns: [float("openings" in columns)] * 2, openings=["<think>", ""])
+    assert evaluate(think, completions=texts, openings=["<think>\n", ""]).tolist() == [[1], [1]]
+    assert evaluate(think, completions=["a</think> 4", "a</think> 4"]).tolist() == [[0], [0]]
+    seen = evaluate(lambda completions, **columns: [float("openings" in columns)] * 2, openings=["<think>", ""])
     assert seen.tolist() == [[0], [0]]
 
 

@@ -1,4 +1,4 @@
-"""Rewards that don't end: they end, with an error that says where they hang."""
+"""Rewards that do not return are interrupted, with an error that states where they were."""
 
 import asyncio
 import multiprocessing
@@ -19,7 +19,7 @@ from lightning_grpo.rewards import FunctionReward, compute_rewards, time_limit
 COMPLETIONS = ["so 4", "a" * 40 + "!"]
 
 
-def judge(*functions, time_limit=0.3):
+def score(*functions, time_limit=0.3):
     rewards = [FunctionReward(function=function, time_limit=time_limit) for function in functions]
     return compute_rewards(rewards, ["2 + 2 =", "Say a"], COMPLETIONS, [[0], [1]], [{}, {}])
 
@@ -58,36 +58,38 @@ def hanging(how):
 
 def check(error, how):
     message = str(error)
-    assert message.startswith("the reward 'hangs' was still at work after 0.3 s, with row 1, the completion 'aaaa")
-    assert "of the prompt 'Say a' in hand: bound" in message and "raise its time_limit (null: none)" in message
+    assert message.startswith(
+        "the reward 'hangs' exceeded its time_limit of 0.3 s while scoring row 1, the completion 'aaaa"
+    )
+    assert "of the prompt 'Say a'; avoid" in message and "raise its time_limit (null disables it)" in message
     (note,) = error.__notes__
-    assert note.startswith("it was at\n") and f"in {how.__name__}\n" in note
+    assert note.startswith("stack of the reward:\n") and f"in {how.__name__}\n" in note
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind():
+def no_threads_or_signal_handlers_remain():
     threads = set(threading.enumerate())
     yield
     assert signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
-    # but the threads of rewards that wait for something outside of Python
+    # threads of rewards that block outside of Python may remain
     assert {thread.name for thread in set(threading.enumerate()) - threads} <= {"reward"}
 
 
 @pytest.mark.parametrize("how", [loop, regex, sleep, wait, swallow])
 def test_in_the_main_thread(how):
     with pytest.raises(TimeoutError) as raised:
-        judge(hanging(how))
+        score(hanging(how))
     check(raised.value, how)
 
 
 @pytest.mark.parametrize("how", [loop, sleep, wait])
 def test_in_another_thread(how):
     with ThreadPoolExecutor(1) as pool, pytest.raises(TimeoutError) as raised:
-        pool.submit(judge, hanging(how)).result()
+        pool.submit(score, hanging(how)).result()
     check(raised.value, how)
 
 
-def test_a_loop_in_another_thread_does_not_go_on():
+def test_a_loop_in_another_thread_is_interrupted():
     threads = []
 
     def hangs(completions):
@@ -95,20 +97,20 @@ def test_a_loop_in_another_thread_does_not_go_on():
         while True:
             pass
 
-    with ThreadPoolExecutor(1) as pool, pytest.raises(TimeoutError, match="with 2 completions in hand"):
-        pool.submit(judge, hangs).result()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(TimeoutError, match="while scoring 2 completions"):
+        pool.submit(score, hangs).result()
     threads[0].join(30)
     assert not threads[0].is_alive()
 
 
 def test_what_cannot_be_interrupted_ends_the_process(tmp_path, monkeypatch):
-    """`re` in another thread lets no other Python run, not even this test: a process of its own."""
+    """`re` in another thread blocks all other Python threads, including this test: use a child process."""
     monkeypatch.setattr(time_limit, "GRACE", 0.2)
 
     def hang_in_a_thread():
         with (tmp_path / "stderr").open("w") as file:
             os.dup2(file.fileno(), 2)
-        thread = threading.Thread(target=judge, args=(hanging(regex),))
+        thread = threading.Thread(target=score, args=(hanging(regex),))
         thread.start()
         thread.join()
 
@@ -135,12 +137,14 @@ async def fine(completions):
 
 def test_async_rewards():
     with pytest.raises(
-        TimeoutError, match=r"the reward 'awaits' was still at work after 0\.3 s, with 2 compl"
+        TimeoutError, match=r"the reward 'awaits' exceeded its time_limit of 0\.3 s while scoring 2 compl"
     ) as raised:
-        judge(fine, awaits)
+        score(fine, awaits)
     assert "await asyncio.sleep(1000)" in raised.value.__notes__[0]
-    with pytest.raises(TimeoutError, match=r"the reward 'fine' or 'blocks' was still at work after 0\.3 s") as raised:
-        judge(fine, blocks)
+    with pytest.raises(
+        TimeoutError, match=r"the reward 'fine' or 'blocks' exceeded its time_limit of 0\.3 s"
+    ) as raised:
+        score(fine, blocks)
     assert "in blocks\n" in raised.value.__notes__[0]
 
 
@@ -149,7 +153,7 @@ def test_an_async_rewards_own_timeout_is_its_own():
         await asyncio.wait_for(asyncio.sleep(1000), timeout=0.01)
 
     with pytest.raises(TimeoutError) as raised:
-        judge(impatient, time_limit=100)
+        score(impatient, time_limit=100)
     assert raised.value.__notes__ == ["raised by the reward 'impatient'"]
 
 
@@ -162,7 +166,9 @@ def test_early_rewards_end_the_run(tmp_path, tiny_model_path, changes):
 
     reward = FunctionReward(function=hangs, early=True, time_limit=0.3)
     policy = module(tiny_model_path, **changes | {"rewards": [reward]})
-    with pytest.raises(TimeoutError, match=r"the reward 'hangs' was still at work after 0\.3 s, with 4 completions in"):
+    with pytest.raises(
+        TimeoutError, match=r"the reward 'hangs' exceeded its time_limit of 0\.3 s while scoring 4 compl"
+    ):
         fit(tmp_path, policy, rollout=CopyRollout())
     assert policy.trainer.global_step >= 1
 
@@ -175,9 +181,11 @@ def test_a_warning_comes_first(caplog, elsewhere):
         return [1.0, 2.0]
 
     with ThreadPoolExecutor(1) as pool:
-        table = pool.submit(judge, slow, time_limit=5.0).result() if elsewhere else judge(slow, time_limit=5.0)
+        table = pool.submit(score, slow, time_limit=5.0).result() if elsewhere else score(slow, time_limit=5.0)
     assert table.tolist() == [[1.0], [2.0]]
-    assert caplog.messages == ["the reward 'slow' has been at work for 0.5 s; at its time_limit of 5 s the run ends"]
+    assert caplog.messages == [
+        "The reward 'slow' has been running for 0.5 s; the run will stop at its time_limit of 5 s."
+    ]
 
 
 def test_without_a_limit_nothing_watches():
@@ -185,9 +193,9 @@ def test_without_a_limit_nothing_watches():
         handler, timer = signal.getsignal(signal.SIGVTALRM), signal.getitimer(signal.ITIMER_VIRTUAL)
         return [float(handler is signal.SIG_DFL and timer == (0, 0)), threading.active_count()]
 
-    assert judge(looks, time_limit=None).tolist() == [[1.0], [threading.active_count()]]
-    assert judge(looks).tolist() == [[0.0], [threading.active_count() + 1]]
-    assert judge(fine, time_limit=None).tolist() == [[0.0], [0.0]]
+    assert score(looks, time_limit=None).tolist() == [[1.0], [threading.active_count()]]
+    assert score(looks).tolist() == [[0.0], [threading.active_count() + 1]]
+    assert score(fine, time_limit=None).tolist() == [[0.0], [0.0]]
 
 
 def test_rewards_may_use_alarms_of_their_own():
@@ -195,10 +203,10 @@ def test_rewards_may_use_alarms_of_their_own():
         pass
 
     def hangs(completions):
-        def ring(*_):
+        def on_alarm(*_):
             raise Alarm
 
-        before = signal.signal(signal.SIGALRM, ring)
+        before = signal.signal(signal.SIGALRM, on_alarm)
         try:
             signal.setitimer(signal.ITIMER_REAL, 0.01)
             time.sleep(1000)
@@ -208,23 +216,23 @@ def test_rewards_may_use_alarms_of_their_own():
             signal.signal(signal.SIGALRM, before)
 
     with pytest.raises(TimeoutError, match="the reward 'hangs'"):
-        judge(hangs)
+        score(hangs)
 
 
-def test_the_signal_of_another_is_left_alone():
+def test_an_existing_handler_stays():
     seen = []
 
-    def mine(*_):
+    def own_handler(*_):
         seen.append(True)
 
-    def rings(completions):
+    def raises_signal(completions):
         signal.raise_signal(signal.SIGVTALRM)
         return [0.0, 0.0]
 
-    before = signal.signal(signal.SIGVTALRM, mine)
+    before = signal.signal(signal.SIGVTALRM, own_handler)
     try:
-        judge(rings)
-        assert seen and signal.getsignal(signal.SIGVTALRM) is mine
+        score(raises_signal)
+        assert seen and signal.getsignal(signal.SIGVTALRM) is own_handler
     finally:
         signal.signal(signal.SIGVTALRM, before)
 
@@ -240,7 +248,7 @@ def test_an_error_names_the_completion():
         return [1 / (4 - len(text)) for text in reversed(completions)]
 
     with pytest.raises(ZeroDivisionError) as raised:
-        judge(breaks)
+        score(breaks)
     assert raised.value.__notes__ == [
-        "raised by the reward 'breaks' at row 0, the completion 'so 4' of the prompt '2 + 2 ='"
+        "raised by the reward 'breaks' while scoring row 0, the completion 'so 4' of the prompt '2 + 2 ='"
     ]

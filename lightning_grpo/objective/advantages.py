@@ -33,8 +33,8 @@ class AdvantageConfig:
     """Divide by the standard deviation (with Bessel's correction) of the group or the batch, plus 1e-4. ``none`` does
     not change the relative weight of easy and hard prompts (Dr. GRPO)."""
     aggregation: RewardAggregation = "sum_then_normalize"
-    """Sum the weighted rewards first; or first z-score each reward in its group, so that none outweighs the others, sum
-    them with their weights, and z-score the sum over the batch."""
+    """Sum the weighted rewards and then normalize; or z-score each reward within its group first, so that all have the
+    same influence, sum them with their weights, and z-score the sum over the batch."""
     k: int | None = None
     """k of pass_at_k, which rewards the best of k completions."""
 

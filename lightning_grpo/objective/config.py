@@ -33,48 +33,56 @@ CLIP_OPTIONS = ("epsilon", "epsilon_high", "delta", "dual_clip")
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The objective. A field that is None takes the value of the published form that ``loss_type`` names."""
+    """The objective. A field that is None has the value of the published objective ``loss_type``."""
 
     loss_type: str = "dr_grpo"
-    """A name from docs/objectives.md. The default, Dr. GRPO, divides sums by a constant, which avoids length bias."""
+    """Name of a published objective (docs/objectives.md); the options below override its parts. The default is Dr.
+    GRPO, which divides by a constant and so has no length bias."""
     surrogate: Surrogate | None = None
-    """The per-token loss, by class path: your own, or a built-in one with other options. None: that of loss_type."""
+    """Per-token loss, by class path: your own class, or a built-in one with other arguments. By default that of
+    loss_type."""
     importance_sampling_level: RatioLevel | None = None
-    """The ratio of each token, or of the completion as the geometric mean of its tokens."""
+    """Compute the ratio per token, or per completion (the geometric mean over its tokens). By default that of
+    loss_type."""
     aggregation: Aggregation | None = None
-    """How the losses of tokens are reduced to a scalar; see docs/objectives.md."""
+    """How to aggregate the losses of tokens into one number (docs/objectives.md). By default that of loss_type."""
     epsilon: float | None = None
-    """Lower clip range of the ratio, and the upper one unless epsilon_high is set."""
+    """Lower clip range of the ratio, and the upper one if epsilon_high is not set."""
     epsilon_high: float | None = None
-    """Upper clip range of the ratio. For CISPO, the largest weight itself."""
+    """Upper clip range of the ratio. For CISPO, the maximum weight itself."""
     delta: float | None = None
-    """Upper bound of the ratio in the unclipped branch of the clipped surrogate. None: no bound."""
+    """Upper bound of the ratio in the unclipped branch of the clipped surrogate. Unbounded by default."""
     dual_clip: float | None = None
-    """Bound c > 1 of the loss of negative advantages in the clipped surrogate. None: no bound."""
+    """Bound c > 1 on the loss of tokens with negative advantages in the clipped surrogate. Unbounded by default."""
     beta: float | None = None
-    """Weight of the KL to the reference. With 0 no reference is loaded. Recent recipes use 0, DeepSeekMath 0.04."""
+    """Coefficient of the KL divergence from the reference model. 0, as in most recent recipes, loads no reference;
+    DeepSeekMath used 0.04. Raise it if the reward rises while held-out rewards fall."""
     kl_estimator: KLEstimator | None = None
-    """k1, abs, k2 or k3. None: that of loss_type in the loss, and k1, the only unbiased one, in the reward."""
+    """KL estimator: k1, abs, k2 or k3. By default that of loss_type in the loss, and k1, the only unbiased one there,
+    in the reward."""
     kl_placement: Literal["loss", "reward"] = "loss"
-    """Add β·KL to the loss, or subtract it from the rewards before advantages."""
+    """Add β·KL to the loss, or subtract it from the rewards before advantages are computed."""
     use_bias_correction_kl: bool = False
-    """Multiply the KL in the loss by the ratio, making its gradient unbiased off-policy (DeepSeek-V3.2)."""
+    """Multiply the KL in the loss by the ratio, which makes its gradient unbiased off-policy (DeepSeek-V3.2)."""
     adaptive_beta: AdaptiveBeta | None = None
-    """Adjusts β to reach a target KL. None: β is fixed."""
+    """Adapt β during training to reach a target KL. By default β is constant."""
     top_entropy_quantile: float = 1.0
-    """Share of tokens, those with the highest entropy, in the policy term (0.2 in arXiv:2506.01939)."""
+    """Fraction of tokens, those with the highest entropy, that contribute to the policy loss (0.2 in arXiv:2506.01939).
+    1 keeps all tokens."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus. If it is not 0 the entropy needs a gradient, which costs memory and time."""
+    """Coefficient of the entropy bonus. Values other than 0 cost memory and time for the gradient of the entropy."""
     adaptive_entropy: AdaptiveEntropy | None = None
-    """Adjusts the entropy bonus to reach a target entropy. None: the weight is fixed."""
+    """Adapt the entropy bonus during training to reach a target entropy. By default it is constant."""
     mask_truncated_completions: bool = False
     """Exclude completions truncated at the length limit from the loss."""
     off_policy_mask_threshold: float | None = None
-    """Drop completions with A < 0 whose mean log π_rollout − log π exceeds this. None: keep all."""
+    """Exclude completions with a negative advantage whose mean log π_rollout − log π, in nats, exceeds this value. By
+    default all are kept."""
     rollout_correction: RolloutCorrection | None = None
-    """Weights tokens by π_old/π_engine. None: the engine's probabilities are assumed to equal the trainer's."""
+    """Reweight tokens or completions by π_old/π_engine. By default the engine's probabilities are assumed to equal the
+    trainer's."""
     max_completion_length: int | None = None
-    """Divisor of the constant aggregation, in tokens. None: max_completion_length of the model."""
+    """Divisor of the constant aggregation, in tokens. By default model.max_completion_length."""
 
     def __post_init__(self) -> None:
         if self.loss_type not in PRESETS:

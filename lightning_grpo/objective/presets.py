@@ -39,7 +39,7 @@ PRESETS: dict[str, Preset] = {
     "bnpo": Preset(
         aggregation="local_tokens",
         paper="TRL's token mean over the micro-batch",
-        use="To match runs that used it. Local by intent: the loss depends on the split into micro-batches.",
+        use="To match runs that used it. The loss depends on the split into micro-batches.",
     ),
     "dapo": Preset(
         surrogate=Clipped(epsilon=0.2, epsilon_high=0.28),

@@ -1,4 +1,4 @@
-"""The policy's weights for an engine: one whole tensor at a time, under Hugging Face names."""
+"""Streams of the policy's weights for engines: one unsharded tensor at a time, with Hugging Face names."""
 
 from collections.abc import Iterator
 
@@ -13,59 +13,58 @@ from lightning_grpo.errors import UserError
 
 
 def policy_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """Stream the policy's parameters, in the order of its layers, without a second copy of the model.
+    """Stream the policy's parameters in the order of its layers, without a second copy of the model.
 
-    LoRA adapters are merged tensor by tensor into what is yielded, never into the policy. Sharded parameters are
-    gathered one by one: every rank must consume the stream in step. A parameter that two modules share (a tied
-    output head) comes once, under the name of the first.
+    LoRA adapters are merged into the yielded tensors, one at a time, and never into the policy. Sharded parameters are
+    gathered one by one, so all ranks must iterate together. A parameter that two modules share (a tied output head) is
+    yielded once, with the name in the first module.
 
     Args:
         policy: a causal language model of transformers, or a LoRA model around one.
 
     Yields:
-        The name that the parameter has in the model's checkpoint, and the parameter, detached, on its own device
-        and in its own dtype. It may share the policy's storage: copy before writing to it.
+        The parameter's name in the model's checkpoint, and the parameter, detached, with its device and dtype. It may
+        share the policy's storage: copy it before writing to it.
 
     Raises:
-        UserError: the adapter does not simply add to the weight (DoRA, LoRA with a bias, or another method than
-            LoRA).
+        UserError: the adapter does more than add to the weight (DoRA, LoRA with a bias, or another method than LoRA).
     """
     if isinstance(policy, PeftModel):
         if policy.active_peft_config.is_prompt_learning or policy.active_peft_config.peft_type != "LORA":
             raise UserError(
-                f"the adapter is {policy.active_peft_config.peft_type}; only LoRA can be given to an engine"
+                f"the adapter is {policy.active_peft_config.peft_type}; only LoRA adapters can be sent to an engine"
             )
         policy = policy.get_base_model()
-    given: set[int] = set()
+    yielded: set[int] = set()
     with torch.no_grad():
         for prefix, module in policy.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in given:
+                if id(parameter) in yielded:
                     continue
-                given.add(id(parameter))
+                yielded.add(id(parameter))
                 full_name = _checkpoint_name(f"{prefix}.{name}" if prefix else name)
                 if full_name is not None:
                     yield full_name, _merged(policy, prefix, name, parameter)
 
 
 def adapter_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """Stream the policy's LoRA adapter alone, for an engine that holds the base model itself.
+    """Stream only the policy's LoRA adapter, for an engine that has its own copy of the base model.
 
     Yields:
         ``base_model.model.LAYER.lora_A.weight``, a copy of A [r, in], and ``….lora_B.weight``, alpha / r · B [out, r]
-        in float32: with the scaling inside, an engine that scales once more holds other bits than were sent. Shards
-        are gathered as in `policy_weights`.
+        in float32. The scaling is included, so that the engine stores exactly the bits that are sent. Shards are
+        gathered as in `policy_weights`.
 
     Raises:
         UserError: the policy is not a base model with a single plain LoRA adapter on linear layers.
     """
     if not isinstance(policy, PeftModel):
-        raise UserError("the policy has no adapter; give the engine its weights instead")
+        raise UserError("the policy has no adapter; send its weights instead")
     others = [name for name, p in policy.named_parameters() if p.requires_grad and "lora_" not in name]
     if others or len(policy.active_adapters) != 1:
         raise UserError(
-            f"an engine takes one adapter and nothing beside it, but active adapters are {policy.active_adapters} and "
-            f"{len(others)} other parameters train ({', '.join(others[:4])}); send merged weights instead"
+            f"an engine accepts only one adapter, but the active adapters are {policy.active_adapters}, and "
+            f"{len(others)} other parameters are trained ({', '.join(others[:4])}); send merged weights instead"
         )
     (adapter,) = policy.active_adapters
     for name, layer in policy.get_base_model().named_modules():
@@ -73,29 +72,29 @@ def adapter_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, 
             continue
         _require_plain(layer, name, adapter)
         if layer.merged or adapter not in layer.lora_A:
-            raise UserError(f"{name} is merged, or no linear layer; send merged weights instead")
+            raise UserError(f"{name} is merged or is not a linear layer; send merged weights instead")
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         yield f"base_model.model.{name}.lora_A.weight", whole(A.detach()).clone()
         yield f"base_model.model.{name}.lora_B.weight", whole(B.detach()).float() * layer.scaling[adapter]
 
 
 def write_counters(policy: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Each parameter's address and the count of in-place writes to it, which torch keeps; microseconds per parameter.
+    """The address of each parameter and torch's count of in-place writes to it. Takes microseconds per parameter.
 
-    They differ after an optimizer step, ``load_state_dict``, pruning, or a parameter that was replaced. A write through
-    ``parameter.data``, which torch does not count, shows only in the bits.
+    They change with an optimizer step, ``load_state_dict``, pruning, or the replacement of a parameter. Torch does not
+    count writes through ``parameter.data``, so these are not detected.
     """
     tensors = (p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters())
     return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor; gathered if this rank has only a shard, which is collective."""
+    """The unsharded tensor. If this rank has only a shard, all ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _checkpoint_name(name: str) -> str | None:
-    """The name without the wrappers that PEFT puts around modules; None for the adapter's own parameters."""
+    """The name without PEFT's wrapper modules; None for parameters of the adapter."""
     parts = name.split(".")
     if any(part.startswith("lora_") for part in parts) or "original_module" in parts:
         return None
@@ -130,4 +129,4 @@ def _lora_delta(layer: LoraLayer, name: str, adapter: str) -> Tensor:
 
 def _require_plain(layer: LoraLayer, name: str, adapter: str) -> None:
     if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
-        raise UserError(f"adapter {adapter!r} on {name} is not plain LoRA (DoRA, or a bias)")
+        raise UserError(f"adapter {adapter!r} on {name} is not plain LoRA (it uses DoRA or a bias)")

@@ -1,4 +1,4 @@
-"""Rewards that know the answer."""
+"""Rewards that compare a completion with the correct answer."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,15 @@ from lightning_grpo.rewards.base import Completion, Reward, completion_text
 from lightning_grpo.rewards.numbers import last_number, number_value
 
 SOLUTION = "####"
-"""Mark before the final answer of a worked solution, as in GSM8K."""
+"""Marker before the final answer of a worked solution, as in GSM8K."""
 _TAGS = re.compile(
     r"((?:[^\\.^$*+?{}\[\]|()]|\\[^\w\s])+)\((?:\?P<\w+>)?\.[*+]\??\)((?:[^\\.^$*+?{}\[\]|()]|\\[^\w\s])+)"
 )
 
 
 def extract(text: str, how: str) -> str | None:
-    """The answer in a text: its ``last_number``, the ``whole`` of it, or the only group of a regular expression's last
-    match. None if there is none.
+    """Extract the answer from a text: its ``last_number``, the ``whole`` text, or the group in a regular expression's
+    last match. None if there is no answer.
     """
     if how == "last_number":
         return last_number(text)
@@ -29,9 +29,9 @@ def extract(text: str, how: str) -> str | None:
 
 
 def _last_match(text: str, pattern: str) -> tuple[str, str] | None:
-    """The last match of a pattern with one group: all of it, and the group."""
+    """The last match of a pattern with one group, and the text of the group."""
     if tags := _TAGS.fullmatch(pattern):
-        # two literals: searched from the end, in linear time for texts that repeat the first of them
+        # two literals are searched from the end: linear time even if the text repeats the first one
         first, last = (re.sub(r"\\(.)", r"\1", literal) for literal in tags.groups())
         end = text.rfind(last)
         start = text.rfind(first, 0, max(end, 0))
@@ -41,7 +41,7 @@ def _last_match(text: str, pattern: str) -> tuple[str, str] | None:
 
 
 def check_extraction(option: str, how: str) -> None:
-    """Raise ValueError for what `extract` can't use."""
+    """Raise `UserError` if `extract` can't use ``how``."""
     if how in ("last_number", "whole"):
         return
     try:
@@ -56,8 +56,8 @@ def check_extraction(option: str, how: str) -> None:
 
 
 def same_answer(given: str, expected: str) -> bool:
-    """Equal as numbers if both are one number (1,000 = 1000.0, 3/2 = 1.5), else as text without case, outer and double
-    spaces, or a closing full stop.
+    """Whether two answers are equal: as numbers if each is one number (1,000 = 1000.0, 3/2 = 1.5), otherwise as text,
+    ignoring case, repeated and surrounding spaces, and a final full stop.
     """
     values = number_value(given), number_value(expected)
     if None not in values:
@@ -68,26 +68,26 @@ def same_answer(given: str, expected: str) -> bool:
 
 @dataclass(kw_only=True, eq=False)
 class ExactMatch(Reward):
-    """1 if the answer found in the completion is that of the row, else 0. A row whose answer is null: no reward.
+    """1 if the answer in the completion equals that of the row, else 0. No reward if the row's answer is null.
 
-    Numbers are compared by value over their whole notation: 3/2, ``\\frac{3}{2}`` and 1.5 are equal, and a completion
+    Numbers are compared by value, and read as a whole: 3/2, ``\\frac{3}{2}`` and 1.5 are equal, and a completion
     that ends in 3/4 does not match the answer 1/4.
     """
 
     answer: str = "answer"
-    """Column with the right answer, text or a number. Worked solutions are read too: the answer is what follows their
+    """Column with the correct answer, as text or a number. If it holds worked solutions, the answer is what follows the
     last ``####``, or what ``extract`` finds between its tags."""
     extract: str = "last_number"
-    """Where the answer stands in the completion: ``last_number``, ``whole`` (all of it), or a regular expression with
-    one group, such as ``<answer>(.*?)</answer>`` (the last match counts). With last_number each row's answer must be
-    one number."""
+    """Where to find the answer in the completion: ``last_number``, ``whole`` (all of it), or a regular expression
+    with one group, such as ``<answer>(.*?)</answer>`` (the last match counts). With last_number each row's answer must
+    be one number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_extraction("ExactMatch.extract", self.extract)
 
     def expected(self, answer: Any) -> str | None:
-        """The right answer as text, None if the row has none; ValueError if it could never be given."""
+        """The correct answer as text, None if the row has none. Raises `UserError` if no completion could match it."""
         if answer is None:
             return None
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):
@@ -109,7 +109,7 @@ class ExactMatch(Reward):
         if match == group and group != text:
             raise UserError(
                 f"ExactMatch.extract, {self.extract!r}, finds only {group!r} of the answer {text[-80:]!r}, so that "
-                "no completion could give all of it; set an expression that takes the whole answer, or whole"
+                "no completion could match it; set an expression that takes the whole answer, or whole"
             )
         return group.strip()
 
@@ -138,12 +138,13 @@ class ExactMatch(Reward):
 
 @dataclass(kw_only=True, eq=False)
 class PrefixMatch(Reward):
-    """The share of the answer's characters that the completion has in the same places, from its first on: a signal
-    for models that have learned nothing yet. Case and spaces count.
+    """The fraction of the answer's characters that the completion has at the same positions. Case and spaces count.
+
+    It gives a signal to models that have not learned anything yet.
     """
 
     answer: str = "answer"
-    """Column with the right answer, a text that isn't empty."""
+    """Column with the correct answer, a nonempty text."""
 
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
         for row, values in enumerate(columns):

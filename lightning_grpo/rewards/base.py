@@ -1,4 +1,4 @@
-"""What a reward is: a class, or a plain function in a coat."""
+"""The `Reward` base class, and `FunctionReward`, which wraps a plain function."""
 
 import importlib
 import inspect
@@ -15,15 +15,15 @@ Scores = Sequence[float | None]
 Completion = str | list[dict[str, Any]]
 
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state")
-"""What every reward may name beside the columns of the data set."""
+"""Arguments of every reward besides the columns of the data set."""
 OFFERED = ("openings",)
-"""Further arguments, passed only to rewards that name them."""
+"""Further arguments, passed only to rewards whose signature names them."""
 
 
 def call_with(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """Call with those of the arguments that the function names, or with all of them if it takes ``**columns``.
+    """Call the function with the arguments that its signature names, or with all of them if it takes ``**columns``.
 
-    `OFFERED` arguments are passed only to functions that name them.
+    `OFFERED` arguments are passed only to functions whose signature names them.
     """
     parameters = inspect.signature(function).parameters
     require_arguments(function, arguments)
@@ -33,17 +33,17 @@ def call_with(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any
 
 
 def require_arguments(function: Callable[..., Any], arguments: Iterable[str]) -> None:
-    """Raise `UserError` if the function needs an argument that is not among these names."""
+    """Raise `UserError` if the function requires an argument that is not among these names."""
     arguments = list(arguments)
     for name, parameter in inspect.signature(function).parameters.items():
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise UserError(
-                f"its argument {name!r} is positional only; rewards are called by keywords, so remove the /"
+                f"its argument {name!r} is positional-only, but rewards are called with keyword arguments; remove the /"
             )
         if named and name not in arguments and parameter.default is parameter.empty:
             hint = "; TRL's log_metric and log_extra are not supported" if name in ("log_metric", "log_extra") else ""
-            raise UserError(f"it takes {name!r}, and there is only {', '.join(arguments)}{hint}")
+            raise UserError(f"it requires {name!r}, but the arguments are {', '.join(arguments)}{hint}")
 
 
 def completion_text(completion: Completion) -> str:
@@ -55,19 +55,19 @@ def completion_text(completion: Completion) -> str:
 class Reward(ABC):
     """Base class of rewards: override `__call__` (plain or ``async``) and name the class in YAML.
 
-    A subclass needs no registration; its own options are typed arguments of its ``__init__`` (or dataclass fields).
+    A subclass needs no registration. Its options are typed arguments of its ``__init__`` (or dataclass fields).
     """
 
     weight: float = 1.0
-    """Factor of this reward in the sum of all."""
+    """Weight of this reward in the sum."""
     name: str = ""
-    """Name in the logs. Empty: the class's name in snake_case, or the function's."""
+    """Name in logs. By default the name of the class in snake_case, or that of the function."""
     early: bool = False
-    """Judge each group as soon as it is sampled, in another thread, while others still are. For slow rewards: it is
-    then called with one group at a time, not with the whole rollout."""
+    """Score each group in another thread as soon as it is sampled, while other groups are still being sampled. Use it
+    for slow rewards. The reward is then called once per group instead of once per rollout."""
     time_limit: float | None = 1800.0
-    """Seconds that one call may take; then the run ends with an error that says where it hangs, and on what. A tenth
-    of it brings a warning. Null waits for ever."""
+    """Maximum seconds per call. When a call exceeds it, the run ends with an error that states the completion and the
+    stack; a warning is logged after a tenth of it. null disables the limit."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -91,38 +91,38 @@ class Reward(ABC):
         completion_ids: list[list[int]],
         **columns: Any,
     ) -> Scores | Awaitable[Scores]:
-        """One number per completion; None where the reward does not apply.
+        """Return one number per completion, or None if the reward does not apply to it.
 
         Args:
-            prompts: N prompts, text or chat messages; those of one group follow each other.
-            completions: N texts; ``[{"role": "assistant", "content": text}]`` where the prompt is chat messages.
+            prompts: N prompts, as text or chat messages. Those of one group are adjacent.
+            completions: N texts, or ``[{"role": "assistant", "content": text}]`` if the prompt is chat messages.
             completion_ids: N lists of token ids, without padding.
-            columns: each further column of the data set, as a list of N values, and ``trainer_state``. A reward that
-                names ``openings`` gets N texts: a tag that the chat template opened at the end of the prompt, such as
-                ``<think>``, so that it is missing from the completion; empty if there is none.
+            columns: each further column of the data set, as a list of N values, and ``trainer_state``. If the signature
+                names ``openings``, also N texts: the tag, such as ``<think>``, that the chat template appended to the
+                prompt, so that the completion lacks it, or an empty text.
         """
 
-    def check(self, columns: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027  most rewards judge any row
-        """Raise ValueError for rows of the data set that could never be judged. Called once, before training."""
+    def check(self, columns: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027  most rewards can score any row
+        """Raise ValueError for rows of the data set that can't be scored. Called once, before training."""
 
 
 @dataclass(kw_only=True, eq=False)
 class FunctionReward(Reward):
-    """A plain function ``f(prompts, completions, completion_ids, **columns)``, or one that names what it needs."""
+    """Wrap a function ``f(prompts, completions, completion_ids, **columns)``, or one with some of these arguments."""
 
     function: str | Callable[..., Any]
-    """The function, or its dotted path: ``package.module.function``."""
+    """The function or its import path, ``package.module.function``."""
 
     def __post_init__(self) -> None:
         if isinstance(self.function, str):
             self.function = load_function(self.function)
         if not callable(self.function):
-            raise UserError(f"reward function {self.function!r} can't be called; give a function or its dotted path")
+            raise UserError(f"reward function {self.function!r} can't be called; set a function or its import path")
         self.name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
         super().__post_init__()
 
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
-        """Raise `UserError` if the function needs an argument that is no column of the data set."""
+        """Raise `UserError` if the function requires an argument that the data set has no column for."""
         try:
             require_arguments(self.function, [*ARGUMENTS, *OFFERED, *dict.fromkeys(k for row in columns for k in row)])
         except UserError as error:
@@ -133,23 +133,23 @@ class FunctionReward(Reward):
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """The object at a dotted path."""
+    """Import the object at a dotted path."""
     module, _, name = path.rpartition(".")
     if "/" in path:
         raise UserError(
             f"reward function {path!r} can't be imported: it looks like a model's name or a file. Reward models are "
-            "not loaded by name: write a Reward that loads the model, and give its class path"
+            "not loaded by name; write a Reward that loads the model, and set its class path"
         )
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"reward function {path!r} can't be imported: {error}; give package.module.function") from error
+        raise UserError(f"reward function {path!r} can't be imported: {error}; set package.module.function") from error
 
 
 def as_rewards(rewards: Sequence[Reward | Callable[..., Any] | str]) -> list[Reward]:
-    """Rewards as they are, functions and dotted paths wrapped; ValueError where two have the same name."""
+    """Wrap functions and import paths in `FunctionReward`; raise `UserError` if two rewards have the same name."""
     wrapped = [reward if isinstance(reward, Reward) else FunctionReward(function=reward) for reward in rewards]
     names = [reward.name for reward in wrapped]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"two rewards are named {twice[0]!r}; give one of them another `name`")
+        raise UserError(f"two rewards are named {twice[0]!r}; set another `name` for one of them")
     return wrapped

@@ -1,4 +1,4 @@
-"""Rows that a reward could never judge, refused before training with the place where they stand."""
+"""Checks before training that every reward can score every row of the data set."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,24 +8,24 @@ from lightning_grpo.rewards.base import Reward
 
 
 def check_rows(rewards: Sequence[Reward], columns: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:
-    """Let every reward check all rows.
+    """Call `Reward.check` of every reward.
 
     Args:
-        columns: of each row.
-        places: where each row stands, for messages ("train.jsonl, line 7").
+        columns: the columns of each row.
+        places: the location of each row for messages, such as "train.jsonl, line 7".
 
     Raises:
-        UserError: a reward refuses a row; names its place.
+        UserError: a reward rejects a row. The message states its location.
     """
     for reward in rewards:
         try:
             reward.check(columns)
         except ValueError as error:
-            place = next((p for row, p in zip(columns, places, strict=True) if _refuses(reward, row)), None)
+            place = next((p for row, p in zip(columns, places, strict=True) if _rejects(reward, row)), None)
             raise UserError(f"{place}: {error}" if place else str(error)) from error
 
 
-def _refuses(reward: Reward, row: Mapping[str, Any]) -> bool:
+def _rejects(reward: Reward, row: Mapping[str, Any]) -> bool:
     try:
         reward.check([row])
     except ValueError:

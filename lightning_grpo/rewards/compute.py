@@ -1,4 +1,4 @@
-"""From reward functions to a tensor, with every answer of theirs checked."""
+"""Calls reward functions, checks the values they return, and collects them in a tensor."""
 
 import asyncio
 import copy
@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# classes that configuration files name are found among those that are imported
+# imported so that configuration files can name their classes
 import lightning_grpo.rewards.answers
 import lightning_grpo.rewards.code
 import lightning_grpo.rewards.format
 import lightning_grpo.rewards.reasoning_gym  # noqa: F401
 from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.rewards.base import FunctionReward, Reward, Scores, call_with
-from lightning_grpo.rewards.time_limit import in_hand, overdue, within
+from lightning_grpo.rewards.time_limit import call_with_timeout, completion_in_frame, timeout_error
 
 
 def compute_rewards(
@@ -34,23 +34,24 @@ def compute_rewards(
     trainer_state: Any = None,
     openings: Sequence[str] | None = None,
 ) -> Tensor:
-    """Judge N completions with R rewards: [N, R] float32, NaN where a reward does not apply (it answered None).
+    """Score N completions with R rewards: [N, R] float32, NaN if a reward does not apply (it returned None).
 
-    Plain rewards run one after another in the calling thread; those that are ``async`` run together after them.
+    Plain rewards run one after another in the calling thread; ``async`` rewards then run concurrently.
 
     Args:
-        rewards: R of them.
+        rewards: R rewards.
         prompts: N prompts, as text or messages.
-        completions: N decoded completions; made conversational for prompts that are messages.
+        completions: N decoded completions; passed as messages if the prompt is messages.
         completion_ids: N lists of token ids, without padding.
-        columns: N rows of further columns; a column missing in a row is None there.
+        columns: N rows of further columns. A column that a row lacks is None in this row.
         trainer_state: passed on to rewards that ask for it.
-        openings: N tags that the prompts end in and the completions therefore lack, such as ``<think>``; None: none.
+        openings: N tags, such as ``<think>``, that the prompts end with and the completions therefore lack; None if
+            there are none.
 
     Raises:
-        UserError: a reward gave the wrong count of values, or one that is no finite number.
-        RunError: a reward called ``sys.exit``. Whatever else it raises goes through, with the reward's name noted, and
-            the completion it was at.
+        UserError: a reward returned the wrong number of values, or one that is not a finite number.
+        RunError: a reward called ``sys.exit``. Other exceptions are passed on with a note that states the reward and
+            the completion it was scoring.
         TimeoutError: a call took longer than the reward's `time_limit`.
     """
     N = len(completions)
@@ -74,30 +75,30 @@ def compute_rewards(
 
 
 @contextmanager
-def _named(reward: Reward, arguments: Mapping[str, Any]) -> Iterator[None]:
+def _named_in_errors(reward: Reward, arguments: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
         raise RunError(
             f"the reward {reward.name!r} called sys.exit({error.code!r}), which would end the run; raise an exception, "
-            "or return None for completions it can't judge"
+            "or return None for completions that it can't score"
         ) from error
     except Exception as error:
-        at = in_hand(list(traceback.walk_tb(error.__traceback__)), arguments)
-        error.add_note(f"raised by the reward {reward.name!r}" + (f" at {at}" if at else ""))
+        at = completion_in_frame(list(traceback.walk_tb(error.__traceback__)), arguments)
+        error.add_note(f"raised by the reward {reward.name!r}" + (f" while scoring {at}" if at else ""))
         raise
 
 
 def _call(reward: Reward, arguments: Mapping[str, Any]) -> Any:
-    with _named(reward, arguments):
+    with _named_in_errors(reward, arguments):
         if isinstance(reward, FunctionReward):
             return call_with(reward.function, arguments)
-        # a column of this name collides with the method's own first argument
+        # a column named self would collide with the method's first argument
         return call_with(reward, {name: values for name, values in arguments.items() if name != "self"})
 
 
-def _own(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy for one reward: what it changes in its arguments, no other reward sees."""
+def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy for one reward, whose changes to its arguments must not affect other rewards."""
     state = arguments["trainer_state"]
     return copy.deepcopy({**arguments, "trainer_state": None}) | {"trainer_state": state}
 
@@ -106,22 +107,22 @@ def _call_all(rewards: Sequence[Reward], arguments: dict[str, Any]) -> list[Any]
     answers: list[Any] = []
     try:
         for reward in rewards:
-            given = _own(arguments)
+            given = _copied(arguments)
             call = partial(_call, reward, given)
-            answers.append(within(reward.time_limit, repr(reward.name), given, call))
+            answers.append(call_with_timeout(reward.time_limit, repr(reward.name), given, call))
     except Exception:
         for answer in filter(inspect.iscoroutine, answers):
             answer.close()
         raise
     waiting = [i for i, answer in enumerate(answers) if inspect.isawaitable(answer)]
     if waiting:
-        # a notebook's thread has a running loop, where asyncio.run is refused: a thread of its own works everywhere
+        # in a new thread, since a notebook's main thread already has a running event loop, in which asyncio.run fails
         names = " or ".join(repr(rewards[i].name) for i in waiting)
         limits = [rewards[i].time_limit for i in waiting]
         together = _gather([rewards[i] for i in waiting], [answers[i] for i in waiting], arguments)
         limit = None if None in limits else max(limits)
-        judged = within(limit, names, arguments, partial(asyncio.run, together), loop=True)
-        for i, scores in zip(waiting, judged, strict=True):
+        awaited = call_with_timeout(limit, names, arguments, partial(asyncio.run, together), loop=True)
+        for i, scores in zip(waiting, awaited, strict=True):
             answers[i] = scores
     return answers
 
@@ -132,13 +133,13 @@ async def _gather(
     async def one(reward: Reward, answer: Awaitable[Scores]) -> Scores:
         try:
             async with asyncio.timeout(reward.time_limit) as limit:
-                with _named(reward, arguments):
+                with _named_in_errors(reward, arguments):
                     return await answer
         except TimeoutError as error:
             if not limit.expired():
                 raise
             stack = list(traceback.walk_tb(error.__context__.__traceback__))
-            raise overdue(reward.time_limit, repr(reward.name), arguments, stack) from None
+            raise timeout_error(reward.time_limit, repr(reward.name), arguments, stack) from None
 
     return await asyncio.gather(*(one(*pair) for pair in zip(rewards, answers, strict=True)))
 
@@ -149,11 +150,11 @@ def _checked(reward: Reward, answer: Any, completions: Sequence[str]) -> list[fl
     elif isinstance(answer, Iterable) and not isinstance(answer, str | bytes | Mapping | Set):
         answer = list(answer)
     if not isinstance(answer, list | tuple):
-        raise UserError(f"the reward {reward.name!r} returned {answer!r}; return a list with one number a completion")
+        raise UserError(f"the reward {reward.name!r} returned {answer!r}; return a list with one number per completion")
     if len(answer) != len(completions):
         raise UserError(
             f"the reward {reward.name!r} returned {len(answer)} values for {len(completions)} completions; "
-            "return one for each, None where it does not apply"
+            "return one number per completion, or None if the reward does not apply"
         )
     values = []
     for row, value in enumerate(answer):
@@ -162,11 +163,11 @@ def _checked(reward: Reward, answer: Any, completions: Sequence[str]) -> list[fl
             continue
         single = isinstance(value, np.generic) or (isinstance(value, Tensor | np.ndarray) and len(value.flatten()) == 1)
         number = value.item() if single else value
-        # beyond float32 a finite number would become infinite
+        # finite numbers beyond float32's range would become infinite
         if not isinstance(number, numbers.Real) or not abs(number) <= torch.finfo(torch.float32).max:
             raise UserError(
                 f"the reward {reward.name!r} returned {value!r} ({type(value).__name__}) for row {row}, the completion "
-                f"{completions[row][:80]!r}; return a finite number, or None where it does not apply"
+                f"{completions[row][:80]!r}; return a finite number, or None if the reward does not apply"
             )
         values.append(float(number))
     return values

@@ -1,4 +1,4 @@
-"""Rewards for how a completion looks."""
+"""Rewards for the format and the length of a completion."""
 
 import re
 from dataclasses import dataclass
@@ -11,13 +11,14 @@ from lightning_grpo.rewards.base import Completion, Reward, completion_text
 
 @dataclass(kw_only=True, eq=False)
 class RegexFormat(Reward):
-    """1 if the whole completion matches a regular expression, else 0. A tag that the chat template opens at the end of
-    the prompt, such as ``<think>``, counts as the completion's first.
+    """1 if the whole completion matches a regular expression, else 0.
+
+    If the chat template ends the prompt with a tag such as ``<think>``, the tag counts as part of the completion.
     """
 
     pattern: str = r"\s*<think>(?:(?!</?think>).)*</think>\s*(?!</?think>)\S(?:(?!</?think>).)*"
-    """Regular expression; the dot matches line breaks too. By default: thoughts in <think>…</think>, once, and
-    something after them. Keep clear of nested repeats such as (a+)+, which take exponential time on some texts."""
+    """Regular expression; the dot matches line breaks too. By default one <think>…</think> with text after it.
+    Avoid nested repetition such as (a+)+, which takes exponential time on some texts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,9 +42,9 @@ class LengthPenalty(Reward):
     """
 
     max_completion_length: int
-    """Length in tokens that costs the full penalty; as a rule the module's own."""
+    """Length in tokens from which the penalty is −1; usually that of the module."""
     soft_punish_cache: int
-    """Tokens before it over which the penalty grows."""
+    """Number of tokens before it over which the penalty grows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,8 +52,8 @@ class LengthPenalty(Reward):
         check_ranges(self, dict.fromkeys(names, "[1, inf)"), prefix="LengthPenalty.")
         if not 0 < self.soft_punish_cache <= self.max_completion_length:
             raise UserError(
-                f"LengthPenalty.soft_punish_cache is {self.soft_punish_cache}; set it from 1 to max_completion_length "
-                f"= {self.max_completion_length}"
+                f"LengthPenalty.soft_punish_cache is {self.soft_punish_cache}; set a value from 1 to "
+                f"max_completion_length = {self.max_completion_length}"
             )
 
     def __call__(self, *, completion_ids: list[list[int]], **columns: Any) -> list[float]:

@@ -1,14 +1,14 @@
-"""Numbers as people write them: decimal, scientific, power, fraction, mixed, in plain text or LaTeX; and their values.
+"""Find numbers in plain text and LaTeX (decimal, scientific, powers, fractions, mixed) and compute their values.
 
 A notation is read as a whole or not at all: ``3/4``, ``\\frac{3}{4}``, ``7^6`` and ``6.02 x 10^23`` are one number,
-and ``5\\sqrt{3}``, ``12:30`` or ``2024-01-02`` hold none, so that no part of them is taken for the answer.
+and ``5\\sqrt{3}``, ``12:30`` and ``2024-01-02`` contain none, so that no part of them is taken for the answer.
 """
 
 import re
 from fractions import Fraction
 
 MAX_DIGITS = 1000
-"""A number with more digits than this has no value here: it is compared as text."""
+"""Numbers with more digits are compared as text."""
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
@@ -20,7 +20,7 @@ _LATEX_FRACTION = (
     r"\\[dt]?frac\s*(?:\{\s*(?P<top>-?[0-9.,]+)\s*\}\s*\{\s*(?P<bottom>-?[0-9.,]+)\s*\}"
     r"|(?P<top1>[0-9])\s*(?P<bottom1>[0-9]))"
 )
-# a minus sign after a digit or letter subtracts: 7-3 holds 7 and 3
+# a minus sign after a digit or letter is a subtraction: 7-3 contains 7 and 3
 _SIGN = r"(?:(?<!\w)[-+]\s?)?"
 _NUMBER = rf"""
     (?P<sign>{_SIGN})
@@ -43,7 +43,7 @@ _NO_NUMBER = r"""
     (?<![\w.])(?:[0-9]{1,9}(?::[0-9]{1,9})+ | [0-9]{4}-[0-9]{2}-[0-9]{2}(?![0-9]) | [0-9]{1,9}(?:/[0-9]{1,9}){2,} |
         [0-9]{1,9}(?:\^[0-9]{1,9}){2,} | [0-9]{1,9}(?:\.[0-9]{1,9}){2,})
 """
-# of a unit or a variable, as in m^2
+# the exponent of a unit or a variable, as in m^2
 _EXPONENT_OF_A_WORD = r"(?<=[A-Za-z)}\]])(?:\^|\*\*)\s?(?:\{[^{}]{0,99}\}|[-+]?[\w.]+)"
 _TOKEN = re.compile(
     rf"(?P<none>{_NO_NUMBER} | {_IRRATIONAL}) | (?P<number>{_NUMBER}) (?:\s?(?P<irrational>{_IRRATIONAL}))? "
@@ -60,10 +60,10 @@ _FRILLS = re.compile(r"^(-?)\\?[$€£]\s?|(?:\s?\\?[%°])+$")
 
 
 def last_number(text: str) -> str | None:
-    """The last number in a text, in its whole notation and without thousands separators.
+    """The last number in a text, in its full notation without thousands separators.
 
     ``"so 1,234.50 in all."`` gives ``"1234.50"``, ``"= 3/4"`` gives ``"3/4"``. Exponents of units (``5 m^2``) and
-    remarks in parentheses behind a number (``42 (since 6*7)``) don't count.
+    remarks in parentheses after a number (``42 (since 6*7)``) are ignored.
     """
     last = None
     for match in _TOKEN.finditer(_REMARK.sub("", _normal(text))):
@@ -73,9 +73,9 @@ def last_number(text: str) -> str | None:
 
 
 def number_value(text: str) -> Fraction | None:
-    """The value of a text that is one number and nothing else; None for any other text.
+    """The value of a text that consists of one number; None for any other text.
 
-    A currency sign, per cent or degree sign, and LaTeX's ``$…$`` and ``\\boxed{…}`` around it don't count.
+    A currency, percent or degree sign, and LaTeX's ``$…$`` and ``\\boxed{…}`` around it are ignored.
     """
     text = _normal(text).strip()
     while wrapper := _WRAPPER.fullmatch(text):

@@ -1,4 +1,4 @@
-"""reasoning-gym's own scorers, those that are safe to call."""
+"""Scores with those of reasoning-gym's own scorers that are safe to call."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ CODE = "evaluates the model's answer as Python code inside this process (eval, o
 REFUSED = {
     "binary_matrix": CODE,
     "countdown": CODE,
-    "game_of_life_halting": "gives full marks to any text that isn't empty",
+    "game_of_life_halting": "gives the full score to any nonempty text",
     "intermediate_integration": CODE,
     "n_queens": CODE,
     "polynomial_multiplication": CODE,
@@ -29,7 +29,7 @@ REFUSED = {
     "spiral_matrix": CODE,
     "string_insertion": CODE,
 }
-"""Tasks that must not or cannot be scored with reasoning-gym 0.1.25, and why."""
+"""Tasks that must not or cannot be scored with reasoning-gym 0.1.25, with the reason."""
 
 
 @lru_cache(maxsize=16)
@@ -40,29 +40,30 @@ def _scorer(task: str, args: str) -> Any:
 
 
 def _refuse(task: str, entry: Mapping[str, Any]) -> None:
-    # a composite task hands its entries on to the scorers of others
+    # a composite task passes its entries to the scorers of other tasks
     for name in (task, entry["metadata"].get("source_dataset")):
         if name in REFUSED:
             raise UserError(
                 f"the scorer of the reasoning-gym task {name!r} {REFUSED[name]}; choose a task other than "
-                f"{', '.join(REFUSED)}, or judge its answers with another reward, such as ExactMatch"
+                f"{', '.join(REFUSED)}, or score its answers with another reward, such as ExactMatch"
             )
 
 
 @dataclass(kw_only=True, eq=False)
 class ReasoningGym(Reward):
-    """The score that the reasoning-gym task itself gives, for rows from ``data.source: reasoning_gym:TASK``.
+    """The score of the reasoning-gym task itself, for rows from ``data.source: reasoning_gym:TASK``.
 
-    Tasks whose scorer evaluates code from the answer are refused (`REFUSED`): what a model writes must not run in the
-    trainer. Those that give full marks to wrong answers are made strict (`lightning_grpo.rewards.strict`). An answer on
-    which a scorer raises scores 0; their count is logged. Scorers run in this process.
+    Tasks whose scorer evaluates code from the answer are rejected (`REFUSED`), since code of a model must not run in
+    the trainer. Scorers that give the full score to wrong answers are replaced (`lightning_grpo.rewards.strict`). An
+    answer on which the scorer raises scores 0, and a warning counts such answers. Scorers run in this process.
     """
 
     extract: str = "whole"
-    """Where the answer stands in the completion: ``whole``, ``last_number``, or a regular expression with one group,
+    """Where to find the answer in the completion: ``whole``, ``last_number``, or a regular expression with one group,
     such as ``<answer>(.*?)</answer>`` (the last match counts)."""
     threshold: float | None = 1.0
-    """1 from this score on, 0 below: many tasks give 0.01 to 0.09 to any answer at all. Null: the score itself."""
+    """The reward is 1 for scores of at least this value and 0 below it, since many tasks give 0.01 to 0.09 to any
+    answer. null uses the score itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +88,7 @@ class ReasoningGym(Reward):
             scorer = _scorer(task, json.dumps(args, sort_keys=True))
             answer = extract(completion_text(completion), self.extract)
             try:
-                # a composite task's entry belongs to another task
+                # the entry of a composite task belongs to another task
                 source = entry["metadata"].get("source_dataset", task)
                 score = 0.0 if answer is None else strict_score(source, answer, entry, scorer.score_answer)
             except Exception as error:
@@ -95,5 +96,5 @@ class ReasoningGym(Reward):
                 score = 0.0
             scores.append(score if self.threshold is None else float(score >= self.threshold))
         for what, count in raised.items():
-            log.warning("the scorer of %s on %d of %d answers, which score 0", what, count, len(scores))
+            log.warning("The scorer of %s for %d of %d answers, which score 0.", what, count, len(scores))
         return scores

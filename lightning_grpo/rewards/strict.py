@@ -1,6 +1,7 @@
-"""reasoning-gym 0.1.25's scorers that give full marks to wrong answers, made strict.
+"""Stricter versions of the reasoning-gym 0.1.25 scorers that give the full score to wrong answers.
 
-Found by giving each scorer its own right answer with additions, with other numbers, and with values that aren't finite.
+These were found by passing each scorer its own correct answer with additions, with other numbers, and with values that
+are not finite.
 """
 
 import re
@@ -53,7 +54,7 @@ EXACT: dict[str, Callable[[str, str], bool]] = {
     "time_intervals": _same_text,
     "word_sorting": _same_words,
 }
-"""Tasks with one right answer: 1 for it and 0 for all others, whatever the scorer says."""
+"""Tasks with one correct answer, which scores 1. All others score 0, and the scorer is not called."""
 
 _CLAIM = r"\w+ is an? \w+"
 FORM: dict[str, Callable[[str], object]] = {
@@ -68,17 +69,17 @@ FORM: dict[str, Callable[[str], object]] = {
         r"\s*(?:Move disk [0-9]+ from Peg [0-9]+ to Peg [0-9]+\.?\s*)+", re.IGNORECASE
     ).fullmatch,
 }
-"""Tasks whose scorer overlooks what else stands in the answer: an answer must have this form."""
+"""Tasks whose scorer ignores additional text in the answer: answers of any other form score 0."""
 
 
 def strict_score(task: str, answer: str, entry: dict, score: Callable[[str, dict], float]) -> float:
-    """The score of an answer: 0 for one that isn't finite, has another form, or only resembles the right one.
+    """The score of an answer; 0 if it is not finite, has another form, or only resembles the correct one.
 
     Args:
-        task: reasoning-gym's name.
-        answer: what the model answered.
-        entry: the row as reasoning-gym made it.
-        score: the task's own scorer.
+        task: the task's name in reasoning-gym.
+        answer: the model's answer.
+        entry: the row that reasoning-gym generated.
+        score: reasoning-gym's scorer of the task.
     """
     right = entry.get("answer")
     if _HUGE.search(answer) or (_NOT_FINITE.search(answer) and not _NOT_FINITE.search(str(right))):

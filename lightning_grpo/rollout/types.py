@@ -1,4 +1,4 @@
-"""What passes between an engine and the algorithm: how to sample, and what was sampled.
+"""Data that passes between an engine and the algorithm: sampling options, requests, completions, rollouts.
 
 Shapes: B prompts, G generations, N = B·G completions (row i·G + g is sample g of prompt i), P prompt length, T
 completion length.
@@ -20,24 +20,27 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the engine draws a completion's tokens."""
+    """Sampling options."""
 
     temperature: float = 1.0
-    """Divides the logits before sampling; the trainer's log-probs are taken at the same temperature. 0 is greedy, for
-    validation only."""
+    """Temperature that divides the logits before sampling. The trainer computes log-probs at the same temperature. 0 is
+    greedy and allowed only in validation_sampling."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens with this probability mass. 1 keeps all."""
+    """Sample from the smallest set of tokens with at least this total probability. 1 disables it. Must be 1 in
+    training."""
     top_k: int = 0
-    """Keep this many most likely tokens. 0 keeps all."""
+    """Sample from this many most likely tokens. 0 disables it. Must be 0 in training."""
     min_p: float = 0.0
-    """Keep tokens at least this likely relative to the most likely one. 0 keeps all."""
+    """Sample from tokens whose probability is at least this fraction of the most likely token's. 0 disables it. Must be
+    0 in training."""
     repetition_penalty: float = 1.0
-    """Divides (or multiplies, below zero) the logits of tokens already present. 1 is off."""
+    """Lower the logits of tokens that have already occurred: positive logits are divided by it, negative ones
+    multiplied. 1 disables it. Must be 1 in training."""
     stop: list[str] = field(default_factory=list)
-    """Strings that end a completion, besides the end-of-sequence token."""
+    """Strings that end a completion, in addition to the end-of-sequence token."""
     cutoff: float = 1.0
-    """Share of the completions sampled together whose end is waited for. Then, once each has begun, the rest are cut
-    where they are: they count as truncated, and no group loses one. 1 waits for all."""
+    """Fraction of the completions sampled together to wait for. Once they have ended and all others have begun, the
+    others are cut off and count as truncated. Set it below 1 if a few long completions delay each rollout."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -51,24 +54,24 @@ class Sampling:
         check_ranges(self, ranges, prefix="sampling.")
 
     def spare(self, count: int) -> int:
-        """How many of ``count`` completions sampled together `cutoff` allows to be cut short."""
+        """How many of ``count`` completions sampled together may be cut off, by `cutoff`."""
         return count - math.ceil(self.cutoff * count)
 
     @property
     def truncations(self) -> dict[str, float]:
-        """The options in force that make the sampled distribution another one than softmax(logits / temperature)."""
+        """The enabled options that make the sampled distribution differ from softmax(logits / temperature)."""
         off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         return {name: value for name, neutral in off.items() if (value := getattr(self, name)) != neutral}
 
 
 @dataclass(kw_only=True)
 class Completion:
-    """One sampled completion, as an engine gives it.
+    """One completion sampled by an engine.
 
-    ``token_ids`` hold the end-of-sequence token where one was sampled. ``logprobs`` has one value a token: that of the
-    distribution sampled from (after temperature and truncation). ``versions`` has the policy version that sampled each
-    token; they differ within a completion where weights were updated while it was sampled. ``finish_reason`` is "abort"
-    where `Sampling.cutoff` or the engine ended it.
+    ``token_ids`` include the end-of-sequence token if one was sampled. ``logprobs`` has one value per token, from the
+    sampled distribution (after temperature and truncation). ``versions`` has the policy version that sampled each
+    token; they differ within a completion if weights were updated meanwhile. ``finish_reason`` is "abort" if
+    `Sampling.cutoff` or the engine ended it.
     """
 
     token_ids: list[int]
@@ -99,7 +102,9 @@ class SampleRequest:
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.seeds):
-            raise UserError(f"{len(self.prompts)} prompts and seeds for {len(self.seeds)}; give each prompt its seeds")
+            raise UserError(
+                f"{len(self.prompts)} prompts, but seeds for {len(self.seeds)}; pass the seeds of each prompt"
+            )
 
     @property
     def count(self) -> int:
@@ -108,7 +113,7 @@ class SampleRequest:
 
     @property
     def spare(self) -> int:
-        """How many of the completions `Sampling.cutoff` allows to be cut short."""
+        """How many of the completions may be cut off, by `Sampling.cutoff`."""
         return self.sampling.spare(self.count)
 
 
@@ -132,7 +137,7 @@ COMPLETION_TOKENS = {"padding": "right"}
 
 @dataclass(kw_only=True)
 class Rollout:
-    """N completions with all that the update needs, padded to rectangles.
+    """N completions with the data that the update needs, padded to rectangular tensors.
 
     A field that holds a tensor has one entry per completion in dimension 0. A field with one value per token in
     dimension 1 declares this by its metadata, so that `rows` and `join` cut and pad it, in subclasses too:
@@ -187,7 +192,7 @@ class Rollout:
     def join(self, *others: Self) -> Self:
         """Return the rows of this rollout and then those of ``others``, padded to a common width.
 
-        New positions hold zeros. What belongs to the whole rollout rather than to a row is taken from this one.
+        New positions are zero. Fields that belong to the whole rollout rather than to a row are taken from this one.
         """
         sides = self._padding_sides()
         columns = {}

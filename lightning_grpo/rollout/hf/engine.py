@@ -1,6 +1,6 @@
-"""Sampling from the live policy with Hugging Face modules: no second copy of the weights, no other package.
+"""Sampling from the policy itself with Hugging Face modules, without a second copy of the weights.
 
-Shapes: R rows alive in a batch, L cached positions, V vocabulary.
+Shapes: R unfinished rows in a batch, L cached positions, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, Samp
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside this context; afterwards each module has its former mode."""
+    """Switch to evaluation mode inside this context, and restore the mode of each module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -46,19 +46,19 @@ class _Row:
 
 
 class HFEngine(Engine):
-    """An `Engine` over the policy itself; its weights are always the current ones.
+    """An `Engine` that samples from the policy itself, so that its weights are always current.
 
-    Prompts are computed once and their cache is shared out to their generations; prompts of like length go together;
-    rows leave the batch when they finish. Token t of a sample is a function of (weights, prompt, seed, t) alone, up to
-    the rounding that a differently shaped batch gives.
+    Each prompt is computed once, and its cache is copied for its generations. Prompts of similar length are sampled
+    together, and rows leave the batch when they finish. Token t of a sample depends only on (weights, prompt, seed, t),
+    up to rounding, which differs with the shape of the batch.
 
     Args:
         policy: a causal language model of transformers, or a PEFT model around one. Not sharded.
         eos_token_ids: tokens that end a completion.
-        pad_id: fills up shorter prompts; never seen by the model.
-        tokenizer: only needed for stop strings.
-        max_num_seqs: rows sampled at once; bounds the memory of the key-value cache.
-        context: makes the context that the policy's forward runs in (the trainer's precision).
+        pad_id: token that pads shorter prompts; masked in attention.
+        tokenizer: required for stop strings.
+        max_num_seqs: maximum number of rows sampled at once, which limits the memory of the key-value cache.
+        context: returns the context manager for the policy's forward passes (the trainer's precision).
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class HFEngine(Engine):
             )
         if any(isinstance(p, DTensor) for p in policy.parameters()):
             raise UserError(
-                "HFRollout samples from the policy in place, which a sharded policy can't do (its forward needs all "
-                "ranks in step); use VLLMRollout, or a strategy that keeps the policy whole (ddp)"
+                "HFRollout can't sample from a sharded policy, whose forward pass needs all ranks at the same time; "
+                "use VLLMRollout, or a strategy that does not shard the policy (ddp)"
             )
         self.policy = policy
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -141,7 +141,7 @@ class HFEngine(Engine):
             yield rows[start : start + self.max_num_seqs]
 
     def _decode(self, request: SampleRequest, rows: list[_Row], *, spare: int) -> Iterator[_Row]:
-        """Sample the rows to their ends; yields each one when it finishes. The last ``spare`` of them are cut short."""
+        """Sample the rows and yield each one when it finishes. The last ``spare`` of them are cut off."""
         prompts, sampling, max_tokens = request.prompts, request.sampling, request.max_tokens
         indices = sorted({row.prompt_index for row in rows})
         P = max(len(prompts[i]) for i in indices)
@@ -162,7 +162,7 @@ class HFEngine(Engine):
         seen = None
         if sampling.repetition_penalty != 1:
             seen = torch.zeros_like(logits, dtype=torch.bool)
-            # A padded place marks the prompt's last token, which is marked anyway.
+            # Padding marks the prompt's last token, which is marked anyway.
             seen.scatter_(1, torch.where(mask.bool(), ids[fan_out], ids[fan_out, -1:]), True)
 
         stop = StopStrings(self.tokenizer, sampling.stop)
@@ -196,7 +196,7 @@ class HFEngine(Engine):
             logits = self._forward(tokens[:, None], mask, position[:, None], cache)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits [R, V] of the last position; appends to the cache."""
+        """Return the logits [R, V] of the last position, and append to the cache."""
         output = self.policy(
             input_ids=ids,
             attention_mask=mask,

@@ -1,4 +1,4 @@
-"""The sampled distribution from logits, and tokens from it. Shapes: R rows, V vocabulary."""
+"""Compute the sampled distribution from logits, and draw tokens from it. Shapes: R rows, V vocabulary."""
 
 from math import log
 
@@ -11,15 +11,15 @@ from lightning_grpo.rollout.types import Sampling
 
 
 def sampled_logprobs(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
-    """Log-probs of the distribution that `sampling` draws from; −inf on tokens that it rules out.
+    """Return the log-probs of the sampled distribution, −inf for excluded tokens.
 
-    The order is the one vLLM has: repetition penalty, temperature, min-p, top-k, top-p. At temperature 0 (greedy) the
+    The order is that of vLLM: repetition penalty, temperature, min-p, top-k, top-p. At temperature 0 (greedy) the
     log-probs are those of temperature 1.
 
     Args:
         logits: [R, V].
         sampling: how to sample.
-        seen: [R, V] bool, tokens of the prompt and of the completion so far; only a repetition penalty needs it.
+        seen: [R, V] bool, tokens of the prompt and of the completion so far; required for a repetition penalty.
 
     Returns:
         [R, V] float32.
@@ -47,10 +47,10 @@ def sampled_logprobs(logits: Tensor, sampling: Sampling, seen: Tensor | None = N
 
 
 def draw(logprobs: Tensor, uniforms: Tensor, *, greedy: bool = False) -> Tensor:
-    """Draw one token per row by inverting the distribution function at `uniforms`; the most likely one if `greedy`.
+    """Draw one token per row by inverting the cumulative distribution at `uniforms`; the most likely one if `greedy`.
 
-    The function is summed over blocks of tokens first and then within one block: in float64, since 50,000 additions in
-    float32 would lose the tail, at a fiftieth of the time that a float64 sum over all tokens takes.
+    Probabilities are accumulated over blocks of tokens first, and then within one block. This is done in float64, since
+    50,000 additions in float32 would lose the tail; it takes a fiftieth of the time of a float64 sum over all tokens.
 
     Args:
         logprobs: [R, V]; −inf excludes a token.
@@ -69,7 +69,7 @@ def draw(logprobs: Tensor, uniforms: Tensor, *, greedy: bool = False) -> Tensor:
     threshold = uniforms.to(cdf)[:, None] * cdf[:, -1:]
     block = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)
     chosen = mass.gather(1, block)
-    # The place within the block as a share of it: the sums of the two levels differ in their last bits.
+    # The position within the block is relative, since the sums of the two levels differ in their last bits.
     share = ((threshold - (cdf.gather(1, block) - chosen)) / chosen).clamp(0, 1 - 2**-53)
     inner = blocks[torch.arange(R, device=block.device), block[:, 0]].double().cumsum(-1)
     token = torch.searchsorted(inner, share * inner[:, -1:], right=True)

@@ -6,14 +6,14 @@ from transformers import PreTrainedTokenizerBase
 
 
 class StopStrings:
-    """Looks for stop strings at the end of unfinished completions.
+    """Detect stop strings at the end of unfinished completions.
 
-    A token is a byte of text or more, so that a stop string of n bytes ends within the last n tokens: one character may
-    span several tokens, and one token several characters.
+    Each token is at least one byte of text, so a stop string of n bytes lies within the last n tokens. One character
+    may span several tokens, and one token several characters.
 
     Args:
-        tokenizer: decodes the tokens, special ones included.
-        stop: the strings; without any nothing is decoded.
+        tokenizer: decodes the tokens, including special ones.
+        stop: the stop strings. Without any, nothing is decoded.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stop: Sequence[str]) -> None:
@@ -22,10 +22,10 @@ class StopStrings:
         self._bytes = max((len(s.encode()) for s in stop), default=0)
 
     def end(self, prompt: Sequence[int], token_ids: Sequence[int]) -> bool:
-        """Whether a stop string ends in the last token of ``token_ids``, if none ended before.
+        """Whether a stop string ends in the last token of ``token_ids``, provided that none ended before.
 
         Args:
-            prompt: what precedes the completion; its text does not count.
+            prompt: the tokens before the completion, whose text is not searched.
             token_ids: the completion so far.
         """
         if not self._stop:
