@@ -3,6 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Protocol, cast
 
 import lightning as L
 import torch
@@ -10,14 +11,40 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.policy import LoRA, Policy
 from lightning_grpo.policy.checks import context_length, require_context
 from lightning_grpo.policy.load import compute_dtype_of
 from lightning_grpo.policy.weights import write_counters
 from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.hf.engine import HFEngine, eval_mode
 from lightning_grpo.rollout.sync import SyncedEngine
-from lightning_grpo.rollout.types import SampleRequest
+from lightning_grpo.rollout.types import SampleRequest, Sampling
 from lightning_grpo.rollout.verify import Tolerance
+
+
+class PolicyModule(Protocol):
+    """What rollout callbacks use of `GRPOModule`."""
+
+    policy: Policy
+    engine: SyncedEngine | None
+    model_path: str
+    lora: LoRA | None
+    from_scratch: bool
+    sampling: Sampling
+    max_prompt_length: int
+    max_completion_length: int
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def policy_version(self) -> int: ...
+    def policy_weights(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]: ...
+
+
+def policy_module(pl_module: L.LightningModule) -> PolicyModule:
+    """Return ``pl_module``, whose attributes Lightning's hooks do not declare."""
+    return cast(PolicyModule, pl_module)
 
 
 class RolloutCallback(L.Callback, ABC):
@@ -31,7 +58,7 @@ class RolloutCallback(L.Callback, ABC):
             both from the dtypes and the first sync.
     """
 
-    engine_class: type[Engine] = Engine
+    engine_class: type[Engine] = Engine  # type: ignore[type-abstract]  # it is not instantiated
     """The class of what `build_engine` returns; it declares whether the engine can sample while the policy trains."""
     sleeps = False
     """Whether the engine releases its memory between rollouts."""
@@ -43,32 +70,32 @@ class RolloutCallback(L.Callback, ABC):
         self._engine: SyncedEngine | None = None
 
     @abstractmethod
-    def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Engine:
+    def build_engine(self, trainer: L.Trainer, pl_module: PolicyModule) -> Engine:
         """Build the engine. All ranks call this together; `pl_module.policy` is on its device."""
 
-    def weights(self, pl_module: L.LightningModule) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self, pl_module: PolicyModule) -> Iterator[tuple[str, torch.Tensor]]:
         """A fresh stream of the tensors that a sync sends to the engine."""
         return pl_module.policy_weights()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start(trainer, pl_module)
+        self._start(trainer, policy_module(pl_module))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start(trainer, pl_module)
+        self._start(trainer, policy_module(pl_module))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start(trainer, pl_module)
+        self._start(trainer, policy_module(pl_module))
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start(trainer, pl_module)
+        self._start(trainer, policy_module(pl_module))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._stop(pl_module)
+        self._stop(policy_module(pl_module))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._stop(pl_module)
+        self._stop(policy_module(pl_module))
 
-    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _start(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:
         if self._engine is not None:
             return
         start = time.perf_counter()
@@ -96,7 +123,7 @@ class RolloutCallback(L.Callback, ABC):
         engine.generate(SampleRequest(prompts=warm_up, seeds=[[0]], max_tokens=1))
         rank_zero_info(f"{type(engine).__name__} is ready after {time.perf_counter() - start:.1f} s")
 
-    def _stop(self, pl_module: L.LightningModule) -> None:
+    def _stop(self, pl_module: PolicyModule) -> None:
         engine, self._engine = self._engine, None
         try:
             if engine is not None:
@@ -124,7 +151,7 @@ class HFRollout(RolloutCallback):
         super().__init__(tolerance=tolerance)
         self.max_num_seqs = max_num_seqs
 
-    def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> HFEngine:
+    def build_engine(self, trainer: L.Trainer, pl_module: PolicyModule) -> HFEngine:
         return HFEngine(
             pl_module.policy,
             eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
@@ -152,12 +179,12 @@ def pad_id(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     return next(token for token in candidates if token is not None)
 
 
-def compute_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:
+def compute_dtype(trainer: L.Trainer, pl_module: PolicyModule | L.LightningModule) -> torch.dtype:
     """What the policy's matrix products are in: as the trainer's precision says, else the parameters' own."""
     return compute_dtype_of(str(trainer.precision), getattr(torch, getattr(pl_module, "dtype_name", "float32")))
 
 
-def max_model_len(pl_module: L.LightningModule) -> int:
+def max_model_len(pl_module: PolicyModule) -> int:
     """Prompt and completion together, and one token more if the model supports it: vLLM scores a sequence by sampling
     one token after it."""
     config, lengths = pl_module.policy.config, (pl_module.max_prompt_length, pl_module.max_completion_length)

@@ -136,7 +136,7 @@ class Fingerprint:
         lanes = words[:even].view(-1, _LANES).sum(0)
         lanes[: words.numel() - even] += words[even:]
         rest = bits[whole:].sum(dtype=torch.int64)
-        return cls(tensor.dtype, tuple(tensor.shape), ((lanes * _weights(tensor.device)).sum() + rest).item())
+        return cls(tensor.dtype, tuple(tensor.shape), int((lanes * _weights(tensor.device)).sum() + rest))
 
 
 @cache

@@ -5,10 +5,11 @@ Shapes: R rows, T new positions, L cached positions, K key heads, D head size.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from lightning_grpo.policy.attention import DECODING_NAME
@@ -68,9 +69,10 @@ def decoding_mode(model: nn.Module) -> Iterator[None]:
     Models without a choice of attention, such as Falcon, keep their own. If the model runs under autocast, enter this
     context inside it.
     """
-    config = model.config.get_text_config()
+    base = cast(PreTrainedModel, model)  # PEFT's wrapper has the attributes of its model
+    config = base.config.get_text_config()
     previous, cached = config._attn_implementation, torch.is_autocast_cache_enabled()
-    if str(previous).startswith("sdpa") and model._can_set_attn_implementation():
+    if str(previous).startswith("sdpa") and base._can_set_attn_implementation():
         config._attn_implementation = DECODING_NAME
     torch.set_autocast_cache_enabled(True)
     try:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.policy import Policy
 from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.hf.decoding import buffered_cache, decoding_mode
 from lightning_grpo.rollout.hf.sampling import draw, sampled_logprobs
@@ -63,7 +64,7 @@ class HFEngine(Engine):
 
     def __init__(
         self,
-        policy: nn.Module,
+        policy: Policy,
         *,
         eos_token_ids: Sequence[int],
         pad_id: int,

@@ -1,6 +1,7 @@
 """Detection of stop strings at the end of a completion, for any tokenizer."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,5 +33,6 @@ class StopStrings:
             return False
         # One token more than needed: decoders strip the space before the first one.
         ids = [*prompt[-1:], *token_ids][-self._bytes - 1 :]
-        text = self._tokenizer.decode(ids).removeprefix(self._tokenizer.decode(ids[:1]))
-        return any(s in text for s in self._stop)
+        # `decode` returns a list only for a batch
+        text, first = (cast(str, self._tokenizer.decode(part)) for part in (ids, ids[:1]))
+        return any(s in text.removeprefix(first) for s in self._stop)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.rollout.callback import RolloutCallback, eos_token_ids
+from lightning_grpo.rollout.callback import PolicyModule, RolloutCallback, eos_token_ids, policy_module
 from lightning_grpo.rollout.server.checks import CHECK_SEQUENCES
 from lightning_grpo.rollout.server.engine import ServerEngine
 from lightning_grpo.rollout.server.process import ServerProcess
@@ -76,7 +76,7 @@ class VLLMProcessRollout(VLLMRollout):
             self.engine_args["weight_transfer_config"] = {"backend": "nccl"}
         self._server: ServerProcess | None = None
 
-    def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
+    def build_engine(self, trainer: L.Trainer, pl_module: PolicyModule) -> ServerEngine:
         self._server = ServerProcess(
             pl_module.model_path,
             engine_args=self.settings(pl_module),
@@ -95,7 +95,7 @@ class VLLMProcessRollout(VLLMRollout):
         )
         return _checked(engine, pl_module)
 
-    def settings(self, pl_module: L.LightningModule) -> dict[str, Any]:
+    def settings(self, pl_module: PolicyModule) -> dict[str, Any]:
         settings = super().settings(pl_module)
         # The check sequences are scored while completions are sampled.
         return settings | {"max_num_seqs": settings["max_num_seqs"] + CHECK_SEQUENCES}
@@ -165,11 +165,12 @@ class VLLMServerRollout(RolloutCallback):
             _require_gpu(transfer)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        require_sendable(pl_module, self.lora)
+        module = policy_module(pl_module)
+        require_sendable(module, self.lora)
         if stage == "fit":
-            refuse_bias(pl_module, self.sampling_args or {})
+            refuse_bias(module, self.sampling_args or {})
 
-    def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ServerEngine:
+    def build_engine(self, trainer: L.Trainer, pl_module: PolicyModule) -> ServerEngine:
         engine = ServerEngine(
             self.urls,
             eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),
@@ -185,11 +186,11 @@ class VLLMServerRollout(RolloutCallback):
         )
         return _checked(engine, pl_module)
 
-    def weights(self, pl_module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, pl_module: PolicyModule) -> Iterator[tuple[str, Tensor]]:
         return weights_for(pl_module, self.lora)
 
 
-def _checked(engine: ServerEngine, pl_module: L.LightningModule) -> ServerEngine:
+def _checked(engine: ServerEngine, pl_module: PolicyModule) -> ServerEngine:
     try:
         engine.check_stop(stop_strings(pl_module))
         engine.check_tokenizer(pl_module.tokenizer)

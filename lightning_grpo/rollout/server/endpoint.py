@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import Future
 from threading import Thread
 from typing import Any
@@ -67,7 +67,7 @@ class Endpoint:
         except httpx.HTTPError as error:
             raise self._loss(error) from error
 
-    async def stream(self, path: str, body: Any) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, path: str, body: Any) -> AsyncGenerator[dict[str, Any], None]:
         """The parsed events of a streamed reply. Raises the errors of `call`."""
         try:
             async with self.client.stream("POST", path, json=body) as reply:

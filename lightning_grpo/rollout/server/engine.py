@@ -102,7 +102,11 @@ class ServerEngine(Engine):
             room = max(1, info.max_num_seqs // 2, info.max_num_seqs - CHECK_SEQUENCES)
             endpoint.room = min(endpoint.room, info.copies * room)
         host = weights_host or own_address([urlsplit(info.url).hostname for info in self._infos])
-        self._transfer = IPCTransfer() if chosen == "ipc" else {"tcp": TCPTransfer, "nccl": NCCLTransfer}[chosen](host)
+        self._transfer: TCPTransfer | IPCTransfer | NCCLTransfer
+        if chosen == "ipc":
+            self._transfer = IPCTransfer()
+        else:
+            self._transfer = NCCLTransfer(host) if chosen == "nccl" else TCPTransfer(host)
 
     @property
     def version(self) -> int:
@@ -110,7 +114,7 @@ class ServerEngine(Engine):
         return self._versions.current
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]  # of the servers, not to be set
         """What the servers compute in; weights are cast to it before they travel."""
         return self._infos[0].dtype
 

@@ -7,6 +7,7 @@ environment variable ``VLLM_SERVER_DEV_MODE=1``.
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_grpo.rollout.server.buckets import fetch_buckets
@@ -19,6 +20,13 @@ from lightning_grpo.rollout.vllm.weights import load_weights, replace_functions,
 
 class WeightReceiver:
     """Mixed into vLLM's worker; its methods are called by name through ``/collective_rpc``."""
+
+    # attributes of the worker
+    device: torch.device
+    rank: int
+    model_config: Any
+    lora_config: Any
+    parallel_config: Any
 
     def receive_policy(self, host: str, port: str, token: str, url: str) -> None:
         """Fetch and load the weights, or the adapter if the server takes adapters (``--enable-lora``), and answer with

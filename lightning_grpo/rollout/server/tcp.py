@@ -67,7 +67,7 @@ class WeightServer:
         for name, tensor in weights:
             flat = tensor.detach().cpu().contiguous()
             header = {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-            data = flat.reshape(-1).view(torch.uint8).numpy()
+            data = flat.reshape(-1).view(torch.uint8).numpy().data
             for receiver in self._receivers:
                 _send_header(receiver, header)
                 receiver.sendall(data)
@@ -104,7 +104,7 @@ class WeightClient:
         """
         while "end" not in (header := self.header()):
             tensor = torch.empty(header["shape"], dtype=getattr(torch, header["dtype"]))
-            _receive_into(self._connection, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            _receive_into(self._connection, tensor.view(-1).view(torch.uint8).numpy().data)
             yield header["name"], tensor
 
     def header(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import psutil
@@ -13,7 +13,14 @@ from transformers import PretrainedConfig
 
 from lightning_grpo.errors import OutOfMemoryError, UserError
 from lightning_grpo.policy.weights import adapter_weights
-from lightning_grpo.rollout.callback import RolloutCallback, compute_dtype, eos_token_ids, max_model_len
+from lightning_grpo.rollout.callback import (
+    PolicyModule,
+    RolloutCallback,
+    compute_dtype,
+    eos_token_ids,
+    max_model_len,
+    policy_module,
+)
 from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.vllm.adapter import adapter_settings
 from lightning_grpo.rollout.vllm.engine import VLLMEngine, require_vllm
@@ -131,12 +138,13 @@ class VLLMRollout(RolloutCallback):
         require_vllm()
         if self.engine_args["dtype"] == "auto" and not torch.cuda.is_available():
             self.engine_args["dtype"] = str(compute_dtype(trainer, pl_module)).removeprefix("torch.")
-        self._check_length(pl_module)
-        require_sendable(pl_module, self.lora)
+        module = policy_module(pl_module)
+        self._check_length(module)
+        require_sendable(module, self.lora)
         if stage == "fit":
-            refuse_bias(pl_module, self.sampling_args or {})
+            refuse_bias(module, self.sampling_args or {})
 
-    def _check_length(self, pl_module: L.LightningModule) -> None:
+    def _check_length(self, pl_module: PolicyModule) -> None:
         """Reject an engine that is too short for prompt and completion: vLLM would truncate completions silently."""
         given = self.engine_args.get("max_model_len")
         if not isinstance(given, int) or given < 0:
@@ -149,7 +157,7 @@ class VLLMRollout(RolloutCallback):
                 f"truncated; omit it, or set {needed} or more"
             )
 
-    def build_engine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> VLLMEngine:
+    def build_engine(self, trainer: L.Trainer, pl_module: PolicyModule) -> Engine:
         settings = self.settings(pl_module)
         ranks = settings["tensor_parallel_size"]
         if ranks > 1 and self.lora == "adapter":
@@ -174,9 +182,9 @@ class VLLMRollout(RolloutCallback):
             raise
         return engine
 
-    def settings(self, pl_module: L.LightningModule) -> dict[str, Any]:
+    def settings(self, pl_module: PolicyModule) -> dict[str, Any]:
         """The engine's arguments by name, for this module's model and lengths."""
-        settings = {"max_model_len": max_model_len(pl_module)} | self.engine_args
+        settings: dict[str, Any] = {"max_model_len": max_model_len(pl_module)} | self.engine_args
         if self.kv_cache_memory_bytes is not None:
             settings["kv_cache_memory_bytes"] = self.kv_cache_memory_bytes
         elif not torch.cuda.is_available():
@@ -188,7 +196,7 @@ class VLLMRollout(RolloutCallback):
             settings.setdefault("load_format", "dummy")
         return settings
 
-    def weights(self, pl_module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, pl_module: PolicyModule) -> Iterator[tuple[str, Tensor]]:
         return weights_for(pl_module, self.lora)
 
     def log_path(self, trainer: L.Trainer) -> Path:
@@ -204,7 +212,7 @@ def _holds_more_than_weights(engine_args: dict[str, Any]) -> bool:
     )
 
 
-def refuse_bias(pl_module: L.LightningModule, sampling_args: dict[str, Any]) -> None:
+def refuse_bias(pl_module: PolicyModule, sampling_args: dict[str, Any]) -> None:
     """Refuse to train on samples of another distribution than the policy's without a correction.
 
     Raises:
@@ -218,18 +226,18 @@ def refuse_bias(pl_module: L.LightningModule, sampling_args: dict[str, Any]) -> 
         )
 
 
-def stop_strings(pl_module: L.LightningModule) -> list[str]:
+def stop_strings(pl_module: PolicyModule) -> list[str]:
     """The stop strings of training and of validation."""
     held_out = getattr(pl_module, "validation_sampling", pl_module.sampling)
     return [*pl_module.sampling.stop, *held_out.stop]
 
 
-def weights_for(pl_module: L.LightningModule, lora: str) -> Iterator[tuple[str, Tensor]]:
+def weights_for(pl_module: PolicyModule, lora: str) -> Iterator[tuple[str, Tensor]]:
     """A fresh stream of the policy's merged weights, or of its adapter only."""
     return adapter_weights(pl_module.policy) if lora == "adapter" else pl_module.policy_weights()
 
 
-def require_sendable(pl_module: L.LightningModule, mode: str) -> None:
+def require_sendable(pl_module: PolicyModule, mode: str) -> None:
     """Raise `UserError` unless a sync in this mode, merged or adapter, carries all that the module's LoRA trains."""
     lora = getattr(pl_module, "lora", None)
     if lora is None:
@@ -247,7 +255,7 @@ def require_sendable(pl_module: L.LightningModule, mode: str) -> None:
             )
 
 
-def adapter_engine_args(pl_module: L.LightningModule) -> dict[str, Any]:
+def adapter_engine_args(pl_module: PolicyModule) -> dict[str, Any]:
     """The engine's arguments for the module's adapter.
 
     Raises:
@@ -262,7 +270,8 @@ def adapter_engine_args(pl_module: L.LightningModule) -> dict[str, Any]:
             "rollout lora is adapter, but with from_scratch the policy's weights are random and the engine cannot load "
             "them from a checkpoint; set rollout lora: merged"
         )
-    return adapter_settings(pl_module.lora.rank, pl_module.policy.base_model.targeted_module_names)
+    policy = cast(Any, pl_module.policy)  # a PeftModel, since there are adapters
+    return adapter_settings(pl_module.lora.rank, policy.base_model.targeted_module_names)
 
 
 def _cpu_cache_bytes(config: PretrainedConfig, max_num_seqs: int, max_model_len: int) -> int:

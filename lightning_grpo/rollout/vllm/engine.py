@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class VLLMEngine(Engine):
         self.stored: list[StoredTensor] = []
         self._request_ids = itertools.count()
         self._asleep: set[str] = set()
-        settings = {
+        settings: dict[str, Any] = {
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "logprobs_mode": "processed_logprobs",
@@ -177,20 +177,22 @@ class VLLMEngine(Engine):
         self.version = version
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        from vllm import SamplingParams
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.logprobs import FlatLogprobs
 
         self._wake_all()
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
-        prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
+        prompts = [TokensPrompt(prompt_token_ids=list(sequence)) for sequence in sequences]
         with isolate_vllm():
             outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora_request)
-        return [torch.tensor(output.prompt_logprobs.logprobs, dtype=torch.float32) for output in outputs]
+        flat = [cast(FlatLogprobs, output.prompt_logprobs) for output in outputs]
+        return [torch.tensor(logprobs.logprobs, dtype=torch.float32) for logprobs in flat]
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise `UserError` if the engine has a tokenizer that differs from this one."""
         if self._has_tokenizer:
             with isolate_vllm():
-                own = tokenizer_facts(self.llm.get_tokenizer())
+                own = tokenizer_facts(cast(PreTrainedTokenizerBase, self.llm.get_tokenizer()))
             require_same_tokenizer(own, tokenizer_facts(tokenizer), at="the vLLM engine")
 
     def sleep(self) -> None:
@@ -223,8 +225,8 @@ class VLLMEngine(Engine):
         self.llm = None
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.llm.model_config.dtype
+    def dtype(self) -> torch.dtype:  # type: ignore[override]  # not to be set
+        return cast(torch.dtype, self.llm.model_config.dtype)  # no longer the name of one
 
     @property
     def _worker(self) -> Any:

@@ -108,7 +108,7 @@ def _matmul_precision() -> tuple[str | None, str, str]:
         common = torch.get_float32_matmul_precision()
     except RuntimeError:
         common = None
-    return common, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    return common, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
 
 
 def _set_matmul_precision(precision: tuple[str | None, str, str]) -> None:
@@ -118,7 +118,7 @@ def _set_matmul_precision(precision: tuple[str | None, str, str]) -> None:
     if common is not None:
         torch.set_float32_matmul_precision(common)
     torch.backends.cuda.matmul.fp32_precision = cuda
-    torch.backends.mkldnn.matmul.fp32_precision = onednn
+    torch.backends.mkldnn.matmul.fp32_precision = onednn  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def _name_shared_memory(run: str) -> None:
     same in all runs on a machine."""
     from vllm.distributed.device_communicators import cpu_communicator
 
-    named = cpu_communicator._CPUSHMDistributed
+    named: Any = cpu_communicator._CPUSHMDistributed
     make = getattr(named, "make_group_name_of_all_runs", named.make_group_name)
     named.make_group_name_of_all_runs = staticmethod(make)
     named.make_group_name = staticmethod(lambda communicator: run + make(communicator).replace("/", ""))

@@ -66,7 +66,8 @@ def replace_functions() -> None:
     from vllm.v1.sample import sampler
 
     if current_platform.is_cpu():
-        torch.ops._C.init_cpu_memory_env = lambda nodes: None
+        operators: Any = torch.ops._C
+        operators.init_cpu_memory_env = lambda nodes: None
         sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
 
 
@@ -155,13 +156,13 @@ def _places(model: nn.Module) -> dict[str, list[_Place]]:
 _Block = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
-def _vocabulary_block(layer: nn.Module, value: Tensor) -> _Block:
+def _vocabulary_block(layer: Any, value: Tensor) -> _Block:
     rows, rest = layer.shard_indices, tuple(value.shape[1:])
     start, end = rows.org_vocab_start_index, rows.org_vocab_end_index
     return (layer.org_vocab_size, *rest), (start, *(0 for _ in rest)), (end - start, *rest)
 
 
-def _linear_blocks(layer: nn.Module, *, matrix: bool) -> list[_Block]:
+def _linear_blocks(layer: Any, *, matrix: bool) -> list[_Block]:
     """For each tensor of the layer: its shape in the checkpoint, and the corner and shape of this rank's block."""
     whole = getattr(layer, "output_sizes", [layer.output_size])
     if hasattr(layer, "total_num_kv_heads"):
@@ -187,6 +188,7 @@ def _are_complete(places: dict[str, list[_Place]], model: nn.Module) -> bool:
 def _compute_from_parameters(model: nn.Module) -> None:
     """Remove the packed copies of layers that also keep their weight. An embedding is used in no matrix product. An
     output head is as fast without, and would keep an old copy when the embedding that it is tied to is replaced."""
+    layer: Any
     for layer in model.modules():
         if hasattr(layer, "cpu_linear") and getattr(layer, "weight", torch.empty(0)).numel():
             layer.cpu_linear = F.linear
@@ -264,7 +266,7 @@ def _pack(place: _Place, pieces: dict[str, Tensor]) -> list[StoredTensor]:
     """Pack a layer's matrix for vLLM's kernels, unless it was packed from the same bits before."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-    layer = place.layer
+    layer: Any = place.layer
     parts = [pieces[name] for name in place.parts]
     whole = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(layer.weight.dtype).contiguous()
     rows = whole.split([len(part) for part in parts])
