@@ -43,13 +43,8 @@ def tasks() -> str:
 
 def baseline() -> str:
     """The baseline presets."""
-    return table(
-        ["task", "num_generations", "max_completion_length", "beta", "learning_rate"],
-        [
-            [f"`{name}`", c.num_generations, c.max_completion_length, c.beta, _number(c.learning_rate)]
-            for name, c in BASELINES.items()
-        ],
-    )
+    options = list(BASELINES["math_reasoning"])
+    return table(["task", *options], [[f"`{name}`", *map(_number, b.values())] for name, b in BASELINES.items()])
 
 
 def learning_rates() -> str:

@@ -74,11 +74,8 @@ def _baseline(task: str, hardware: Hardware, ranks: int) -> dict[str, Choice]:
             f"--preset baseline has no values for {task}, only for {', '.join(BASELINES)}; leave --preset out"
         )
     baseline = BASELINES[task]
-    choices = {
-        name: Choice(getattr(baseline, name), "baseline preset")
-        for name in ("max_completion_length", "beta", "learning_rate")
-    }
-    group, prompts = baseline.num_generations, 8
+    choices = {name: Choice(value, "baseline preset") for name, value in baseline.items()}
+    group, prompts = baseline["num_generations"], 8
     why = "baseline preset: one group per micro-batch"
     if hardware.memory < 23.5 * GB:
         group, prompts = group // 2, prompts * 2

@@ -136,7 +136,8 @@ def _workload(
         raise UserError(
             f"prompts_per_rollout is {B}, but --prompts has {statistics.count} rows; set {statistics.count} or fewer"
         )
-    check_batch_arithmetic(prompts_per_rollout=B, num_generations=G, micro_batch_size=1, num_iterations=mu, ranks=ranks)
+    batch = {"prompts_per_rollout": B, "num_generations": G, "num_iterations": mu, "ranks": ranks}
+    check_batch_arithmetic(**batch, micro_batch_size=1)
     local = B * G // ranks
     length = value["max_prompt_length"] + value["max_completion_length"]
     micro, accumulate = value.get("micro_batch_size"), value.get("accumulate_grad_batches")
@@ -147,22 +148,13 @@ def _workload(
         micro = max(m for m in divisors(local) if m <= largest and (m % G == 0 or G % m == 0))
     if accumulate is None and local % micro == 0:
         accumulate = local // micro
-    check_batch_arithmetic(
-        prompts_per_rollout=B,
-        num_generations=G,
-        micro_batch_size=micro,
-        accumulate_grad_batches=accumulate or 1,
-        num_iterations=mu,
-        ranks=ranks,
-    )
+    check_batch_arithmetic(**batch, micro_batch_size=micro, accumulate_grad_batches=accumulate or 1)
     kind = TASKS[task]
     run = Workload(
+        **batch,
         shape=shape,
-        prompts_per_rollout=B,
-        num_generations=G,
         micro_batch_size=micro,
         accumulate_grad_batches=accumulate,
-        num_iterations=mu,
         prompt_length=value["max_prompt_length"],
         completion_length=value["max_completion_length"],
         mean_fill=kind.mean_fill,
@@ -173,7 +165,6 @@ def _workload(
         beta=value["beta"],
         optimizer=value["optimizer"],
         learning_rate=value["learning_rate"],
-        ranks=ranks,
         shards=ranks if value.get("strategy") == "fsdp" else 1,
         engine=value["engine"],
         engine_sleep=value.get("engine_sleep", True),
@@ -213,20 +204,15 @@ def _make_it_fit(
 def _with_changes(choices: dict[str, Choice], w: Workload, overrides: Mapping[str, Any]) -> dict[str, Choice]:
     """Return the choices with the batch, and with what was changed to fit."""
     tokens = w.micro_batch_size * w.max_length
-    decided = {
-        "micro_batch_size": Choice(
-            w.micro_batch_size, f"at most {tokens:,} tokens per forward pass; it changes the memory, not the gradient"
-        ),
-        "accumulate_grad_batches": Choice(
-            w.accumulate_grad_batches,
-            f"{w.samples_per_update} completions per optimizer step, {w.updates_per_rollout} "
-            f"step{'s' * (w.updates_per_rollout > 1)} per rollout",
-        ),
+    updates = f"{w.updates_per_rollout} step{'s' * (w.updates_per_rollout > 1)} per rollout"
+    reasons = {
+        "micro_batch_size": f"at most {tokens:,} tokens per forward pass; it changes the memory, not the gradient",
+        "accumulate_grad_batches": f"{w.samples_per_update} completions per optimizer step, {updates}",
     }
     out = dict(choices)
-    for name, choice in decided.items():
-        if name not in overrides and (name not in out or out[name].value != choice.value):
-            out[name] = choice
+    for name, why in reasons.items():
+        if name not in out or out[name].value != getattr(w, name):
+            out[name] = Choice(getattr(w, name), why)
     changed = {
         "gradient_checkpointing": w.gradient_checkpointing,
         "beta": w.beta,
@@ -238,7 +224,7 @@ def _with_changes(choices: dict[str, Choice], w: Workload, overrides: Mapping[st
         if out[name].value != value:
             out[name] = Choice(value, f"changed from {out[name].value} to fit the memory")
     if w.lora_rank and "lora_rank" not in out:
-        out["lora_rank"] = Choice(w.lora_rank, "to fit the memory")
+        out["lora_rank"] = Choice(w.lora_rank, "added to fit the memory")
         if "learning_rate" not in overrides:
             out["learning_rate"] = recommendations.learning_rate(w.shape, True)
         if "gradient_clip_val" not in overrides:

@@ -24,7 +24,7 @@ class Choice:
     def sentence(self) -> str:
         """The reason, the sources and the trade-off in one line."""
         text = f"{self.why} [{self.sources}]" if self.sources else self.why
-        return f"{text} Trade-off: {self.tradeoff}." if self.tradeoff else text
+        return f"{text}. Trade-off: {self.tradeoff}." if self.tradeoff else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ TASKS: dict[str, Task] = {
         about="problems with a final answer that can be checked",
         num_generations=Choice(
             16,
-            "hard problems are rarely solved: at a pass rate of 0.1, 18 % of groups have no signal, "
-            "compared to 43 % with 8",
+            "hard problems are rarely solved: at a pass rate of 0.1, 18% of groups have no signal, "
+            "compared to 43% with 8",
             "DAPO 512×16, ScaleRL and Tülu 3.1 48×16, open-r1 ×16; baseline range 6–16",
             "twice as much sampling as with 8",
         ),
@@ -76,7 +76,7 @@ TASKS: dict[str, Task] = {
             1024,
             "long enough for a worked solution",
             "DeepSeekMath 1,024; verl LoRA 1,024; open-r1 1–2k; baseline preset 500",
-            "time and cache grow with it; raise it if more than 5–15 % of completions are truncated",
+            "time and cache grow with it; raise it if more than 5–15% of completions are truncated",
         ),
         beta=_NO_REFERENCE,
         max_prompt_length=256,
@@ -93,7 +93,7 @@ TASKS: dict[str, Task] = {
             8,
             "running programs is expensive; 8 samples still give mixed groups at medium pass rates",
             "Tinker code 128×8, OLMo 3 ×8, open-r1 code ×14",
-            "at a pass rate of 0.1, 43 % of groups have no signal",
+            "at a pass rate of 0.1, 43% of groups have no signal",
         ),
         max_completion_length=Choice(
             2048,
@@ -164,20 +164,11 @@ TASKS: dict[str, Task] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Baseline:
-    """A baseline preset. Below 24 GB, num_generations is halved and the accumulation doubled."""
-
-    num_generations: int
-    max_completion_length: int
-    beta: float
-    learning_rate: float
-
-
-BASELINES = {
-    "math_reasoning": Baseline(num_generations=16, max_completion_length=500, beta=0.05, learning_rate=1e-5),
-    "instruction_following": Baseline(num_generations=8, max_completion_length=200, beta=0.1, learning_rate=5e-6),
+BASELINES: dict[str, dict[str, Any]] = {
+    "math_reasoning": {"num_generations": 16, "max_completion_length": 500, "beta": 0.05, "learning_rate": 1e-5},
+    "instruction_following": {"num_generations": 8, "max_completion_length": 200, "beta": 0.1, "learning_rate": 5e-6},
 }
+"""The baseline presets. Below 24 GB, num_generations is halved and the accumulation doubled."""
 
 
 def learning_rate(shape: "ModelShape", lora: bool) -> Choice:

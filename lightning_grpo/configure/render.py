@@ -138,9 +138,7 @@ def _scalar(value: Any) -> str:
 def _lines(node: dict[str, Any], indent: str) -> Iterator[str]:
     for key, value in node.items():
         if isinstance(value, Choice):
-            yield from textwrap.wrap(
-                value.sentence(), WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
-            )
+            yield from _wrap(value.sentence(), f"{indent}# ")
             value = value.value
         if isinstance(value, dict) and value:
             yield f"{indent}{key}:"
@@ -159,8 +157,13 @@ def to_yaml(plan: Plan) -> str:
         *(f"changed to fit the memory: {change}" for change in plan.memory_savers),
         *plan.notes,
     ]
-    comments = [line for text in head for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
-    return "\n".join([*(f"# {line}" for line in comments), *_lines(config(plan), "")]) + "\n"
+    comments = [line for text in head for line in _wrap(text, "# ", "#   ")]
+    return "\n".join([*comments, *_lines(config(plan), "")]) + "\n"
+
+
+def _wrap(text: str, indent: str, hanging: str | None = None) -> list[str]:
+    wrapper = textwrap.TextWrapper(WIDTH, indent, hanging or indent, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(text)
 
 
 def table(plan: Plan) -> str:

@@ -19,7 +19,6 @@ from lightning_grpo.configure.memory_savers import (
 )
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.errors import UserError
-from lightning_grpo.training.batching import check_batch_arithmetic
 
 REFUSE_ABOVE = 1.15
 """A run that needs more than this multiple of the device's memory is refused; above `USABLE` there is a warning."""
@@ -54,18 +53,9 @@ def describe_run(
         refuse: raise if the run cannot fit; otherwise add a warning.
 
     Raises:
-        UserError: the numbers of the batch don't divide, or the run cannot fit. The message then has the three
-            cheapest changes that fit.
+        UserError: the run cannot fit; the message has the three cheapest changes that fit.
     """
     hardware = hardware or this_machine()
-    check_batch_arithmetic(
-        prompts_per_rollout=w.prompts_per_rollout,
-        num_generations=w.num_generations,
-        micro_batch_size=w.micro_batch_size,
-        accumulate_grad_batches=w.accumulate_grad_batches,
-        num_iterations=w.num_iterations,
-        ranks=w.ranks,
-    )
     memory = predict_memory(w, hardware)
     if refuse and memory.peak > REFUSE_ABOVE * hardware.memory:
         raise UserError(refusal(w, memory, hardware))
