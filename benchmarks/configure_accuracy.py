@@ -1,4 +1,4 @@
-"""How far `lightning-grpo configure` is off.
+"""Compare the predictions of `lightning-grpo configure` with measurements.
 
 (a) Peak memory and time of the update, predicted from the config alone against measured in a fresh process each, for
 shapes of SmolLM2-135M and two smaller models with random weights; time after calibration on SmolLM2-135M at one other
@@ -102,7 +102,7 @@ def workload(model: str, changes: dict) -> Workload:
     )
 
 
-# What calibrates the time: one shape, not held out, for each precision with whole weights and with adapters.
+# Shapes that calibrate the time: one, not held out, for each precision with all weights and with adapters.
 CALIBRATION = [
     {"micro_batch_size": 8, "prompt_length": 96, "completion_length": 80} | changes
     for changes in (
@@ -191,9 +191,9 @@ def published() -> list[dict]:
         rows.append({"what": what, "unit": unit, "predicted": predicted, "observed": observed, "limit": limit})
 
     llama, qwen7 = find_model("meta-llama/Llama-3.1-8B-Instruct"), find_model("Qwen/Qwen2.5-7B-Instruct")
-    add("KV cache a token, Llama-3.1-8B", "bytes", llama.cache_bytes, 131_072, 1.01)
-    add("KV cache a token, Qwen2.5-7B", "bytes", qwen7.cache_bytes, 57_344, 1.01)
-    add("KV cache a token, Qwen3-0.6B", "bytes", find_model("Qwen3-0.6B").cache_bytes, 114_688, 1.01)
+    add("KV cache per token, Llama-3.1-8B", "bytes", llama.cache_bytes, 131_072, 1.01)
+    add("KV cache per token, Qwen2.5-7B", "bytes", qwen7.cache_bytes, 57_344, 1.01)
+    add("KV cache per token, Qwen3-0.6B", "bytes", find_model("Qwen3-0.6B").cache_bytes, 114_688, 1.01)
     add("Unsloth: KV cache of Llama-8B at 20k", "GB", 20_000 * llama.cache_bytes / 1e9, 2.5, 1.1)
     add("TRL + FA2: logits of 8 × 20k tokens, Llama-8B", "GiB", 8 * 20_480 * llama.vocab * 4 / 2**30, 78.3, 1.1)
 
@@ -224,9 +224,9 @@ def published() -> list[dict]:
         beta=0.01,
         gradient_checkpointing=True,
     )
-    add("EasyR1 7B-VL, 8×H100, 512×5 a step", "s", predict_cost(easy, h100).total, 145, 2.0)
-    add("EasyR1 7B, 8×H100, 512×5 a step", "s", predict_cost(easy, h100).total, 120, 2.0)
-    add("EasyR1 7B, 8×L20, 512×5 a step", "s", predict_cost(easy, find_gpu("l20")).total, 580, 2.0)
+    add("EasyR1 7B-VL, 8×H100, 512×5 per step", "s", predict_cost(easy, h100).total, 145, 2.0)
+    add("EasyR1 7B, 8×H100, 512×5 per step", "s", predict_cost(easy, h100).total, 120, 2.0)
+    add("EasyR1 7B, 8×L20, 512×5 per step", "s", predict_cost(easy, find_gpu("l20")).total, 580, 2.0)
     one_b = run_of(
         find_model("meta-llama/Llama-3.2-1B-Instruct"),
         ranks=8,
@@ -285,7 +285,7 @@ def verdicts() -> list[dict]:
     cases = [
         # name, model, device, ranks, reported to fit, does it offload while generating, options
         (
-            "nano-aha-moment 3B full, 32,768 tokens a device",
+            "nano-aha-moment 3B full, 32,768 tokens per device",
             "3B",
             a100,
             4,
@@ -293,7 +293,15 @@ def verdicts() -> list[dict]:
             False,
             half | {"micro_batch_size": 16},
         ),
-        ("nano-aha-moment 7B full, 16,384 tokens a device", "7B", a100, 4, True, False, half | {"micro_batch_size": 8}),
+        (
+            "nano-aha-moment 7B full, 16,384 tokens per device",
+            "7B",
+            a100,
+            4,
+            True,
+            False,
+            half | {"micro_batch_size": 8},
+        ),
         ("EasyR1 7B full AMP", "7B", gb(40), 8, True, True, {}),
         ("EasyR1 7B full AMP, half the devices", "7B", gb(40), 4, False, True, {}),
         ("EasyR1 7B full bf16", "7B", gb(40), 4, True, True, half),
@@ -303,7 +311,7 @@ def verdicts() -> list[dict]:
         ("EasyR1 7B LoRA AMP", "7B", gb(32), 2, True, True, lora),
         ("EasyR1 7B LoRA AMP, half the devices", "7B", gb(32), 1, False, True, lora),
         ("verl 7B LoRA", "7B", h100, 1, True, False, lora | {"dtype": "bfloat16", "micro_batch_size": 8}),
-        ("7B full, fp32 weights and moments (16 bytes a parameter)", "7B", h100, 1, False, False, {}),
+        ("7B full, fp32 weights and moments (16 bytes per parameter)", "7B", h100, 1, False, False, {}),
     ]
     rows = []
     for what, size, gpu, ranks, observed, offloads, changes in cases:
@@ -337,7 +345,7 @@ def verdicts() -> list[dict]:
 def zero_variance(seed: int = 0) -> list[dict]:
     """Two plans' groups sampled from a population of prompts, against the share predicted from measured pass rates.
 
-    The pass rates are themselves measured, from 64 samples a prompt, as a user would.
+    The pass rates are themselves measured, from 64 samples per prompt, as a user would measure them.
     """
     rng = random.Random(seed)
     rows = []
@@ -360,7 +368,7 @@ def zero_variance(seed: int = 0) -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="every third held-out shape")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a goal falls short")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is not met")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     arguments = parser.parse_args()
 
@@ -405,7 +413,7 @@ def main() -> int:
         Path(arguments.json).write_text(json.dumps(figures, indent=2))
     for goal, met in goals.items():
         if not met:
-            print(f"FALLS SHORT: {goal}")
+            print(f"NOT MET: {goal}")
     print(
         f"configure_accuracy: {len(rows)} shapes, peak memory off by {median(memory):.1%} (median), {memory[-1]:.1%} "
         f"(worst); time by {median(clock):.1%} (median), {clock[-1]:.1%} (worst); {right} of {len(fit)} fit verdicts "

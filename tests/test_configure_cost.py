@@ -104,7 +104,7 @@ def test_each_option_costs_where_it_should():
     assert seconds(engine="hf")["sync"] == 0 < base["sync"]
 
 
-def test_ranks_share_the_work_and_groups_without_signal_make_it_dearer():
+def test_ranks_share_the_work_and_groups_without_signal_raise_the_cost():
     gpu = find_gpu("h100")
     one, four = predict_cost(run(), gpu), predict_cost(run(ranks=4, accumulate_grad_batches=16), gpu)
     assert four.seconds["update"] == approx(one.seconds["update"] / 4, rel=0.05)

@@ -68,8 +68,8 @@ def test_overrides_are_kept_and_the_rest_is_planned_around_them():
     assert values(made, "num_generations", "beta", "micro_batch_size", "learning_rate") == (6, 0.1, 3, 1e-5)
     assert made.workload.accumulate_grad_batches == 16 * 6 // 3
     assert "reference" in made.memory.phases["update"]
-    pinned = plan(**QWEN | {"gpu": "l4", "lora": True}, overrides={"gradient_checkpointing": False})
-    assert not pinned.workload.gradient_checkpointing
+    fixed = plan(**QWEN | {"gpu": "l4", "lora": True}, overrides={"gradient_checkpointing": False})
+    assert not fixed.workload.gradient_checkpointing
 
 
 def test_lora_takes_ten_times_the_rate_and_less_memory():

@@ -149,7 +149,7 @@ TASKS: dict[str, Task] = {
     "tool_use": Task(
         about="several turns with tools or an environment",
         num_generations=Choice(
-            8, "several turns make samples expensive", "OLMo 3 ×8, TRL default 8", "more groups without signal"
+            8, "several turns make samples expensive", "OLMo 3 ×8, TRL default 8", "more groups without a signal"
         ),
         max_completion_length=Choice(2048, "long enough for all turns, including tool results", "open-r1 1–2k"),
         beta=_NO_REFERENCE,
