@@ -8,6 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from lightning_grpo.configure import ModelShape, Workload, find_gpu, find_model, predict_memory
 from lightning_grpo.configure.activations import activations
 from lightning_grpo.configure.measure import random_batch, random_policy
+from lightning_grpo.kernels.blocks import block_width
 from lightning_grpo.policy.logprobs import completion_logprobs
 
 
@@ -175,6 +176,19 @@ def test_fake_tensors_keep_what_the_trainer_keeps(changes, shape):
     head = 4 * 32 * shape.vocab * w.compute_bytes + 6 * 4 * 32 * shape.hidden * 4
     # a tiny mixture has so few channels that the routing's indices show
     assert (0.94 if shape.experts else 0.97) * expected <= real <= 1.03 * expected + head
+
+
+@mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16)])
+def test_logits_are_counted_in_the_blocks_of_the_kernel(precision, dtype):
+    shape = small(vocab_size=49152)
+    w = run(shape, precision=precision, beta=0.1, micro_batch_size=4, completion_length=160)
+    rows = w.micro_batch_size * w.completion_length
+    width = block_width(
+        torch.empty(rows, shape.hidden, dtype=dtype), torch.empty(shape.vocab, shape.hidden, dtype=dtype)
+    )
+    assert width < shape.vocab
+    blocks = predict_memory(w, find_gpu("cpu")).phases["score"]["logits blocks"]
+    assert blocks == rows * width * dtype.itemsize + 8 * rows * shape.hidden
 
 
 def test_states_follow_precision_optimizer_shards_and_adapters():
