@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -107,7 +108,7 @@ def export(
     is_adapter = _writes_adapter(saved, merge)
     policy = _adapter(saved) if is_adapter else _whole(saved)
     if dtype is not None:
-        policy.to(DTYPES[dtype])
+        cast(nn.Module, policy).to(DTYPES[dtype])  # whose type a decorator of transformers hides
     require_finite(str(saved.path), policy)
     tokenizer = load_tokenizer(saved.model)
     if saved.chat_template is not None:
@@ -115,10 +116,10 @@ def export(
     with new_folder(out) as partial, _quiet():
         if is_adapter:
             # base weights did not train, and checking for them would ask the hub
-            policy.save_pretrained(partial, save_embedding_layers=False)
+            policy.save_pretrained(str(partial), save_embedding_layers=False)
         else:
             policy.generation_config = load_generation_config(saved.model, policy.config)
-            policy.save_pretrained(partial, max_shard_size=SHARD_SIZE)
+            policy.save_pretrained(str(partial), max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(saved, is_adapter=is_adapter), encoding="utf-8")
     return Exported(out, saved, is_adapter)
@@ -179,9 +180,8 @@ def _merged_weights(saved: SavedPolicy, config: PreTrainedConfig) -> dict[str, T
     """Base + adapter, summed in float32 and rounded once to the dtype of training. If only one of two tied matrices has
     an adapter, or each has its own, they differ from then on, which is noted in ``config``."""
     dtype = saved.trained_dtype
-    policy = load_policy(
-        saved.model, dtype=dtype, lora=saved.lora, from_scratch=saved.from_scratch, seed=saved.seed
-    ).float()
+    loaded = load_policy(saved.model, dtype=dtype, lora=saved.lora, from_scratch=saved.from_scratch, seed=saved.seed)
+    policy = cast(Any, loaded).float()  # a PeftModel, which forwards `merge_and_unload` to its adapters
     load_adapter(policy, saved)
     base = policy.get_base_model()
     source, head = base.get_input_embeddings(), base.get_output_embeddings()

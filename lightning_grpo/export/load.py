@@ -36,11 +36,13 @@ def load_module(kind: type[M], checkpoint: str | Path, device: torch.device | st
         raise UserError(f"lora is {options['lora']} and was {saved.lora} in {saved.path}; leave it out")
     module = kind(**{"rewards": [no_reward]} | saved.module_options() | options)
     module.configure_model()
+    policy: Any = module.policy  # of `GRPOModule`, which imports this package
     if saved.lora is not None:
-        load_adapter(module.policy, saved)
+        load_adapter(policy, saved)
     else:
-        require_same_weights(module.policy.state_dict(), saved.weights, remedy="; set model to its base model")
-        module.policy.load_state_dict(saved.weights)
+        require_same_weights(policy.state_dict(), saved.weights, remedy="; set model to its base model")
+        policy.load_state_dict(saved.weights)
     if saved.chat_template is not None:
-        module.tokenizer.chat_template = saved.chat_template
+        tokenizer: Any = module.tokenizer
+        tokenizer.chat_template = saved.chat_template
     return module.to(device or "cpu").eval()

@@ -25,9 +25,7 @@ class CheckpointFiles(TorchCheckpointIO):
     between file systems that is a copy, which may be interrupted.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a file.
 
         Raises:
@@ -52,7 +50,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def load_checkpoint(
         self,
-        path: str | os.PathLike,
+        path: str | Path,
         map_location: Any = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
@@ -70,7 +68,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 @contextmanager
-def readable(path: str | os.PathLike, option: str = "ckpt_path") -> Iterator[None]:
+def readable(path: str | Path, option: str = "ckpt_path") -> Iterator[None]:
     """Convert exceptions of torch while it reads the checkpoint ``path`` to a `UserError`."""
     try:
         yield
@@ -107,7 +105,7 @@ def require_checkpoint_file(path: str, option: str = "ckpt_path") -> None:
         raise UserError(f"{option} {path} is an empty file; set it to an earlier checkpoint")
 
 
-def require_own_checkpoint(checkpoint: Any, path: str | os.PathLike, option: str = "ckpt_path") -> None:
+def require_own_checkpoint(checkpoint: Any, path: str | Path, option: str = "ckpt_path") -> None:
     """Raise `UserError` unless ``checkpoint``, read from ``path``, was saved by this package."""
     if not isinstance(checkpoint, dict):
         raise UserError(f"{option} {path} contains a {type(checkpoint).__name__}, not a checkpoint of this package")

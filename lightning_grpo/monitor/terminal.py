@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -160,16 +160,18 @@ class RunSummary(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the first and the last evaluation."""
+        module = cast(Any, pl_module)  # `GRPOModule`, which imports this package
         if trainer.sanity_checking:
-            self._before = dict(pl_module.held_out)
+            self._before = dict(module.held_out)
         else:
-            self._after, self._step = dict(pl_module.held_out), trainer.global_step
+            self._after, self._step = dict(module.held_out), trainer.global_step
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summary."""
         if not trainer.is_global_zero:
             return
-        lines = [f"{trainer.global_step} optimizer steps, {pl_module.progress.completion_tokens:,} completion tokens"]
+        tokens = cast(Any, pl_module).progress.completion_tokens
+        lines = [f"{trainer.global_step} optimizer steps, {tokens:,} completion tokens"]
         for name, after in held_out_figures(self._after).items():
             before = f"{self._before[name]:.3f} → " if name in self._before else ""
             lines.append(f"held-out {name.removeprefix('val/')}: {before}{after:.3f}")

@@ -53,8 +53,8 @@ def train_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling")
     with torch.autocast(device_type, enabled=False):
-        cast = (x.to(dtype) for x in (query, key, value))
-        out = attention(*cast, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+        out = attention(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale)
     return out.transpose(1, 2), None
 
 

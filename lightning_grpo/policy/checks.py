@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from lightning_grpo.errors import UserError
@@ -62,7 +62,7 @@ def require_complete(model: str, loading_info: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def require_finite(model: str, policy: PreTrainedModel) -> None:
+def require_finite(model: str, policy: torch.nn.Module) -> None:
     """Raise `UserError` if any weight is NaN or infinite."""
     # aminmax needs one pass and no copy, and is NaN if any value is NaN
     broken = [

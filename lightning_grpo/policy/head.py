@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_grpo.kernels import linear_logprob, logits_logprob
+from lightning_grpo.policy.load import base_model
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,9 @@ class Head:
         """Return log-probs and entropies, [A] each, of ``hidden`` [A, H]; ``forward`` is the module's original one."""
         # A weight that stays sharded while its module runs (tensor parallelism) is only used through the module.
         if self.is_linear and not isinstance(self.module.weight, DTensor):
-            weight, bias = self.module.weight, self.module.bias
+            linear = cast(nn.Linear, self.module)
+            weight: Tensor = linear.weight
+            bias: Tensor | None = linear.bias
             if self.vocabulary < len(weight):
                 weight, bias = weight[: self.vocabulary], None if bias is None else bias[: self.vocabulary]
             return linear_logprob(hidden, weight, bias=bias, scale=self.scale, softcap=self.softcap, **options)
@@ -52,7 +56,8 @@ class Head:
         temperature = torch.as_tensor(options["temperature"], device=hidden.device).expand(len(hidden))
         parts = [x.split(HEAD_CHUNK) for x in (hidden, options["targets"], temperature)]
         results = [checkpoint(chunk, *part, use_reentrant=False) for part in zip(*parts, strict=True)]
-        return tuple(torch.cat(x) for x in zip(*results, strict=True))
+        logprobs, entropy = (torch.cat(x) for x in zip(*results, strict=True))
+        return logprobs, entropy
 
 
 @contextmanager
@@ -85,7 +90,7 @@ def head_of(model: nn.Module, ids: Tensor) -> Head | None:
 
     The model is probed once, with ``ids`` [1, ≥ 1].
     """
-    module = model.get_output_embeddings()
+    module = base_model(model).get_output_embeddings()
     if model not in _heads or (_heads[model] is not None and _heads[model].module is not module):
         _heads[model] = None if module is None else _probe(model, module, ids)
         name = type(model).__name__
@@ -105,9 +110,8 @@ def head_of(model: nn.Module, ids: Tensor) -> Head | None:
 
 def model_inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict:
     """Return the arguments of the model's forward for ``ids``, the last columns of ``mask``."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-    if "position_ids" in inspect.signature(base.forward).parameters:
+    if "position_ids" in inspect.signature(base_model(model).forward).parameters:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     return inputs
 

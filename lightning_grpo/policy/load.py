@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -84,7 +84,7 @@ class LoRA:
         for pattern, interval in (("rank_pattern", "[1, inf)"), ("alpha_pattern", "(0, inf)")):
             values = getattr(self, pattern)
             check_ranges(values, dict.fromkeys(values, interval), prefix=f"lora.{pattern}.")
-        layers = dict(enumerate(self.layers_to_transform or ()))
+        layers: dict[Any, int] = dict(enumerate(self.layers_to_transform or ()))
         check_ranges(layers, dict.fromkeys(layers, "[0, inf)"), prefix="lora.layers_to_transform.")
         if self.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
             raise UserError(
@@ -150,7 +150,7 @@ def load_generation_config(model: str, config: PreTrainedConfig) -> GenerationCo
 def load_policy(
     model: str,
     *,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: str = "float32",
     lora: LoRA | None = None,
     gradient_checkpointing: bool = False,
     attn_implementation: str = ATTENTION,
@@ -248,9 +248,11 @@ def _load_weights(model: str, config: PreTrainedConfig, **options: Any) -> PreTr
     transformers_logging.set_verbosity_error()  # `require_complete` reports missing tensors instead
     try:
         # `require_complete` rejects weights with another shape, and reports both shapes.
-        policy, info = AutoModelForCausalLM.from_pretrained(
+        # with ``output_loading_info`` a pair, which transformers does not declare
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
+        policy, info = loaded
     finally:
         transformers_logging.set_verbosity(verbosity)
     if getattr(policy, "is_quantized", False):
@@ -286,10 +288,17 @@ def full_precision_buffers(model: nn.Module) -> Iterator[None]:
             setattr(module, name, buffer.to(converted.device))
 
 
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """Return the model within PEFT's wrapper, or ``model`` itself if it has none."""
+    unwrap = getattr(model, "get_base_model", None)
+    return cast(PreTrainedModel, model) if unwrap is None else unwrap()
+
+
 def shard(policy: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Shard the parameters over the ranks of ``mesh``; each layer is gathered when it is used (FSDP2)."""
-    base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    base = base_model(policy)
     layers = [module for module in policy.modules() if type(module).__name__ in (base._no_split_modules or ())]
     for layer in layers:
         fully_shard(layer, mesh=mesh)
-    return fully_shard(policy, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+    return policy

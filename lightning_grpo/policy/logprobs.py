@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from lightning_grpo.errors import RunError
 from lightning_grpo.kernels import logits_logprob
 from lightning_grpo.policy.head import Head, head_of, model_inputs, override_forward, warn_once
+from lightning_grpo.policy.load import base_model
 
 
 def completion_logprobs(
@@ -69,7 +70,8 @@ def completion_logprobs(
         run = _unshared if shared is None else _shared
         with _casts_once():
             results = run(model, head, batch, shared)
-    return tuple(x.new_zeros(mask.shape).masked_scatter(mask.bool(), x) for x in results)
+    logprobs, entropy = (x.new_zeros(mask.shape).masked_scatter(mask.bool(), x) for x in results)
+    return logprobs, entropy
 
 
 def _padding(mask: Tensor) -> int:
@@ -176,7 +178,7 @@ def _shared_prompts(model: nn.Module, batch: _Batch) -> _Shared | None:
     unique, inverse = torch.unique(key, dim=0, return_inverse=True)
     if len(unique) == N or T == 1:
         return None
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     cache = DynamicCache(config=base.config)
     unsupported = {type(layer).__name__ for layer in cache.layers} - {
         DynamicLayer.__name__,

@@ -1,18 +1,19 @@
 """Streams of the policy's weights for engines: one unsharded tensor at a time, with Hugging Face names."""
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.policy.load import Policy, base_model
 
 
-def policy_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
+def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """Stream the policy's parameters in the order of its layers, without a second copy of the model.
 
     LoRA adapters are merged into the yielded tensors, one at a time, and never into the policy. Sharded parameters are
@@ -34,7 +35,7 @@ def policy_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, T
             raise UserError(
                 f"the adapter is {policy.active_peft_config.peft_type}; only LoRA adapters can be sent to an engine"
             )
-        policy = policy.get_base_model()
+        policy = base_model(policy)
     yielded: set[int] = set()
     with torch.no_grad():
         for prefix, module in policy.named_modules():
@@ -47,7 +48,7 @@ def policy_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, T
                     yield full_name, _merged(policy, prefix, name, parameter)
 
 
-def adapter_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
+def adapter_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """Stream only the policy's LoRA adapter, for an engine that has its own copy of the base model.
 
     Yields:
@@ -73,7 +74,7 @@ def adapter_weights(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[str, 
         _require_plain(layer, name, adapter)
         if layer.merged or adapter not in layer.lora_A:
             raise UserError(f"{name} is merged or is not a linear layer; send merged weights instead")
-        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        A, B = (cast(nn.Linear, part[adapter]).weight for part in (layer.lora_A, layer.lora_B))
         yield f"base_model.model.{name}.lora_A.weight", whole(A.detach()).clone()
         yield f"base_model.model.{name}.lora_B.weight", whole(B.detach()).float() * layer.scaling[adapter]
 
@@ -122,9 +123,9 @@ def _lora_delta(layer: LoraLayer, name: str, adapter: str) -> Tensor:
     if adapter in layer.lora_embedding_A:
         A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
         return (whole(B.detach()).float() @ whole(A.detach()).float()).T * layer.scaling[adapter]
-    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    A, B = (cast(nn.Linear, part[adapter]).weight for part in (layer.lora_A, layer.lora_B))
     delta = whole(B.detach()).float() @ whole(A.detach()).float() * layer.scaling[adapter]
-    return delta.T if layer.fan_in_fan_out else delta
+    return delta.T if cast(Any, layer).fan_in_fan_out else delta
 
 
 def _require_plain(layer: LoraLayer, name: str, adapter: str) -> None:
