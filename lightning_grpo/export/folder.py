@@ -186,7 +186,8 @@ def _merged_weights(saved: SavedPolicy, config: PreTrainedConfig) -> dict[str, T
     base = policy.get_base_model()
     source, head = base.get_input_embeddings(), base.get_output_embeddings()
     if isinstance(source, LoraLayer) or isinstance(head, LoraLayer):
-        head, source = (layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in (head, source))
+        layers: list[Any] = [x.get_base_layer() if isinstance(x, LoraLayer) else x for x in (head, source)]
+        head, source = layers
         if head.weight is source.weight:
             head.weight = nn.Parameter(head.weight.detach().clone())
     merged = policy.merge_and_unload()
