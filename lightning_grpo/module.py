@@ -63,7 +63,7 @@ from lightning_grpo.rollout.callback import eos_token_ids, pad_id
 from lightning_grpo.seed import seed_of_run
 from lightning_grpo.stopping import abandonable
 from lightning_grpo.training import checks, evaluation, optimizers, resume
-from lightning_grpo.training.batching import check_batch_arithmetic
+from lightning_grpo.training.batching import check_batch_arithmetic, steps_per_rollout
 from lightning_grpo.training.collector import Collector, require_recent
 from lightning_grpo.training.evaluation import Evaluation
 from lightning_grpo.training.experience import Experience, without_fillers
@@ -738,8 +738,12 @@ class GRPOModule(LightningModule):
     @property
     def steps_per_rollout(self) -> int:
         """Micro-batches per rollout on each rank; the train loader yields a batch as often."""
-        completions = self.trainer.datamodule.prompts_per_rollout * self.num_generations
-        return completions * self.num_iterations // (self.data_ranks * self.micro_batch_size)
+        return steps_per_rollout(
+            samples=self.trainer.datamodule.prompts_per_rollout * self.num_generations,
+            micro_batch_size=self.micro_batch_size,
+            num_iterations=self.num_iterations,
+            ranks=self.data_ranks,
+        )
 
     @property
     def updates_per_rollout(self) -> int:
