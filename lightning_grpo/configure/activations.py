@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
+from typing import cast
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import moe
 
 from lightning_grpo.configure.shape import ModelShape, with_layers
@@ -62,24 +63,24 @@ class _Settings:
 
 
 def _saved(shape: ModelShape, layers: int, rows: int, prompts: int, P: int, T: int, settings: _Settings) -> int:
-    autocast = contextlib.nullcontext()
+    autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
     if settings.autocast:
         autocast = torch.autocast("cpu", dtype=DTYPES[settings.autocast])
     with torch.device("meta"):
         model = _build(with_layers(shape.config, layers), DTYPES[settings.dtype], settings.attention).train()
         if settings.lora_rank:
             targets = settings.lora_targets
-            targets = targets if isinstance(targets, str) else list(targets)
-            with_adapters(model, LoRA(rank=settings.lora_rank, target_modules=targets))
+            names = targets if isinstance(targets, str) else list(targets)
+            with_adapters(model, LoRA(rank=settings.lora_rank, target_modules=names))
     with FakeTensorMode(), _fake_experts():
         _move_to_cpu(model)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         with saved_bytes(weights) as saved, autocast:
-            _forward(model.base_model, rows, prompts, P, T)
+            _forward(cast(PreTrainedModel, model.base_model), rows, prompts, P, T)
         return sum(saved.values())
 
 
-def _build(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> nn.Module:
+def _build(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     """Build the model, with its own attention if the named one is not supported."""
     attention = attention if attention_for(config, ATTENTION) else None
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -96,7 +97,7 @@ def _fake_experts() -> Iterator[None]:
         moe._can_use_grouped_mm = real
 
 
-def _forward(trunk: nn.Module, rows: int, prompts: int, P: int, T: int) -> None:
+def _forward(trunk: PreTrainedModel, rows: int, prompts: int, P: int, T: int) -> None:
     """Run the trunk as the trainer does: on prompts with completions, or on each prompt once for all its rows."""
     ids = torch.zeros(rows, P + T, dtype=torch.long)
     if prompts == rows:

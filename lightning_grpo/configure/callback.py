@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -21,9 +22,11 @@ from lightning_grpo.configure.memory import predict_memory
 from lightning_grpo.configure.shape import ModelShape
 from lightning_grpo.configure.speed import slow_choices, speed_line
 from lightning_grpo.configure.summary import describe_run, identity_line
-from lightning_grpo.configure.workload import Workload
+from lightning_grpo.configure.workload import Precision, Workload
 from lightning_grpo.errors import UserError
+from lightning_grpo.module import GRPOModule
 from lightning_grpo.rollout import HFRollout, RolloutCallback, VLLMProcessRollout, VLLMRollout
+from lightning_grpo.rollout.callback import policy_module
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ class Prediction(Callback):
             UserError: the run cannot fit; the message has the three cheapest changes that fit.
         """
         self.hardware = this_machine() if trainer.strategy.root_device.type == "cuda" else _cpu(trainer)
-        self.workload = workload_of(trainer, pl_module, self.hardware)
+        self.workload = workload_of(trainer, cast(GRPOModule, pl_module), self.hardware)
         efficiency = calibration.load(self.workload, self.hardware, self.file)
         self.efficiency = efficiency or Efficiency.assumed(self.hardware, self.workload.engine)
         try:
@@ -85,7 +88,7 @@ class Prediction(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Note whether this batch starts with a rollout."""
-        self._rolls_out = pl_module.progress.experience is None
+        self._rolls_out = cast(GRPOModule, pl_module).progress.experience is None
         self._restart()
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
@@ -175,7 +178,7 @@ class Prediction(Callback):
         self.peaks[phase] = max(self.peaks.get(phase, 0.0), peak)
 
 
-def workload_of(trainer: Trainer, pl_module: LightningModule, hardware: Hardware) -> Workload:
+def workload_of(trainer: Trainer, pl_module: GRPOModule, hardware: Hardware) -> Workload:
     """Return the run that a trainer and a GRPOModule describe, with the longest prompt of the data."""
     data = trainer.datamodule
     optimizer = type(trainer.optimizers[0]).__name__ if trainer.optimizers else "AdamW"
@@ -192,7 +195,7 @@ def workload_of(trainer: Trainer, pl_module: LightningModule, hardware: Hardware
         rollout_ahead=bool(pl_module.rollout_ahead),
         prompt_length=max((len(row.ids) for row in getattr(data, "train", [])), default=pl_module.max_prompt_length),
         completion_length=pl_module.max_completion_length,
-        precision=str(trainer.precision),
+        precision=cast(Precision, str(trainer.precision)),
         dtype=pl_module.dtype_name,
         lora_rank=lora.rank if lora else 0,
         lora_targets=targets if isinstance(targets, str) else tuple(targets),
@@ -228,7 +231,7 @@ def _with_engine(w: Workload, trainer: Trainer, hardware: Hardware) -> Workload:
     )
     cache = rollout.kv_cache_memory_bytes
     if cache is None and hardware.is_cpu:
-        cache = rollout.settings(trainer.lightning_module).get("kv_cache_memory_bytes")
+        cache = rollout.settings(policy_module(trainer.lightning_module)).get("kv_cache_memory_bytes")
     if cache is None:
         weights = w.engine_bytes * w.shape.params / shards
         cache = max(0.0, rollout.engine_args["gpu_memory_utilization"] * hardware.memory - weights)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo.configure.cost import Efficiency, decode_seconds
@@ -18,7 +18,7 @@ from lightning_grpo.configure.devices import Hardware
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.policy.attention import attention_for
-from lightning_grpo.policy.load import DTYPES, enable_gradient_checkpointing, with_adapters
+from lightning_grpo.policy.load import DTYPES, Policy, enable_gradient_checkpointing, with_adapters
 from lightning_grpo.policy.logprobs import completion_logprobs
 from lightning_grpo.rollout import HFEngine, SampleRequest
 
@@ -36,7 +36,7 @@ class Measured:
     not report it."""
 
 
-def random_policy(w: Workload, device: torch.device | str) -> nn.Module:
+def random_policy(w: Workload, device: torch.device | str) -> Policy:
     """Return the model of ``w`` with random weights, in training mode."""
     with torch.device(device):
         attention = attention_for(w.shape.config, ATTENTION)
@@ -53,7 +53,7 @@ def autocast(w: Workload, device: str) -> AbstractContextManager:
     return torch.autocast(device, dtype=DTYPES[w.compute_dtype]) if w.is_mixed else contextlib.nullcontext()
 
 
-def random_batch(w: Workload, device: torch.device | str) -> dict[str, Tensor]:
+def random_batch(w: Workload, device: torch.device | str) -> dict[str, Any]:
     """Return one micro-batch of full length, in which the rows of a group have the same prompt."""
     rows = w.micro_batch_size
     prompts = torch.randint(w.shape.vocab, (ceil(rows / w.num_generations), w.prompt_length))
