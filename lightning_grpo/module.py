@@ -604,8 +604,9 @@ class GRPOModule(LightningModule):
         """The optimizer over all trainable parameters, and its learning-rate schedule in optimizer steps."""
         optimizer = self._build_optimizer(p for p in self.parameters() if p.requires_grad)
         optimizers.check_precision(optimizer, self.trainer)
+        options = optimizers.options(optimizer)  # before the schedule adds its own
         schedule, described = optimizers.build_schedule(optimizer, self.lr_schedule, self.warmup_steps, self.trainer)
-        self._optimizer_options = optimizers.options(optimizer) | {"schedule": described}
+        self._optimizer_options = options | {"schedule": described}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:

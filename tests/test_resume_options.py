@@ -32,7 +32,9 @@ def test_what_the_configuration_changed_is_taken_and_said(tmp_path, tiny_model_p
     assert (group["lr"], group["weight_decay"], group["betas"]) == (5e-4, 0.1, (0.8, 0.99))
     # the moments went on: every parameter has seen six steps
     assert {float(state["step"]) for state in policy.trainer.optimizers[0].state.values()} == {6}
-    assert "Resuming after optimizer step 3" in caplog.text
+    assert "Resuming after optimizer step 3" in caplog.text and "initial_lr" not in caplog.text
+    saved = torch.load(last, weights_only=False)["policy"]["optimizer"]["groups"]
+    assert all("initial_lr" not in group for group in saved)
     assert (
         "changed in the configuration: lr 0.001 → 0.0005, betas (0.9, 0.999) → (0.8, 0.99), weight_decay 0.0 → 0.1"
         in caplog.text
