@@ -1,12 +1,9 @@
 """Two ranks under Lightning's DDP, an engine each or one together: vLLM's process groups live beside the trainer's."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import on_two_ranks
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -115,22 +112,8 @@ def run_on_two_ranks(source, model_path, tmp_path):
     """What each rank of the program printed."""
     program = tmp_path / "program.py"
     program.write_text(source.format(tests=str(Path(__file__).parent), path=model_path, root=str(tmp_path)))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(program)],
-            env=os.environ | {"NODE_RANK": "0", "LOCAL_RANK": str(r), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, output[-3000:]
-    return outputs
+    on_two_ranks("--log-dir", str(tmp_path / "logs"), "--tee", "3", str(program))
+    return [next(tmp_path.glob(f"logs/**/{rank}/stdout.log")).read_text() for rank in range(2)]
 
 
 def test_two_ranks_with_an_engine_each_train_as_one(tiny_model_path, tmp_path):

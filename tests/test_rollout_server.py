@@ -205,7 +205,7 @@ def first_tokens(monkeypatch):
 
 
 def wait_for(condition):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600  # generous, since only a hang exceeds it
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -259,11 +259,11 @@ def test_weights_updated_in_flight(synced, policy, engine, first_tokens):
     assert worst(synced, engine.generate(sample_request(8))) < 1e-4
 
 
-def test_requests_of_one_rank_do_not_slip_over_to_the_weights_of_another(server, policy, first_tokens):
-    """The rank that sends waits for the others, one of which asks for a completion at a time."""
+def test_requests_of_one_rank_are_not_sampled_with_the_next_weights_of_another(server, policy, first_tokens):
+    """The rank that sends weights waits for the others, one of which requests one completion at a time."""
     barrier = Barrier(2)
     ranks = [
-        engine_over(server, run="run", barrier=lambda: barrier.wait(60), pushes=pushes, max_in_flight=room)
+        engine_over(server, run="run", barrier=lambda: barrier.wait(600), pushes=pushes, max_in_flight=room)
         for pushes, room in ((True, 8), (False, 1))
     ]
     with ThreadPoolExecutor(1) as sender, ThreadPoolExecutor(1) as sampler:

@@ -1,8 +1,5 @@
 """The stream of weights from the policy: names, values, ties, adapters, shards."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rollout import HFEngine, policy_weights
 
 
@@ -85,12 +83,26 @@ def test_adapters_that_are_no_sum_are_refused(settings, untied_model_path):
         list(policy_weights(policy))
 
 
-def stream_shards(rank, path, port, saved):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["head", "embedding", "saved-head"],
+)
+def test_adapters_of_tied_weights_are_refused(settings, tiny_model_path, untied_model_path):
+    policy = adapted(tiny_model_path, **settings)
+    with pytest.raises(UserError, match="ties the weights of its input embedding and output head"):
+        next(policy_weights(policy))
+    next(policy_weights(adapted(untied_model_path, **settings)))
+
+
+def stream_shards(rank, path, saved):
     """One of two ranks: shard a policy with an adapter, then gather its weights one by one."""
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= group
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", init_method=f"file://{saved}/store", rank=rank, world_size=2)
     policy = adapted(path, target_modules=["q_proj", "down_proj"])
     for layer in policy.base_model.model.model.layers:
         fully_shard(layer)
@@ -103,9 +115,7 @@ def stream_shards(rank, path, port, saved):
 
 
 def test_shards_are_gathered_on_every_rank(untied_model_path, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(stream_shards, (untied_model_path, port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(stream_shards, (untied_model_path, str(tmp_path)), nprocs=2)
     expected = dict(policy_weights(adapted(untied_model_path, target_modules=["q_proj", "down_proj"])))
     for rank in range(2):
         gathered = torch.load(tmp_path / f"{rank}.pt")

@@ -10,7 +10,7 @@ from string import ascii_lowercase
 from textwrap import shorten
 from typing import Any, TypeVar
 
-from lightning_grpo.data.files import READERS, is_file_name, read_files
+from lightning_grpo.data.files import READERS, find_files, is_file_name, read_files
 from lightning_grpo.data.rows import Row
 from lightning_grpo.errors import UserError, optional
 from lightning_grpo.policy.files import hub_reachable
@@ -197,6 +197,7 @@ def read(
     elif Path(source).expanduser().is_dir():
         rows = _numbered(source, _call(source, saved, option, source, args=args))
     elif is_file_name(source):
+        find_files(option, source)  # first, since source_args may be left over from another source
         rows = _call(source, read_files, option, source, args=args)
     elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
         rows = _numbered(source, _call(source, hub, option, source, args=args))

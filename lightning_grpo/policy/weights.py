@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -35,6 +36,7 @@ def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
             raise UserError(
                 f"the adapter is {policy.active_peft_config.peft_type}; only LoRA adapters can be sent to an engine"
             )
+        require_untied_adapters(policy)
         policy = base_model(policy)
     yielded: set[int] = set()
     with torch.no_grad():
@@ -67,6 +69,7 @@ def adapter_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
             f"an engine accepts only one adapter, but the active adapters are {policy.active_adapters}, and "
             f"{len(others)} other parameters are trained ({', '.join(others[:4])}); send merged weights instead"
         )
+    require_untied_adapters(policy)
     (adapter,) = policy.active_adapters
     for name, layer in policy.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):
@@ -77,6 +80,26 @@ def adapter_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
         A, B = (cast(nn.Linear, part[adapter]).weight for part in (layer.lora_A, layer.lora_B))
         yield f"base_model.model.{name}.lora_A.weight", whole(A.detach()).clone()
         yield f"base_model.model.{name}.lora_B.weight", whole(B.detach()).float() * layer.scaling[adapter]
+
+
+def require_untied_adapters(policy: Policy) -> None:
+    """Raise `UserError` if PEFT adapts or copies the input embedding or the output head, and the model ties them.
+
+    An engine has one tensor for both, but only one of them has the adapter.
+    """
+    if not isinstance(policy, PeftModel):
+        return
+    model = base_model(policy)
+    if not model.config.get_text_config().tie_word_embeddings:
+        return
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    for name, module in model.named_modules():
+        if id(module) in ends and isinstance(module, LoraLayer | ModulesToSaveWrapper):
+            raise UserError(
+                f"lora adapts {name}, but the model ties the weights of its input embedding and output head "
+                "(tie_word_embeddings), so an engine would apply the adapter to both; remove it from "
+                "lora.target_modules and lora.modules_to_save, or set the rollout to HFRollout"
+            )
 
 
 def write_counters(policy: nn.Module) -> tuple[tuple[int, int], ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.policy.weights import require_untied_adapters
 from lightning_grpo.rollout.callback import PolicyModule, RolloutCallback, eos_token_ids, policy_module
 from lightning_grpo.rollout.server.checks import CHECK_SEQUENCES
 from lightning_grpo.rollout.server.engine import ServerEngine
@@ -77,6 +78,7 @@ class VLLMProcessRollout(VLLMRollout):
         self._server: ServerProcess | None = None
 
     def build_engine(self, trainer: L.Trainer, pl_module: PolicyModule) -> ServerEngine:
+        require_untied_adapters(pl_module.policy)
         self._server = ServerProcess(
             pl_module.model_path,
             engine_args=self.settings(pl_module),
@@ -171,6 +173,7 @@ class VLLMServerRollout(RolloutCallback):
             refuse_bias(module, self.sampling_args or {})
 
     def build_engine(self, trainer: L.Trainer, pl_module: PolicyModule) -> ServerEngine:
+        require_untied_adapters(pl_module.policy)
         engine = ServerEngine(
             self.urls,
             eos_token_ids=eos_token_ids(pl_module.policy, pl_module.tokenizer),

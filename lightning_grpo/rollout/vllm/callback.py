@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from lightning_grpo.errors import OutOfMemoryError, UserError
-from lightning_grpo.policy.weights import adapter_weights
+from lightning_grpo.policy.weights import adapter_weights, require_untied_adapters
 from lightning_grpo.rollout.callback import (
     PolicyModule,
     RolloutCallback,
@@ -158,6 +158,7 @@ class VLLMRollout(RolloutCallback):
             )
 
     def build_engine(self, trainer: L.Trainer, pl_module: PolicyModule) -> Engine:
+        require_untied_adapters(pl_module.policy)
         settings = self.settings(pl_module)
         ranks = settings["tensor_parallel_size"]
         if ranks > 1 and self.lora == "adapter":
