@@ -171,7 +171,7 @@ class Window:
         """Return all metrics that have values, merged over ranks, and clear the window. Every rank must call it."""
         local = {name: type(m)(*(part.detach().double().cpu() for part in m)) for name, m in self.metrics.items()}
         self.metrics = {}
-        ranks = [local]
+        ranks: list[Any] = [local]
         if distributed.is_available() and distributed.is_initialized():
             ranks = [None] * distributed.get_world_size()
             distributed.all_gather_object(ranks, local)
