@@ -147,6 +147,16 @@ def test_rows_and_options_are_checked():
         CodeTests(seconds=2.0)
 
 
+def test_systems_without_restrictions_are_refused(monkeypatch):
+    monkeypatch.setattr(
+        "lightning_grpo.rewards.code.enforced_restrictions", lambda: {"seccomp": False, "landlock": False}
+    )
+    for run in (lambda: reward(completions=[fenced(GOOD)], tests=[TESTS]), lambda: reward.check([{"tests": TESTS}])):
+        with pytest.raises(ReportedError, match=r"neither seccomp .* set CodeTests.allow_unsandboxed to true"):
+            run()
+    assert CodeTests(allow_unsandboxed=True)(completions=[fenced(GOOD)], tests=[TESTS]) == [1.0]
+
+
 # ── The pool ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -1,4 +1,4 @@
-"""Programs that a model wrote, run against tests."""
+"""A reward that runs the program in a completion against tests."""
 
 import ast
 import json
@@ -80,6 +80,8 @@ class CodeTests(TextReward):
     """Limit on the time of the program, over all its tests."""
     memory_mb: int = 512
     """Limit on the program's address space."""
+    allow_unsandboxed: bool = False
+    """Run programs even if this system has neither seccomp nor Landlock, so that they have all rights of the worker."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +94,20 @@ class CodeTests(TextReward):
                 f"CodeTests.seconds is {self.seconds:g}; set more than program_seconds = {self.program_seconds:g}"
             )
 
+    def _require_sandbox(self) -> None:
+        if not self.allow_unsandboxed and not any(enforced_restrictions().values()):
+            raise UserError(
+                "CodeTests runs programs that a model wrote, and this system has neither seccomp (x86-64 Linux) nor "
+                "Landlock (Linux 5.13) to restrict them; use another system, or set CodeTests.allow_unsandboxed to "
+                "true if this one has nothing to protect, such as a disposable container"
+            )
+
+    def __call__(self, **arguments: Any) -> list[float | None]:
+        self._require_sandbox()
+        return super().__call__(**arguments)
+
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
+        self._require_sandbox()
         for row, values in enumerate(columns):
             tests = values.get(self.tests)
             if not isinstance(tests, list) or not tests:
@@ -128,7 +143,7 @@ class CodeTests(TextReward):
         return float(passed == len(tests)) if self.all_or_nothing else passed / len(tests)
 
     def _run(self, request: Mapping[str, Any], deadline: float) -> bytes:
-        """What a program writes, empty if it is killed."""
+        """The output of a program, empty if it is killed."""
         return run_program(request, deadline - time.monotonic(), self.memory_mb)
 
 
@@ -173,6 +188,12 @@ def run_program(request: Mapping[str, Any], seconds: float, memory_mb: int = 512
             process.kill()
             process.wait()
             process.stdout.close()
+
+
+@lru_cache(maxsize=1)
+def enforced_restrictions() -> dict[str, bool]:
+    """Whether this system enforces seccomp and Landlock for programs."""
+    return json.loads(run_program({"probe": True}, 60.0) or "{}")
 
 
 def _script() -> str:
