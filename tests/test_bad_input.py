@@ -35,6 +35,8 @@ TYPOS = [
     Row("value", ["--model.dtype", "int8"], ["--model.dtype is int8", "float32, bfloat16, float16"]),
     Row("no number", ["--trainer.max_steps", "many"], ["--trainer.max_steps is many", "an integer"]),
     Row("no module", ["--model", "mine.Nope"], ["--model is mine.Nope", "No module named 'mine'"]),
+    Row("one reward", ["--model.rewards", "ExactMatch"], ["--model.rewards is ExactMatch", "set it to [ExactMatch]"]),
+    Row("TRL's name", ["--learning_rate", "1e-6"], ["--learning_rate: no such", "did you mean --model.optimizer.lr?"]),
     Row("stray word", ["extra"], ["extra: unexpected argument"]),
     Row("value missing", ["--trainer.max_steps"], ["--trainer.max_steps", "expected one argument"]),
     Row("missing option", ["--data", "PromptDataModule", "--data.source=null"], ["data.source"]),

@@ -217,6 +217,9 @@ def run(args: list[str]) -> None:
     """Run the subcommand given in ``args``."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     log_to_terminal()
+    # Lightning's recommendations of its other packages
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
     keep_threads_to_cores()
     # Lightning's use of torch, and its advice about metrics that are not reduced over ranks (these already are)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")

@@ -26,6 +26,33 @@ NOISE = re.compile(
 VALUE = re.compile(r"Got value: (.*)$|Given value: (.*)$|NestedArg\(key='[^']*', val=(.*)\)$")
 NEAR = 0.6
 """Similarity from which a name is suggested."""
+TRL_NAMES = {
+    "learning_rate": "model.optimizer.lr",
+    "per_device_train_batch_size": "model.micro_batch_size",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "generation_batch_size": "data.prompts_per_rollout",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "max_steps": "trainer.max_steps",
+    "num_train_epochs": "trainer.max_epochs",
+    "logging_steps": "trainer.log_every_n_steps",
+    "output_dir": "trainer.default_root_dir",
+    "reward_funcs": "model.rewards",
+    "reward_weights": "model.rewards",
+    "use_vllm": "rollout",
+    "vllm_mode": "rollout",
+    "resume_from_checkpoint": "ckpt_path",
+    "num_generations": "model.num_generations",
+    "num_iterations": "model.num_iterations",
+    "max_completion_length": "model.max_completion_length",
+    "max_prompt_length": "model.max_prompt_length",
+    "beta": "model.objective.beta",
+    "epsilon": "model.objective.epsilon",
+    "epsilon_high": "model.objective.epsilon_high",
+    "loss_type": "model.objective.loss_type",
+    "scale_rewards": "model.advantage.scale_rewards",
+    "temperature": "model.sampling.temperature",
+}
+"""Options named as in TRL, and the options here that correspond to them."""
 SUBCOMMANDS = ["fit", "validate", "test", "predict", "export", "configure"]
 
 
@@ -119,6 +146,8 @@ def worded(message: str, parser: OneLineParser) -> str:
         return f"no subcommand was given; use {_either(SUBCOMMANDS)} (see lightning-grpo --help)"
     if not prefix:
         return cause
+    if prefix == "model.rewards" and causes[:1] == ["Expected a <class 'list'>"] and value is not None:
+        return f"--model.rewards is {value}, but it is a list; set it to [{value}]"
     shown = f"--{prefix}" + (f" is {value}" if value is not None else "")
     return f"{shown}: {_expected(causes, known, classes)}"
 
@@ -166,7 +195,8 @@ def _unknown_option(cause: str) -> str | None:
 def _no_such(name: str, known: list[str], files: dict[str, dict]) -> str:
     known = [option for option in known if not option.endswith(".help") or name.endswith(".help")]
     last = name.rpartition(".")[2]
-    near = [option for option in known if option.rpartition(".")[2] == last and option != name][:3]
+    near = [TRL_NAMES[name]] if name in TRL_NAMES else []
+    near = near or [option for option in known if option.rpartition(".")[2] == last and option != name][:3]
     near = near or difflib.get_close_matches(name, known, 1, NEAR)
     near = near or [o for o in known if o.rpartition(".")[2] in difflib.get_close_matches(last, _lasts(known), 1, 0.75)]
     near = [option for option in near if not name.startswith(f"{option}.")]
