@@ -1,8 +1,8 @@
-"""Seconds a step of a real run: sampling and training in turn, or the next rollout sampled beside the update.
+"""Seconds per step of a training run that alternates sampling and training, or samples the next rollout meanwhile.
 
-Claim: with the engine in a process of its own, `rollout_ahead: 1` makes a step shorter than both in turn on the same
-cores. Each contender is a `fit` of the quickstart in its own process: in turn with vLLM in the trainer's process on
-both cores; then trainer and server on one core each, in turn, ahead, and ahead with weights updated in flight.
+Claim: with the engine in a separate process, `rollout_ahead: 1` makes steps shorter than alternating on the same cores.
+Each contender is a `fit` of the quickstart in its own process: alternating with vLLM in the trainer's process on both
+cores; then with trainer and server on one core each: alternating, ahead, and ahead with in-flight weight updates.
 """
 
 import argparse
@@ -32,7 +32,7 @@ GOAL = 1.0
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer steps")
-    parser.add_argument("--check", action="store_true", help=f"fail where ahead is not {GOAL}x as fast as in turn")
+    parser.add_argument("--check", action="store_true", help=f"fail if ahead is less than {GOAL}x as fast as in turn")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--model", help="a checkpoint's folder, in place of the quickstart's")
     parser.add_argument("--max-completion-length", type=int, default=20)
@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if len(os.sched_getaffinity(0)) < 2:
-        sys.exit("this takes two cores; one is allowed to this process")
+        sys.exit("this benchmark needs two cores, but this process may use only one")
     steps = 5 if args.quick else 10
     rows = {name: run(options, cores, steps, args) for name, (options, cores) in CONTENDERS.items()}
     print(f"{'':34}" + "".join(f"{phase.removeprefix('time/'):>11}" for phase in PHASES))

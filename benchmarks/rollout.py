@@ -1,8 +1,8 @@
-"""Tokens per second of the engines against the bare vLLM engine on the same prompts, in one run.
+"""Tokens per second of the engines and of vLLM without this package, on the same prompts in one run.
 
-Claim: with seeds, log-probs and versions on every sample, the in-process engine keeps 0.95 of what `vllm.LLM.generate`
-reaches with the same log-probs. What the log-probs themselves cost, and what the Hugging Face engine reaches, is shown
-beside it. Weights don't matter to speed: without --model a random model of SmolLM2-135M's shape is made.
+Claim: with seeds, log-probs and versions for every sample, the in-process engine reaches at least 0.95 of the
+throughput of `vllm.LLM.generate` with the same log-probs. The cost of the log-probs and the throughput of the Hugging
+Face engine are printed too. Without --model, a random model of SmolLM2-135M's shape is used.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def measure(
         run()
         seconds[name].append(time.perf_counter() - start)
 
-    # Round 0 warms up. The order turns from round to round, so that no side always finds the machine the same.
+    # Round 0 warms up. The order rotates, so that each contender runs at each position.
     names = list(runs)
     for number in range(rounds + 1):
         for name in names[number % 3 :] + names[: number % 3]:
@@ -123,7 +123,7 @@ def measure(
     seconds = {name: times[1:] for name, times in seconds.items()}
 
     def ratio(name: str) -> float:
-        """Of tokens/s, paired round by round: what else the machine does then touches both sides alike."""
+        """Median ratio of tokens/s over the rounds; other load on the machine then affects both sides alike."""
         return statistics.median(b / a for a, b in zip(seconds["vLLM, ours"], seconds[name], strict=True))
 
     figures |= {f"{name}, tok/s": tokens / statistics.median(times) for name, times in seconds.items()}

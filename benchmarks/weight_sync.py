@@ -1,13 +1,13 @@
-"""Seconds of a proved weight sync against a plain copy of the same bytes, and its share of a step, in one run.
+"""Time of a verified weight sync relative to a memcpy of the same bytes and to a training step, measured in one run.
 
-Claims: into an in-process engine the weights go in at most 2 times the seconds of a memcpy of the same bytes; the proof
-(fingerprints of every tensor on both sides, a canary scored on both sides) costs less than 1 % of a step of the
-quickstart. Every weight moves between two syncs. Beside it: syncs where nothing moved; vLLM's own loaders, by which
-models of unknown layout go; matrices left unpacked, which sync faster and sample slower, with a rollout of the
-quickstart's size for both. Without --quick the engine in a server process as well.
+Claims: a sync with an in-process engine takes at most 2 times as long as a memcpy of the same bytes, and verification
+(fingerprints of every tensor and check sequences, on both sides) takes less than 1 % of a step of the quickstart. All
+weights change between two syncs. Also measured: syncs without changed weights; vLLM's own loaders, which are used for
+models of unknown layout; and unpacked matrices, which sync faster and sample slower, with a rollout of the quickstart's
+size for both. Without --quick, an engine in a server process is measured too.
 
-Without --model it is models/SmolLM2-135M-Instruct, or a random model of that shape, without the step, where that is
-missing.
+The default model is models/SmolLM2-135M-Instruct. If it is missing, a random model of the same shape is used, and the
+step is not measured.
 """
 
 import argparse
@@ -57,11 +57,11 @@ SETTINGS = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the in-process engine alone")
+    parser.add_argument("--quick", action="store_true", help="measure only the in-process engine")
     parser.add_argument(
         "--check",
         action="store_true",
-        help=f"fail where a sync takes over {MOST_COPIES} × a memcpy, or the proof over {MOST_OF_A_STEP:.0%} of a step",
+        help=f"fail if a sync exceeds {MOST_COPIES} × a memcpy, or verification {MOST_OF_A_STEP:.0%} of a step",
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--model", type=Path, help="a checkpoint's folder with its tokenizer")
@@ -93,7 +93,7 @@ def main() -> None:
     share = 0.0
     if named is not None:
         share = figures["quickstart: proof / step"]
-        summary += f", proof {share:.2%} of a step (goal < {MOST_OF_A_STEP:.0%})"
+        summary += f", verification {share:.2%} of a step (goal < {MOST_OF_A_STEP:.0%})"
     for name, value in figures.items():
         print(f"{name:44} {value:10.4f}")
     if args.json:
@@ -212,7 +212,7 @@ def measure_step(path: str, folder: str, *, fingerprints: float) -> dict[str, fl
 
 
 def synced_engine(engine: Engine, policy: nn.Module) -> SyncedEngine:
-    """An engine that sends all weights at every sync: its policy's version never stays the same."""
+    """An engine that receives all weights at every sync, since the policy's version always changes."""
     reference = HFEngine(policy, eos_token_ids=[], pad_id=0)
     versions = itertools.count()
     return SyncedEngine(
@@ -226,13 +226,13 @@ def synced_engine(engine: Engine, policy: nn.Module) -> SyncedEngine:
 
 
 def move(policy: nn.Module) -> None:
-    """Turn the last bit of every weight: all have moved, and none grows over the rounds."""
+    """Flip the last bit of every weight, so that all change and none grows over the rounds."""
     for parameter in policy.parameters():
         parameter.data.view(torch.int16).bitwise_xor_(1)
 
 
 def moving_syncs(synced: SyncedEngine, policy: nn.Module, count: int = 7) -> list[SyncReport]:
-    """All but the first of `count` syncs, the weights moved before each."""
+    """Return the reports of all but the first of `count` syncs, with changed weights before each."""
     reports = []
     for _ in range(count):
         move(policy)
