@@ -92,7 +92,7 @@ def main() -> None:
     summary = f"weight_sync: {copies:.1f} × a memcpy of the same bytes (goal ≤ {MOST_COPIES:g})"
     share = 0.0
     if named is not None:
-        share = figures["quickstart: proof / step"]
+        share = figures["quickstart: verification / step"]
         summary += f", verification {share:.2%} of a step (goal < {MOST_OF_A_STEP:.0%})"
     for name, value in figures.items():
         print(f"{name:44} {value:10.4f}")
@@ -174,10 +174,10 @@ def measure_syncs(name: str, engine: Engine, policy: nn.Module) -> dict[str, flo
     return {
         f"{name}: sync, s": seconds,
         f"{name}: sync, GB/s": first.bytes / 1e9 / seconds,
-        f"{name}: first canary, s": first.verification_seconds,
-        f"{name}: canary, s": statistics.median(report.verification_seconds for report in reports),
-        f"{name}: canary mean |Δ|": first.mismatch.mean,
-        f"{name}: canary max |Δ|": first.mismatch.max,
+        f"{name}: first check sequences, s": first.verification_seconds,
+        f"{name}: check sequences, s": statistics.median(report.verification_seconds for report in reports),
+        f"{name}: check sequences mean |Δ|": first.mismatch.mean,
+        f"{name}: check sequences max |Δ|": first.mismatch.max,
     }
 
 
@@ -201,13 +201,13 @@ def measure_step(path: str, folder: str, *, fingerprints: float) -> dict[str, fl
     with (Path(folder) / "logs" / "version_0" / "metrics.csv").open() as file:
         steps = [float(row["step_time"]) for row in csv.DictReader(file) if row["step_time"]]
     step = statistics.median(steps[1:])
-    canary = statistics.median(report.verification_seconds for report in reports[1:])
+    verification = statistics.median(report.verification_seconds for report in reports[1:])
     return {
         "quickstart: step, s": step,
         "quickstart: sync, s": median_of(reports[1:]),
-        "quickstart: canary, s": canary,
+        "quickstart: check sequences, s": verification,
         "quickstart: fingerprints on both sides, s": fingerprints,
-        "quickstart: proof / step": (canary + fingerprints) / step,
+        "quickstart: verification / step": (verification + fingerprints) / step,
     }
 
 

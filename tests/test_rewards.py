@@ -145,13 +145,13 @@ def test_async_rewards_run_together():
 
 
 def test_async_class_inside_a_running_loop():
-    class Judge(Reward):
+    class Given(Reward):
         async def __call__(self, completions, **columns):
             await asyncio.sleep(0)
             return [float(len(c)) for c in completions]
 
     async def notebook():
-        return evaluate(Judge())
+        return evaluate(Given())
 
     assert asyncio.run(notebook()).tolist() == [[4.0], [4.0]]
 

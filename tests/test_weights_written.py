@@ -1,4 +1,4 @@
-"""Whoever writes to the weights, the engine samples from the ones that are trained."""
+"""Whatever writes to the weights, the engine samples from those that are trained."""
 
 import pytest
 import torch
