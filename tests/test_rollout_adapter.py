@@ -151,9 +151,9 @@ def test_base_and_streamed_adapter_make_the_policy(tiny_model_path):
 @pytest.mark.parametrize(
     "settings", [{"use_dora": True}, {"modules_to_save": ["norm"]}, {"target_modules": ["embed_tokens"]}]
 )
-def test_more_than_a_plain_adapter_is_refused(tiny_model_path, settings):
+def test_more_than_a_plain_adapter_is_refused(untied_model_path, settings):
     with pytest.raises(ValueError, match=r"plain LoRA|send merged weights"):
-        list(adapter_weights(adapted(tiny_model_path, **settings)))
+        list(adapter_weights(adapted(untied_model_path, **settings)))
 
 
 def test_a_policy_without_adapter_has_none(tiny_model_path):
