@@ -27,7 +27,7 @@ def advantages(rewards: list, G: int, **options) -> torch.Tensor:
     return group_advantages(torch.tensor(rewards, dtype=torch.float64), G, **options)
 
 
-def close(actual: torch.Tensor, expected, atol: float = 1e-10) -> None:
+def assert_close(actual: torch.Tensor, expected, atol: float = 1e-10) -> None:
     torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=1e-9, atol=atol)
 
 
@@ -52,22 +52,22 @@ GROUP = torch.tensor([0.0, -1.0, -1.0, 2.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.flo
     ],
 )
 def test_estimators_by_hand(options, expected):
-    close(group_advantages(R, 4, **options), expected)
+    assert_close(group_advantages(R, 4, **options), expected)
 
 
 def test_leave_one_out_subtracts_the_mean_of_the_others():
     got = advantages([1.0, 5.0, 0.0, NAN], 4, estimator="leave_one_out")
-    close(got, [1 - 2.5, 5 - 0.5, 0 - 3.0, 0.0])
+    assert_close(got, [1 - 2.5, 5 - 0.5, 0 - 3.0, 0.0])
 
 
 def test_max_rl_divides_by_the_mean_and_leaves_hopeless_groups_alone():
     got = advantages([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], 4, estimator="max_rl")
-    close(got, [3.0, -1.0, -1.0, -1.0, 0.0, 0.0, 0.0, 0.0])
+    assert_close(got, [3.0, -1.0, -1.0, -1.0, 0.0, 0.0, 0.0, 0.0])
 
 
 def test_opo_weighs_its_baseline_by_length():
     got = advantages([1.0, 0.0, NAN], 3, estimator="opo", lengths=torch.tensor([30, 10, 500]))
-    close(got, [0.25, -0.75, 0.0])
+    assert_close(got, [0.25, -0.75, 0.0])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -83,22 +83,22 @@ def test_pass_at_k_is_the_gain_over_all_subsets(k, rewards):
         with_i = torch.tensor([i in s for s in subsets])
         spread = best.std(unbiased=False)
         expected[i] = (best[with_i].mean() - best.mean()) / spread if spread > 0 else 0
-    close(advantages(rewards, len(rewards), estimator="pass_at_k", k=k), expected)
+    assert_close(advantages(rewards, len(rewards), estimator="pass_at_k", k=k), expected)
 
 
 def test_pass_at_k_of_fewer_than_k_scored_completions_is_zero():
-    close(advantages([1.0, 0.0, NAN], 3, estimator="pass_at_k", k=3), [0.0, 0.0, 0.0])
+    assert_close(advantages([1.0, 0.0, NAN], 3, estimator="pass_at_k", k=3), [0.0, 0.0, 0.0])
 
 
 def test_rewards_are_weighted_and_those_that_do_not_apply_left_out():
     rewards = [[1.0, 2.0], [NAN, 4.0], [3.0, NAN], [NAN, NAN]]
-    close(advantages(rewards, 4, weights=[1.0, 0.5]), [2 - 7 / 3, 2 - 7 / 3, 3 - 7 / 3, 0.0])
+    assert_close(advantages(rewards, 4, weights=[1.0, 0.5]), [2 - 7 / 3, 2 - 7 / 3, 3 - 7 / 3, 0.0])
 
 
 def test_normalize_then_sum_lets_no_reward_outweigh_another():
     small = advantages([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]], 4, aggregation="normalize_then_sum")
     large = advantages([[1.0, 0.0], [0.0, 900.0], [1.0, 900.0], [0.0, 0.0]], 4, aggregation="normalize_then_sum")
-    close(small, large, atol=1e-3)
+    assert_close(small, large, atol=1e-3)
     assert small[0].abs() < 1e-10 and small[2] == -small[3] > 0
 
 
@@ -133,13 +133,13 @@ def test_every_group_sums_to_zero(r):
         {"estimator": "gpg"},
         {"estimator": "lite_ppo"},
     ):
-        close(of(r, **options).sum(1), torch.zeros(r.shape[0]), atol=1e-7)
+        assert_close(of(r, **options).sum(1), torch.zeros(r.shape[0]), atol=1e-7)
 
 
 @settings(deadline=None, max_examples=50)
 @given(rewards_in_groups(missing=False, least=2), st.integers(1, 2))
 def test_pass_at_k_sums_to_zero_in_every_group(r, k):
-    close(of(r, estimator="pass_at_k", k=k).sum(1), torch.zeros(r.shape[0]), atol=1e-6)
+    assert_close(of(r, estimator="pass_at_k", k=k).sum(1), torch.zeros(r.shape[0]), atol=1e-6)
 
 
 @settings(deadline=None, max_examples=50)
@@ -152,18 +152,20 @@ def test_a_shift_of_all_rewards_changes_nothing(r, shift):
         {"estimator": "opo", "lengths": torch.arange(1, r.numel() + 1)},
         {"aggregation": "normalize_then_sum"},
     ):
-        close(of(r + shift, **options), of(r, **options), atol=1e-7)
+        assert_close(of(r + shift, **options), of(r, **options), atol=1e-7)
 
 
 @settings(deadline=None, max_examples=50)
 @given(rewards_in_groups(), st.floats(0.1, 10))
 def test_a_scale_of_all_rewards_passes_through_or_cancels(r, scale):
     for estimator in ("group", "leave_one_out", "gpg"):
-        close(of(scale * r, estimator=estimator), scale * of(r, estimator=estimator), atol=1e-7)
+        assert_close(of(scale * r, estimator=estimator), scale * of(r, estimator=estimator), atol=1e-7)
     lengths = torch.arange(1, r.numel() + 1)
-    close(of(scale * r, estimator="opo", lengths=lengths), scale * of(r, estimator="opo", lengths=lengths), atol=1e-7)
+    assert_close(
+        of(scale * r, estimator="opo", lengths=lengths), scale * of(r, estimator="opo", lengths=lengths), atol=1e-7
+    )
     positive = r.abs()
-    close(of(scale * positive, estimator="max_rl"), of(positive, estimator="max_rl"), atol=1e-6)
+    assert_close(of(scale * positive, estimator="max_rl"), of(positive, estimator="max_rl"), atol=1e-6)
 
 
 @settings(deadline=None, max_examples=50)
@@ -191,7 +193,7 @@ def test_rows_without_reward_get_zero_and_are_out_of_the_statistics(r, random):
         assert (A[r.isnan()] == 0).all()
         kept = r[0][~r[0].isnan()]
         if options.get("scale_rewards", "group") == "group" and "estimator" not in options and len(kept):
-            close(A[0][~r[0].isnan()], of(kept[None], **options)[0])
+            assert_close(A[0][~r[0].isnan()], of(kept[None], **options)[0])
 
 
 @settings(deadline=None, max_examples=50)
@@ -205,7 +207,7 @@ def test_the_order_of_groups_and_of_completions_does_not_matter(r, random):
             continue
         shuffled = of(r[rows][:, columns], estimator=estimator, lengths=torch.ones(r.numel()), **options)
         expected = of(r, estimator=estimator, lengths=torch.ones(r.numel()), **options)[rows][:, columns]
-        close(shuffled, expected, atol=1e-7)
+        assert_close(shuffled, expected, atol=1e-7)
 
 
 def test_float32_rewards_of_equal_groups_are_exactly_zero_too():

@@ -101,15 +101,15 @@ REFUSED = {(MIXTURE, "l4", 1), (MIXTURE, "h100", 1)}
 
 @mark.slow
 def test_every_plan_of_larger_models_is_accepted(parse):
-    accept("math_reasoning", HEAVY, parse)
+    assert_accepted("math_reasoning", HEAVY, parse)
 
 
 @mark.parametrize("task", TASKS)
 def test_every_plan_is_accepted(task, parse):
-    accept(task, GRID[task], parse)
+    assert_accepted(task, GRID[task], parse)
 
 
-def accept(task, grid, parse):
+def assert_accepted(task, grid, parse):
     for model, gpu, ranks, options in grid:
         try:
             made = plan(task=task, model=model, gpu=gpu, num_gpus=ranks, **options)

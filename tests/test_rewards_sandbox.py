@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tempfile
 import threading
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def fenced(code):
     return f"Here it is:\n```python\n{code}\n```\nDone."
 
 
+OUTSIDE = Path(tempfile.gettempdir()) / "escaped"
 HOSTILE = {
     "exit 0": "import sys; sys.exit(0)",
     "_exit 0": "import os; os._exit(0)",
@@ -53,7 +55,7 @@ HOSTILE = {
     "endless sleep": "import time; time.sleep(1e6)",
     "regex backtracking": "import re; re.fullmatch('(a+)+', 'a' * 50 + '!')",
     "wait for stdin": "import threading; threading.Event().wait()",
-    "write beside": "open('/tmp/escaped', 'w').write('x')\n" + GOOD,
+    "write beside": f"open({str(OUTSIDE)!r}, 'w').write('x')\n" + GOOD,
     "write home": "import os; open(os.path.expanduser('~/escaped'), 'w').write('x')\n" + GOOD,
     "write through dots": "open('../../escaped', 'w').write('x')\n" + GOOD,
     "read passwd": "open('/etc/passwd').read()\n" + GOOD,
@@ -103,7 +105,7 @@ def test_hostile_programs_get_nothing_and_ordinary_ones_all(part):
     scores = reward(completions=completions, tests=[TESTS] * len(completions))
     assert dict(zip(hostile, scores[::2], strict=True)) == dict.fromkeys(hostile, 0.0)
     assert scores[1::2] == [1.0] * len(hostile)
-    assert not escaped.exists() and not Path("/tmp/escaped").exists()
+    assert not escaped.exists() and not OUTSIDE.exists()
     assert len(HOSTILE) >= 40
 
 

@@ -74,6 +74,7 @@ def confine() -> dict[str, bool]:
 
 
 def main() -> None:
+    """Confine this process, run the program on standard input, and write its output or results as JSON."""
     request = json.load(sys.stdin)
     null = os.open("/dev/null", os.O_WRONLY)
     enforced = confine()

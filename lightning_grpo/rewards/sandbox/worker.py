@@ -39,6 +39,7 @@ def _answer(function: bytes, arguments: tuple[Any, ...]) -> bytes:
 
 
 def main() -> None:
+    """Answer jobs from standard input on standard output until it is closed."""
     jobs = Connection(os.dup(0), writable=False)
     answers = Connection(os.dup(1), readable=False)
     null = os.open(os.devnull, os.O_RDWR)
