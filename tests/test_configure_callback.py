@@ -175,6 +175,27 @@ def test_the_time_of_sampling_during_the_update_is_not_learned(file):
     assert learned.generate_factor == before.generate_factor
 
 
+def test_the_record_has_the_predicted_figures_per_optimizer_step(file):
+    prediction, _ = compared(file, micro_batch_size=2, accumulate_grad_batches=2)
+    prediction.max_steps = 10
+    record = json.loads(json.dumps(prediction.record()))
+    cost, memory = predict_cost(prediction.workload, CPU), predict_memory(prediction.workload, CPU)
+    assert record["updates_per_rollout"] == 2
+    assert record["step_seconds"]["rollout"] == approx(cost.seconds["generate"] / 2)
+    assert record["step_seconds"]["update"] == approx(cost.seconds["update"] / 2)
+    assert record["total_seconds"] == approx(5 * cost.total)
+    assert record["memory_gib"]["rollout"] == approx(memory.total("generate") / 2**30)
+    assert record["peak_gib"] == approx(memory.peak / 2**30)
+
+
+def test_there_is_no_record_before_the_start_or_without_figures(file):
+    assert Prediction(calibration=str(file)).record() is None
+    prediction, _ = compared(file)
+    assert prediction.record()["total_seconds"] is None
+    prediction.compares = False
+    assert prediction.record() is None
+
+
 def test_fit_refuses_what_cannot_fit(tmp_path, tiny_model_path, monkeypatch):
     tiny = replace(find_gpu("cpu"), memory=1e6)
     monkeypatch.setattr("lightning_grpo.configure.callback.this_machine", lambda: tiny)

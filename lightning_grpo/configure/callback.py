@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -29,6 +29,9 @@ from lightning_grpo.rollout import HFRollout, RolloutCallback, VLLMProcessRollou
 from lightning_grpo.rollout.callback import policy_module
 
 log = logging.getLogger(__name__)
+
+PHASES = {"generate": "rollout"}
+"""Names of predicted phases in the metrics, if they differ."""
 
 
 class Prediction(Callback):
@@ -57,6 +60,8 @@ class Prediction(Callback):
         self.lengths: list[float] = []
         self.report = ""
         self.compares = True
+        self.workload: Workload | None = None
+        self.max_steps = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the summary.
@@ -67,6 +72,7 @@ class Prediction(Callback):
         self.hardware = this_machine() if trainer.strategy.root_device.type == "cuda" else _cpu(trainer)
         self.workload = workload_of(trainer, cast(GRPOModule, pl_module), self.hardware)
         efficiency = calibration.load(self.workload, self.hardware, self.file)
+        self.max_steps = trainer.max_steps
         self.efficiency = efficiency or Efficiency.assumed(self.hardware, self.workload.engine)
         try:
             text = describe_run(
@@ -85,6 +91,31 @@ class Prediction(Callback):
             rank_zero_only(log.info)("%s", text)
         for warning in slow_choices(trainer, pl_module) if self.hardware.is_cpu else ():
             rank_zero_only(log.warning)("%s", warning)
+
+    def record(self) -> dict[str, Any] | None:
+        """Return the predicted figures, which can be written as JSON. None before the start or if there are none.
+
+        ``step_seconds`` are seconds per optimizer step by phase, named as the metrics ``time/…``; ``memory_gib`` are
+        peaks of one rank by phase, named as ``memory/…``. ``total_seconds`` is None if the run has no last step.
+        """
+        if self.workload is None or not self.compares:
+            return None
+        w = self.workload
+        cost, memory = predict_cost(w, self.hardware, self.efficiency), predict_memory(w, self.hardware)
+        steps = {PHASES.get(phase, phase): seconds / w.updates_per_rollout for phase, seconds in cost.seconds.items()}
+        return {
+            "step_seconds": steps,
+            "total_seconds": sum(steps.values()) * self.max_steps if self.max_steps > 0 else None,
+            "memory_gib": {PHASES.get(phase, phase): memory.total(phase) / GiB for phase in memory.phases},
+            "peak_gib": memory.peak / GiB,
+            "device": self.hardware.name,
+            "device_gib": self.hardware.memory / GiB,
+            "max_steps": self.max_steps,
+            "updates_per_rollout": w.updates_per_rollout,
+            "mean_completion_length": w.mean_length,
+            "efficiency": self.efficiency.source,
+            "spread": self.efficiency.spread,
+        }
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Note whether this batch starts with a rollout."""
