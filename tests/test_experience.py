@@ -133,6 +133,17 @@ def test_columns_of_a_subclass_are_replaced_and_redistributed():
     assert torch.equal(redistribute([first, second], 1, 2)[0].teacher_logprobs[:2], ready.teacher_logprobs[:2])
 
 
+def test_sources_are_cut_joined_and_redistributed():
+    one, other = experience([1, 2, 3, 1], [0.1] * 4, G=2), experience([2, 2], [0.1] * 2, G=2)
+    one.sources, other.sources = ["a", "a", "b", "b"], ["c", "c"]
+    assert one.rows([3, 0]).sources == ["b", "a"]
+    mixed, _ = replace_groups((one, one.rewards), [0], (other, other.rewards), [0], 2)
+    assert mixed.sources == ["c", "c", "b", "b"]
+    assert [share.sources for share in redistribute([mixed], 2, 2)] == [["c", "c"], ["b", "b"]]
+    one.sources = other.sources = None
+    assert one.join(other).sources is None
+
+
 def test_flat_groups_look_at_scored_completions_alone():
     nan = float("nan")
     totals = torch.tensor([1.0, 1.0, 0.0, 1.0, nan, 1.0, nan, nan])

@@ -1,7 +1,9 @@
 """The algorithm under a real Trainer: what the update must not depend on, what it logs, what it refuses."""
 
+import json
 import math
 import time
+from string import ascii_lowercase
 from types import SimpleNamespace
 
 import pytest
@@ -192,6 +194,23 @@ def test_resampling_replaces_flat_groups(tmp_path, tiny_model_path):
     plain = fit(tmp_path, module(tiny_model_path, Spy), steps=1)
     assert resampled < seen["flat"]
     assert first["frac_reward_zero_std"][0] > 0 and plain["frac_reward_zero_std"] == [seen["flat"] / 8]
+
+
+@pytest.mark.parametrize("column", ["source", "data_source"])
+def test_resampled_completions_keep_the_source_of_their_prompt(tmp_path, tiny_model_path, column):
+    seen = []
+
+    class Spy(GRPOModule):
+        def compute_advantages(self, rewards, rollout):
+            prompts = self.tokenizer.batch_decode([[int(ids[-1])] for ids in rollout.prompt_ids])
+            seen.append(([f"from {prompt}" for prompt in prompts], rollout.sources))
+            return super().compute_advantages(rewards, rollout)
+
+    rows = [{"prompt": letter, "answer": letter * 6, column: f"from {letter}"} for letter in ascii_lowercase]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    prompts = PromptDataModule(str(tmp_path / "rows.json"), prompts_per_rollout=8, seed=1)
+    fit(tmp_path, module(tiny_model_path, Spy, resampling_rounds=2), prompts, steps=1)
+    assert len(seen) == 1 and seen[0][0] == seen[0][1] and len(set(seen[0][1])) == 8
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path, tiny_model_path):

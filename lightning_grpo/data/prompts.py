@@ -27,6 +27,13 @@ class Prompt:
     columns: dict[str, Any]
     """All other columns, for reward functions."""
 
+    @property
+    def source(self) -> str:
+        """The name of the data set that the row comes from: its column ``source``, or ``data_source`` as in verl's
+        files. Empty if it has neither."""
+        names = (self.columns.get(column) for column in ("source", "data_source"))
+        return next((str(name) for name in names if name is not None), "")
+
 
 class PromptBatch:
     """This rank's prompts of one rollout, or of one validation batch.

@@ -7,7 +7,7 @@ completion length.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -139,8 +139,8 @@ COMPLETION_TOKENS = {"padding": "right"}
 class Rollout:
     """N completions with the data that the update needs, padded to rectangular tensors.
 
-    A field that holds a tensor has one entry per completion in dimension 0. A field with one value per token in
-    dimension 1 declares this by its metadata, so that `rows` and `join` cut and pad it, in subclasses too:
+    A field that holds a tensor or a list has one entry per completion in dimension 0. A field with one value per token
+    in dimension 1 declares this by its metadata, so that `rows` and `join` cut and pad it, in subclasses too:
 
     .. code-block:: python
 
@@ -159,6 +159,7 @@ class Rollout:
     truncated           [N]        bool, True if the completion was cut off at the length limit or by a cutoff
     versions            [N, T]     int64, policy version that sampled the token; 0 if completion_mask is False
     early_rewards       [N, R]     float32, of the R rewards that are computed during sampling; None if there are none
+    sources             [N]        list of `Prompt.source`; None in a checkpoint of an earlier version
     ==================  =========  ==================================================================
     """
 
@@ -170,6 +171,7 @@ class Rollout:
     truncated: Tensor
     versions: Tensor = field(metadata=COMPLETION_TOKENS)
     early_rewards: Tensor | None = None
+    sources: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -187,7 +189,8 @@ class Rollout:
         for name, side in self._padding_sides().items():
             if name in columns and columns[name].dim() > 1:
                 columns[name] = columns[name][:, kept[side]]
-        return replace(self, **{name: x.to(device) for name, x in columns.items()})
+        lists = {name: [x[i] for i in index] for name, x in self._lists().items()}
+        return replace(self, **{name: x.to(device) for name, x in columns.items()}, **lists)
 
     def join(self, *others: Self) -> Self:
         """Return the rows of this rollout and then those of ``others``, padded to a common width.
@@ -195,7 +198,9 @@ class Rollout:
         New positions are zero. Fields that belong to the whole rollout rather than to a row are taken from this one.
         """
         sides = self._padding_sides()
-        columns = {}
+        columns: dict[str, Any] = {
+            name: [entry for rollout in (self, *others) for entry in getattr(rollout, name)] for name in self._lists()
+        }
         for name in self._tensors():
             parts = [getattr(rollout, name) for rollout in (self, *others)]
             if name in sides and parts[0].dim() > 1:
@@ -206,6 +211,9 @@ class Rollout:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+
+    def _lists(self) -> dict[str, list]:
+        return {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), list)}
 
     @classmethod
     def _padding_sides(cls) -> dict[str, Literal["left", "right"]]:

@@ -86,6 +86,7 @@ class Collector:
                 module.engine.sync()
             with window.timed("rollout"), abandonable(trainer):
                 rollout = module.rollout(batch)
+        rollout.sources = [row.source for row in batch.rows for _ in range(self.num_generations)]
         with window.timed("reward"), abandonable(trainer):
             rewards = module.compute_rewards(rollout, batch)
         rollout.early_rewards = None  # ``rewards`` contains them
