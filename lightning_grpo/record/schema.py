@@ -1,0 +1,49 @@
+"""Files of a run's folder, and the columns of its samples.
+
+======================================  ==========================================================================
+run.json                                one object that describes the run
+metrics.jsonl                           one object per optimizer step, and one per evaluation of held-out prompts
+samples/rank0-000000.parquet            one row per completion that the policy was trained on
+findings.jsonl                          one object per finding of the diagnosis
+======================================  ==========================================================================
+
+A ``step`` is the number of an optimizer step, counted from 1.
+"""
+
+import pyarrow as pa
+
+FORMAT = 1
+"""Version of the files, in ``run.json``. It increases when the meaning of a name changes."""
+INFO, METRICS, FINDINGS, SAMPLES = "run.json", "metrics.jsonl", "findings.jsonl", "samples"
+HELD_OUT = ("val/", "test/")
+"""Prefixes of metrics of held-out prompts."""
+REWARD, EXTRA = "rewards/", "extra/"
+"""Prefixes of the columns of each reward, and of what rewards logged with ``log_extra``."""
+
+COLUMNS = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("rollout", pa.int32()),
+        ("rank", pa.int16()),
+        ("group", pa.int32()),
+        ("index", pa.int16()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("reward", pa.float32()),
+        ("advantage", pa.float32()),
+        ("truncated", pa.bool_()),
+        ("finish_reason", pa.string()),
+        ("version_min", pa.int32()),
+        ("version_max", pa.int32()),
+        ("seed", pa.int64()),
+        ("source", pa.string()),
+    ]
+)
+"""Columns of every file. Besides them there are ``rewards/NAME`` (float32, null if the reward does not apply), and
+possibly ``extra/NAME`` (float64 or string) and `LOGPROBS`."""
+LOGPROBS = pa.schema([("engine_logprobs", pa.list_(pa.float32())), ("trainer_logprobs", pa.list_(pa.float32()))])
+"""Columns with one value per token of ``completion_ids``, written with ``record.logprobs: true``."""
+ORDER = ["step", "rollout", "group", "index"]
+"""Columns that identify a sample, in the order of the rows."""
