@@ -22,7 +22,13 @@ OPTIONAL = {"triton"}
 BY_CLASS_PATH = {"tensorboard"}
 
 
-EXTRAS = {"vllm": "vllm", "datasets": "datasets", "reasoning-gym": "reasoning_gym", "plot": "matplotlib", "report": "plotly"}
+EXTRAS = {
+    "vllm": "vllm",
+    "datasets": "datasets",
+    "reasoning-gym": "reasoning_gym",
+    "plot": "matplotlib",
+    "report": "plotly",
+}
 
 
 def declared() -> set[str]:
