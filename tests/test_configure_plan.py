@@ -10,10 +10,10 @@ from transformers import LlamaConfig
 
 from lightning_grpo.configure import find_gpu, plan, to_yaml
 from lightning_grpo.configure.command import main, parse_overrides
-from lightning_grpo.configure.devices import GPUS, known_gpu
 from lightning_grpo.configure.memory_savers import USABLE
 from lightning_grpo.configure.overrides import OVERRIDABLE
 from lightning_grpo.configure.recommendations import TASKS
+from lightning_grpo.devices import GPUS, known_gpu
 
 QWEN = {"task": "math_reasoning", "model": "Qwen/Qwen2.5-1.5B-Instruct", "gpu": "h100"}
 

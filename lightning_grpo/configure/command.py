@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from lightning_grpo.configure.devices import GPUS, GiB
 from lightning_grpo.configure.overrides import OVERRIDABLE
 from lightning_grpo.configure.recommendations import TASKS
+from lightning_grpo.devices import GPUS, GiB
 from lightning_grpo.errors import UserError
 
 

@@ -10,7 +10,6 @@ from lightning_grpo.configure import recommendations
 from lightning_grpo.configure.calibration import load as load_calibration
 from lightning_grpo.configure.choices import FORMER_PRESETS, choose
 from lightning_grpo.configure.cost import Efficiency, pass_rate_grid, predict_cost
-from lightning_grpo.configure.devices import GB, Hardware
 from lightning_grpo.configure.hardware import find_gpu, shared
 from lightning_grpo.configure.memory import predict_memory
 from lightning_grpo.configure.memory_savers import MemorySaver, changes_to_fit, fits, flags
@@ -22,6 +21,7 @@ from lightning_grpo.configure.reward import reward_options
 from lightning_grpo.configure.shape import ModelShape, find_model
 from lightning_grpo.configure.summary import REFUSE_ABOVE, refusal
 from lightning_grpo.configure.workload import Workload
+from lightning_grpo.devices import GB, Hardware
 from lightning_grpo.errors import UserError
 from lightning_grpo.policy.checks import require_context
 from lightning_grpo.training.batching import check_batch_arithmetic, divisors

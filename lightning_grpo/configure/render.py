@@ -6,12 +6,12 @@ from typing import Any
 
 import yaml
 
-from lightning_grpo.configure.devices import GiB
 from lightning_grpo.configure.memory_savers import SHARDED
 from lightning_grpo.configure.recommendations import TASKS, Choice
 from lightning_grpo.configure.result import Plan
 from lightning_grpo.configure.reward import reward_options
 from lightning_grpo.configure.summary import duration, identity_line, memory_line, time_line
+from lightning_grpo.devices import GiB
 
 WIDTH = 108
 
