@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add = out.add_argument
     add("--task", required=True, metavar="TASK", help=tasks)
     add("--model", required=True, help="folder or hub name; only its config is read")
+    add("--revision", help="branch, tag or commit of the model on the hub (default: the main branch)")
     add(
         "--gpu",
         default=None,
@@ -142,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plan,
             task=arguments.task,
             model=arguments.model,
+            revision=arguments.revision,
             gpu=arguments.gpu,
             num_gpus=arguments.num_gpus,
             lora=arguments.lora,

@@ -36,6 +36,7 @@ def plan(
     *,
     task: str,
     model: str,
+    revision: str | None = None,
     gpu: str | float | None = None,
     num_gpus: int = 1,
     lora: bool = False,
@@ -53,6 +54,7 @@ def plan(
     Args:
         task: math_reasoning, code, instruction_following, short_answer or tool_use.
         model: folder or hub name; only its config is read.
+        revision: branch, tag or commit of the model on the hub.
         gpu: name, gigabytes of memory, ``"cpu"``, or None for the device of this machine.
         num_gpus: number of devices, with one rank on each.
         lora: train adapters.
@@ -82,7 +84,7 @@ def plan(
     if reward is not None:
         reward_options(reward)
     hardware = shared(find_gpu(gpu), num_gpus)
-    shape = find_model(model)
+    shape = find_model(model, revision)
     statistics = prompt_statistics(prompts, model, columns) if prompts else None
     lora = lora or overrides.get("lora_rank", 0) > 0
     choices = choose(task, preset, shape, hardware, num_gpus, lora, statistics)
@@ -103,6 +105,7 @@ def plan(
         task=task,
         preset=preset,
         model=model,
+        revision=revision,
         hardware=hardware,
         workload=run,
         choices=_with_changes(choices, run, overrides),

@@ -46,7 +46,7 @@ def config(plan: Plan) -> dict[str, Any]:
     elif w.ranks > 1:
         trainer["strategy"] = "ddp"
     module: dict[str, Any] = {
-        "model": plan.model,
+        "model": plan.model if plan.revision is None else {"name": plan.model, "revision": plan.revision},
         "num_generations": c["num_generations"],
         "max_prompt_length": c["max_prompt_length"],
         "max_completion_length": c["max_completion_length"],

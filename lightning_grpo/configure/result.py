@@ -17,6 +17,7 @@ class Plan:
     task: str
     preset: str
     model: str
+    revision: str | None
     hardware: Hardware
     workload: Workload
     choices: dict[str, Choice]
