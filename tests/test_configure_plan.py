@@ -265,7 +265,8 @@ WRONG = {
 
 
 @mark.parametrize("option", OVERRIDABLE)
-def test_every_wrong_value_is_one_line_with_the_option_in_it(option, capsys):
+def test_every_wrong_value_is_one_line_with_the_option_in_it(option, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_grpo.configure.overrides.find_spec", lambda name: None)  # of bitsandbytes
     for value in WRONG[option]:
         arguments = ["--task", "short_answer", "--model", "SmolLM2-135M-Instruct", "--gpu", "l4"]
         assert main([*arguments, "--set", f"{option}={value}"]) == 2
