@@ -8,6 +8,7 @@ from pathlib import Path
 from objectives_table import table
 
 from lightning_grpo.configure.cost import zero_variance_share
+from lightning_grpo.configure.devices import GB, GPUS
 from lightning_grpo.configure.memory_savers import MEMORY_SAVERS
 from lightning_grpo.configure.recommendations import (
     BASELINES,
@@ -19,7 +20,6 @@ from lightning_grpo.configure.recommendations import (
     lora_rank,
 )
 from lightning_grpo.configure.shape import find_model
-from lightning_grpo.devices import GB, GPUS
 
 
 def _number(value: object) -> str:
