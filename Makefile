@@ -3,15 +3,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: setup quickstart smoke test lint
+.PHONY: setup browser quickstart smoke test lint
 
+# Without the browser, the tests that need it are skipped.
 setup: .venv/ready
+	-$(MAKE) browser
 
 .venv/ready: requirements/cpu.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
+
+browser: .browser/chromium
+
+# A headless Chromium for the tests of the report. The package unpacks it into TMPDIR, and the libraries that it needs
+# only where it takes the machine for AWS Lambda.
+.browser/chromium:
+	npm install --silent --prefix .browser @sparticuz/chromium@147.0.0
+	cd .browser && TMPDIR=$$PWD AWS_EXECUTION_ENV=AWS_Lambda_nodejs20.x \
+		node --input-type=module -e "import c from '@sparticuz/chromium'; await c.executablePath()"
 
 # The wheel carries a GGUF file; its own dependencies are not needed.
 $(MODEL)/config.json: | .venv/ready

@@ -12,7 +12,7 @@ overrides `rollout`, `compute_rewards`, `compute_advantages` or `compute_loss`.
 Shapes: B prompts and N = B·G completions on this rank, n of them in a micro-batch, R rewards, T completion length.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -62,12 +62,13 @@ from lightning_grpo.rollout import Rollout, RolloutCallback, Sampling, SyncedEng
 from lightning_grpo.rollout.callback import eos_token_ids, pad_id
 from lightning_grpo.seed import seed_of_run
 from lightning_grpo.stopping import abandonable
-from lightning_grpo.training import checks, evaluation, optimizers, resume
+from lightning_grpo.training import checks, evaluation, resume, schedules
 from lightning_grpo.training.batching import check_batch_arithmetic, steps_per_rollout
 from lightning_grpo.training.collector import Collector, require_recent
 from lightning_grpo.training.evaluation import Evaluation
 from lightning_grpo.training.experience import Experience, without_fillers
 from lightning_grpo.training.generation import Generation
+from lightning_grpo.training.optimizers import Optimization, step_schedule
 from lightning_grpo.training.progress import Progress
 from lightning_grpo.training.scorer import Scorer, sequence_logprobs
 from lightning_grpo.training.step import StepMonitor
@@ -117,9 +118,11 @@ class GRPOModule(LightningModule):
             The default is sdpa, except for bfloat16 on CPUs, where plain matrix products are faster.
         from_scratch: Initialize the weights at random from the checkpoint's configuration instead of loading them.
         optimizer: Optimizer class and its arguments. Set fused: true for torch.optim.AdamW: it is several times faster.
-        lr_schedule: Learning rate schedule after the warmup. linear and cosine decay to 0 at the last step; constant
-            lets a run be extended later.
-        warmup_steps: Number of optimizer steps over which the learning rate rises from 0 to its value.
+        lr_schedule: Learning rate schedule after the warmup: a name, or the class path of a Schedule with its options,
+            such as {class_path: Cosine, init_args: {minimum: 0.1}}. constant lets a run be extended later.
+        warmup_steps: Number of optimizer steps over which the learning rate rises from 0 to its value; below 1, their
+            share of all optimizer steps.
+        decay_norms_and_biases: Apply the optimizer's weight_decay to the weights of norms and to biases too.
         seed: Seed for sampling. It determines all samples of a run, on any number of ranks. By default the value of
             seed_everything, or 0 if that is not set.
     """
@@ -161,8 +164,9 @@ class GRPOModule(LightningModule):
         attn_implementation: str = ATTENTION,
         from_scratch: bool = False,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0),
-        lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
-        warmup_steps: int = 0,
+        lr_schedule: schedules.Schedule | schedules.Name = "constant",
+        warmup_steps: int | float = 0,
+        decay_norms_and_biases: bool = True,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -195,17 +199,18 @@ class GRPOModule(LightningModule):
         self.share_prompt = share_prompt and not gradient_checkpointing
         self.attn_implementation = attn_implementation
         self.from_scratch = from_scratch
-        self.optimizer_factory = optimizer
-        self.lr_schedule = lr_schedule
-        self.warmup_steps = warmup_steps
+        self.optimization = Optimization(
+            optimizer,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+            decay_norms_and_biases=decay_norms_and_biases,
+        )
         self.seed = seed_of_run(seed)
         if lora is not None:
             # checkpoints contain the adapter alone; `adapters.check` requires all of it
             self.strict_loading = False
         self.policy: Policy | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._optimizer_options: dict[str, Any] | None = None
-        self._saved_optimizer_options: dict[str, Any] | None = None
         self.held_out: dict[str, float] = {}
 
         self.collector = Collector(
@@ -527,7 +532,7 @@ class GRPOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check everything that can be checked before a weight is loaded."""
         trainer, data = self.trainer, self.trainer.datamodule
-        self._build_optimizer([nn.Parameter(torch.zeros(1))])
+        self.optimization.check()
         checks.check_trainer(trainer)
         config = load_config(self.model_path)
         require_end_token(self.model_path, self.tokenizer, config, load_generation_config(self.model_path, config))
@@ -545,7 +550,7 @@ class GRPOModule(LightningModule):
                 ranks=self.data_ranks,
             )
         prompts = [*(data.train if stage == "fit" else ()), *getattr(data, "validation", ())]
-        check_rows(self.rewards, prompts)
+        check_rows(self.rewards, [prompt.columns for prompt in prompts], [prompt.place for prompt in prompts])
         if stage == "fit":
             self._begin_fit()
 
@@ -597,27 +602,17 @@ class GRPOModule(LightningModule):
         with full_precision_buffers(self):
             return super().to(*args, **kwargs)
 
-    def _build_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        return optimizers.build_optimizer(self.optimizer_factory, parameters)
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over all trainable parameters, and its learning-rate schedule in optimizer steps."""
-        optimizer = self._build_optimizer(p for p in self.parameters() if p.requires_grad)
-        optimizers.check_precision(optimizer, self.trainer)
-        options = optimizers.options(optimizer)  # before the schedule adds its own
-        schedule, described = optimizers.build_schedule(optimizer, self.lr_schedule, self.warmup_steps, self.trainer)
-        self._optimizer_options = options | {"schedule": described}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.optimization.configure(self.parameters(), self.trainer)
 
     def on_train_start(self) -> None:
         """After a checkpoint was loaded, bring optimizer and schedule up to date."""
-        saved, self._saved_optimizer_options = self._saved_optimizer_options, None
-        if saved is not None and self._optimizer_options is not None:
-            optimizers.resume(self.trainer, saved, self._optimizer_options)
+        self.optimization.resume(self.trainer)
         checks.check_engine_is_attached(self.engine)
         if self.progress.schedule_is_behind:
             self.progress.schedule_is_behind = False
-            optimizers.step_schedule(self.trainer)
+            step_schedule(self.trainer)
 
     # ── Checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -639,7 +634,7 @@ class GRPOModule(LightningModule):
         data = self.trainer.datamodule
         checkpoint["policy"] = {
             "lora": adapters.describe(self.lora, self._trainable),
-            "optimizer": self._optimizer_options,
+            "optimizer": self.optimization.described,
             **describe_policy(
                 model=self.model_path,
                 dtype=self.dtype_name,
@@ -660,7 +655,6 @@ class GRPOModule(LightningModule):
         adapters.check(saved["lora"], self.lora, self._trainable)
         if self.lora is None and self.device_mesh is None:
             require_same_weights(self.state_dict(), checkpoint["state_dict"])
-        self._saved_optimizer_options = saved["optimizer"]
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         if "grpo" not in checkpoint:
@@ -668,6 +662,7 @@ class GRPOModule(LightningModule):
                 "the checkpoint was saved outside of fit and contains only weights, so training cannot continue from "
                 "it; name one that fit saved"
             )
+        self.optimization.load(saved["optimizer"])
         self._reset()
         self.coefficients.load_state_dict(checkpoint["grpo"]["coefficients"])
         self.collector.pending = resume.load(
@@ -761,7 +756,6 @@ RANGES = {
     "validation_generations": "[1, inf)",
     "pass_threshold": "(-inf, inf)",
     "resampling_rounds": "[0, inf)",
-    "warmup_steps": "[0, inf)",
     "seed": "[0, inf)",
 }
 """Ranges of numeric options; see `check_ranges`."""

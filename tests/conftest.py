@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chromium import executable
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -34,16 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         slow = {group for item, group in groups.items() if item.get_closest_marker("slow")}
         items.sort(key=lambda item: (groups[item] != "vllm", groups[item] not in slow))
-    absent = {"vllm": importlib.util.find_spec("vllm") is None, "gpu": not torch.cuda.is_available()}
+    absent = {
+        "vllm": importlib.util.find_spec("vllm") is None,
+        "gpu": not torch.cuda.is_available(),
+        "browser": executable() is None,
+    }
     for item in items:
         for mark in (mark for mark, is_absent in absent.items() if is_absent and item.get_closest_marker(mark)):
             item.add_marker(pytest.mark.skip(reason=f"no {mark} here"))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def stored_prompts(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Stores prompts in a temporary folder."""
-    os.environ["LIGHTNING_GRPO_PROMPTS"] = str(tmp_path_factory.mktemp("prompts"))
 
 
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]

@@ -70,6 +70,8 @@ OPTIONS = [
     Row("not a number", ["--model.sampling.temperature", ".nan"], ["sampling.temperature is nan"]),
     Row("negative rate", ["--model.optimizer.lr", "-1"], ["model.optimizer: Invalid learning rate: -1"]),
     Row("infinite rate", ["--model.optimizer.lr", ".inf"], ["model.optimizer.lr is inf", "finite"]),
+    Row("schedule", ["--model.lr_schedule", "step"], ["lr_schedule is step", "set one of constant, linear, cosine"]),
+    Row("schedule's class", ["--model.lr_schedule", "Cosin"], ["no class Cosin", "did you mean Cosine?"]),
     Row("accelerator", ["--trainer.accelerator", "gpuu"], ["accelerator", "gpuu"]),
     Row("devices", ["--trainer.devices", "0"], ["trainer: ", "devices"]),
     Row("no root", ["--trainer.default_root_dir", "/dev/null/runs"], ["default_root_dir is /dev/null/runs", "another"]),

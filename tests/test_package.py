@@ -11,6 +11,7 @@ import pytest
 from lightning_grpo.configure import plot
 from lightning_grpo.data.sources import read
 from lightning_grpo.errors import UserError
+from lightning_grpo.report import command as report
 from lightning_grpo.rewards.reasoning_gym import _scorer
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +22,13 @@ OPTIONAL = {"triton"}
 BY_CLASS_PATH = {"tensorboard"}
 
 
-EXTRAS = {"vllm": "vllm", "datasets": "datasets", "reasoning-gym": "reasoning_gym", "plot": "matplotlib"}
+EXTRAS = {
+    "vllm": "vllm",
+    "datasets": "datasets",
+    "reasoning-gym": "reasoning_gym",
+    "plot": "matplotlib",
+    "report": "plotly",
+}
 
 
 def declared() -> set[str]:
@@ -54,8 +61,9 @@ def test_every_imported_package_is_declared_and_every_declared_one_imported():
         ("reasoning-gym", lambda path: read("reasoning_gym:chain_sum", args={}, size=1, seed=0)),
         ("reasoning-gym", lambda path: _scorer("chain_sum", "{}")),
         ("plot", lambda path: plot.draw(None, path / "plan")),
+        ("report", lambda path: report.main([str(path)])),
     ],
-    ids=["hub", "saved data set", "source", "reward", "plot"],
+    ids=["hub", "saved data set", "source", "reward", "plot", "report"],
 )
 def test_a_missing_extra_is_named(monkeypatch, tmp_path, extra, use):
     _scorer.cache_clear()

@@ -27,8 +27,10 @@ from lightning_grpo.policy.load import LoRA
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards import LengthPenalty, PrefixMatch, ReasoningGym
 from lightning_grpo.rollout import Sampling
+from lightning_grpo.training.schedules import Cosine, Polynomial, WarmupStableDecay
 
 POSITIVE, ANY, SHARE = ([0.1, 5], [0, -1]), ([-1.5, 0, 2.5], []), ([0.1, 1], [0, -0.1, 1.1])
+SHARE_OR_NONE = ([0, 0.1, 1], [-0.1, 1.1])
 NOT_NEGATIVE, COUNT = ([0, 0.5, 7], [-0.1, -1]), ([1, 5], [0, -1])
 MODULE = {"model": "nowhere", "rewards": [PrefixMatch()]}
 LENGTH = {"max_completion_length": 100, "soft_punish_cache": 10}
@@ -60,6 +62,9 @@ OPTIONS = [
         "temperature": NOT_NEGATIVE, "top_p": SHARE, "top_k": ([0, 5], [-1]), "min_p": ([0, 0.5, 1], [-0.1, 1.1]),
         "repetition_penalty": POSITIVE, "cutoff": SHARE,
     }),
+    (Cosine, {}, {"minimum": SHARE_OR_NONE}),
+    (Polynomial, {}, {"minimum": SHARE_OR_NONE, "power": POSITIVE}),
+    (WarmupStableDecay, {}, {"minimum": SHARE_OR_NONE, "decay": ([0, 0.1, 5], [-1, 1.5])}),
     (LoRA, {}, {
         "rank": COUNT, "alpha": POSITIVE, "dropout": ([0, 0.9], [-0.1, 1]),
         "rank_pattern": ([{"q_proj": 1}], [{"q_proj": 0}, {"q_proj": math.nan}]),
@@ -80,7 +85,7 @@ OPTIONS = [
     (ReasoningGym, {}, {"threshold": ANY, "weight": ANY, "time_limit": POSITIVE}),
     (GRPOModule, MODULE, {
         "max_prompt_length": COUNT, "max_completion_length": COUNT, "validation_generations": COUNT,
-        "pass_threshold": ANY, "warmup_steps": ([0, 5], [-1]), "seed": ([0, 5], [-1]),
+        "pass_threshold": ANY, "warmup_steps": ([0, 0.1, 5], [-1, 1.5]), "seed": ([0, 5], [-1]),
         "num_generations": ([2, 5], [1, 0]),
         "resampling_rounds": ([0, 2], [-1]), "micro_batch_size": COUNT, "num_iterations": COUNT,
         "rollout_ahead": ([0], [2, -1]),

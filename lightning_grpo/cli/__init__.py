@@ -22,6 +22,7 @@ Group Relative Policy Optimization of language models.
   test        the same, for the final evaluation
   predict     sample completions and write them to a file
   export      write the policy of a checkpoint as a Hugging Face model or a PEFT adapter
+  report      write one HTML file about runs: metrics, findings, samples, and how runs compare
   configure   choose hyperparameters for a task, a model and a GPU; predict memory, time and cost
 
   lightning-grpo fit --config configs/smoke.yaml       train a tiny model for half a minute
@@ -72,6 +73,10 @@ def _run(args: list[str]) -> None:
         from lightning_grpo.cli import export
 
         return export.main(args[1:])
+    if args[:1] == ["report"]:
+        from lightning_grpo.report import command as report
+
+        return report.main(args[1:])
     from lightning_grpo.cli import commands
 
     commands.run(args)

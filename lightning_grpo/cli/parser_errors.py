@@ -235,7 +235,12 @@ def _expected(causes: list[str], known: list[str], classes: list[str]) -> str:
     named = next((m[1] for cause in causes if (m := re.match(r"Expected a dot import path string: (.*)", cause))), None)
     if named is not None:
         near = difflib.get_close_matches(named, _class_names(), 3, NEAR)
-        hint = f"did you mean {_either(near)}?" if near else "set it as module.Class"
+        names = (
+            f"one of {', '.join(dict.fromkeys(literals))}, or a class as module.Class"
+            if literals
+            else "it as module.Class"
+        )
+        hint = f"did you mean {_either(near)}?" if near else f"set {names}"
         return f"there is no class {named}; {hint}"
     if literals:
         return f"expected one of {', '.join(dict.fromkeys(literals))}"
@@ -263,9 +268,10 @@ def _class_names() -> list[str]:
     from torch.optim import Optimizer
 
     from lightning_grpo.rewards import Reward
+    from lightning_grpo.training.schedules import Schedule
 
     found: set[str] = set()
-    queue: list[type] = [Callback, Logger, Optimizer, Reward]
+    queue: list[type] = [Callback, Logger, Optimizer, Reward, Schedule]
     while queue:
         kinds: list[type] = queue.pop().__subclasses__()
         queue += kinds

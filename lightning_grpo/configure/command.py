@@ -39,9 +39,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--prompts",
         metavar="SOURCE",
-        help=".jsonl, .json, .csv, .parquet or .arrow file, or another data set as for data.source, with a column "
-        "prompt; the plan takes its lengths into account, and its pass rates if it has a column pass_rate (default: "
-        "none)",
+        help=".jsonl, .json, .csv or .parquet file, or another data set as for data.source, with a column prompt; the "
+        "plan takes its lengths into account, and its pass rates if it has a column pass_rate (default: none)",
     )
     add(
         "--columns",

@@ -1,17 +1,7 @@
 """Prompts: their sources, their encoding, and the order in which they are served."""
 
-from lightning_grpo.data.dataset import Source
 from lightning_grpo.data.module import PromptDataModule
 from lightning_grpo.data.prompts import Prompt, PromptBatch
-from lightning_grpo.data.sampling import DifficultySampler, MixtureSampler, PassSampler, Sampler
+from lightning_grpo.data.sampling import DifficultySampler, PassSampler, Sampler
 
-__all__ = [
-    "DifficultySampler",
-    "MixtureSampler",
-    "PassSampler",
-    "Prompt",
-    "PromptBatch",
-    "PromptDataModule",
-    "Sampler",
-    "Source",
-]
+__all__ = ["DifficultySampler", "PassSampler", "Prompt", "PromptBatch", "PromptDataModule", "Sampler"]

@@ -6,17 +6,19 @@ the options that it adapts by itself. An option that has changed in the configur
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.training.schedules import Schedule, as_schedule, check_steps, describe, number_of_steps
 
 log = logging.getLogger(__name__)
 
@@ -24,20 +26,96 @@ IMPLEMENTATION = {"foreach", "fused", "capturable", "differentiable"}
 """Options that determine how a step is computed and where its state is stored, but not its result."""
 
 
-def build_optimizer(factory: Callable[[Iterable[nn.Parameter]], Optimizer], parameters: Iterable[nn.Parameter]) -> Any:
-    """The optimizer that ``factory`` returns for ``parameters``.
+class Optimization:
+    """The optimizer of a run and its learning-rate schedule, as configured.
+
+    Args:
+        factory: builds the optimizer from parameters or groups of them.
+        lr_schedule: schedule after the warmup, or its name.
+        warmup_steps: optimizer steps of the warmup; below 1, its share of all steps.
+        decay_norms_and_biases: whether weight decay applies to norms and biases too.
 
     Raises:
         UserError: an option is out of its range.
     """
-    try:
-        optimizer = factory(parameters)
-    except ValueError as error:
-        raise UserError(f"model.optimizer: {error}; set a value in its range") from error
-    for name, value in optimizer.defaults.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"model.optimizer.{name} is {value}; set a finite number")
-    return optimizer
+
+    def __init__(
+        self,
+        factory: OptimizerCallable,
+        *,
+        lr_schedule: str | Schedule = "constant",
+        warmup_steps: float = 0,
+        decay_norms_and_biases: bool = True,
+    ) -> None:
+        check_steps("warmup_steps", warmup_steps)
+        self.factory = factory
+        self.lr_schedule = as_schedule(lr_schedule)
+        self.warmup_steps = warmup_steps
+        self.decay_norms_and_biases = decay_norms_and_biases
+        self.described: dict[str, Any] | None = None
+        """The options that `configure` used, as plain data for checkpoints."""
+        self._saved: Mapping[str, Any] | None = None
+
+    def check(self) -> None:
+        """Raise `UserError` if the optimizer does not accept its options."""
+        self.build([nn.Parameter(torch.zeros(1))])
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """The optimizer of ``parameters``.
+
+        Raises:
+            UserError: an option is out of its range.
+        """
+        groups: Any = parameters
+        if not self.decay_norms_and_biases:
+            parameters = list(parameters)
+            groups = [
+                {"params": [p for p in parameters if p.ndim > 1]},
+                # the weights of norms, and biases
+                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+        try:
+            optimizer = self.factory(groups)
+        except ValueError as error:
+            raise UserError(f"model.optimizer: {error}; set a value in its range") from error
+        for name, value in optimizer.defaults.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"model.optimizer.{name} is {value}; set a finite number")
+        if not self.decay_norms_and_biases and "weight_decay" not in optimizer.defaults:
+            raise UserError(
+                f"decay_norms_and_biases is false, but {type(optimizer).__name__} has no weight decay; leave it unset"
+            )
+        return optimizer
+
+    def configure(self, parameters: Iterable[nn.Parameter], trainer: Trainer) -> OptimizerLRSchedulerConfig:
+        """What a module's ``configure_optimizers`` returns: the optimizer, and its schedule in optimizer steps."""
+        optimizer = self.build(p for p in parameters if p.requires_grad)
+        check_precision(optimizer, trainer)
+        described = options(optimizer) | {"decay_norms_and_biases": self.decay_norms_and_biases}
+        schedule, described["schedule"] = build_schedule(optimizer, self.lr_schedule, self.warmup_steps, trainer)
+        self.described = described
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Keep the options that a checkpoint ``saved`` until `resume`.
+
+        Raises:
+            UserError: the optimizer has other groups of parameters than the checkpoint's.
+        """
+        was = saved.get("decay_norms_and_biases", True)  # checkpoints of 0.1 have no such option
+        if was != self.decay_norms_and_biases:
+            now = str(self.decay_norms_and_biases).lower()
+            raise UserError(
+                f"decay_norms_and_biases is {now}, but the checkpoint's optimizer was built with {str(was).lower()}, "
+                "and its state is that of other groups of parameters; set it to that"
+            )
+        self._saved = saved
+
+    def resume(self, trainer: Trainer) -> None:
+        """If a checkpoint was loaded, bring the optimizer and its schedule up to date with the configuration."""
+        saved, self._saved = self._saved, None
+        if saved is not None and self.described is not None:
+            resume(trainer, saved, self.described)
 
 
 def check_precision(optimizer: Optimizer, trainer: Trainer) -> None:
@@ -59,7 +137,7 @@ def check_precision(optimizer: Optimizer, trainer: Trainer) -> None:
 
 
 def build_schedule(
-    optimizer: Optimizer, lr_schedule: str, warmup_steps: int, trainer: Trainer
+    optimizer: Optimizer, schedule: Schedule, warmup_steps: float, trainer: Trainer
 ) -> tuple[LambdaLR, dict[str, Any]]:
     """The learning-rate schedule, and what determines it.
 
@@ -67,18 +145,25 @@ def build_schedule(
         UserError: the schedule needs the number of optimizer steps, and training has no end.
     """
     steps: int | None = None
-    if lr_schedule != "constant":
+    if schedule.needs_end or 0 < warmup_steps < 1:
         total = trainer.estimated_stepping_batches
         if total == float("inf"):
+            option = f"lr_schedule is {describe(schedule)}" if schedule.needs_end else f"warmup_steps is {warmup_steps}"
             raise UserError(
-                f"lr_schedule is {lr_schedule}, which needs the number of optimizer steps, but trainer.max_steps is "
-                f"{trainer.max_steps} and trainer.max_epochs is {trainer.max_epochs}, so training has no end; set one "
-                "of them, or lr_schedule: constant"
+                f"{option}, which needs the number of optimizer steps, but trainer.max_steps is {trainer.max_steps} "
+                f"and trainer.max_epochs is {trainer.max_epochs}, so training has no end; set one of them, or "
+                "lr_schedule: constant and warmup_steps: 0"
             )
         steps = int(total)
-    name = "constant_with_warmup" if lr_schedule == "constant" else lr_schedule
-    schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
-    return schedule, {"lr_schedule": lr_schedule, "warmup_steps": warmup_steps, "steps": steps}
+    warmup = number_of_steps(warmup_steps, steps or 0)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        return schedule(step - warmup, 0 if steps is None else max(0, steps - warmup))
+
+    described = {"lr_schedule": describe(schedule), "warmup_steps": warmup_steps, "steps": steps}
+    return LambdaLR(optimizer, factor), described
 
 
 def resume(trainer: Trainer, saved: Mapping[str, Any], configured: Mapping[str, Any]) -> None:

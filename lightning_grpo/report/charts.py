@@ -1,0 +1,91 @@
+"""Charts for plotly's JavaScript. Colors are names of the style sheet's properties, such as ``--series-0/0.2`` for a
+color with an opacity, so that a chart follows the light or dark theme; `page.js` resolves them and adds what all charts
+share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lightning_grpo.report.markup import escape, script_json
+from lightning_grpo.report.series import Array, Curve, smooth
+
+COLORS = 8
+"""Number of ``--series-…`` colors."""
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+Trace = dict[str, Any]
+
+
+def chart(
+    title: str, traces: Sequence[Trace], *, unit: str = "", note: str = "", height: int = 220, **layout: Any
+) -> str:
+    """Return a figure that the page draws when it comes into view.
+
+    Args:
+        title: what the chart shows; plain text.
+        traces: plotly's traces.
+        unit: unit of the vertical axis, or what is shown there.
+        note: a sentence for readers who do not know the metric.
+        height: height in pixels.
+        layout: additions to plotly's layout.
+    """
+    data = script_json({"data": list(traces), "layout": layout})
+    caption = f"<b>{escape(title)}</b>" + (f' <span class="unit">{escape(unit)}</span>' if unit else "")
+    text = f"<p>{escape(note)}</p>" if note else ""
+    return (
+        f'<figure class="chart" style="--height:{height}px"><figcaption>{caption}{text}</figcaption>'
+        f'<div class="plot"></div><script type="application/json">{data}</script></figure>'
+    )
+
+
+def grid(charts: Sequence[str]) -> str:
+    """Return charts side by side, as many per row as fit."""
+    content = "".join(charts)
+    return f'<div class="grid">{content}</div>' if content else ""
+
+
+def color(series: int, opacity: float = 1.0) -> str:
+    """Return the color of a line by its number."""
+    return f"--series-{series % COLORS}" + (f"/{opacity:g}" if opacity < 1 else "")
+
+
+def lines(curve: Curve, name: str, series: int, *, dash: int = 0, noisy: bool = True, band: bool = True) -> list[Trace]:
+    """Return the traces of a curve: a line, and behind it its band and, of a noisy curve, the values themselves.
+
+    Args:
+        curve: the curve.
+        name: name in the legend.
+        series: number of the color.
+        dash: number of the dash pattern.
+        noisy: draw the moving average over a 25th of the steps as the line.
+        band: draw the band, if it is wider than the line.
+    """
+    traces: list[Trace] = []
+    shared = {"type": "scatter", "legendgroup": name, "showlegend": False, "hoverinfo": "skip"}
+    width = max(5, curve.mean.size // 25) if noisy and curve.mean.size >= 20 else 1
+    if band and not np.array_equal(curve.low, curve.high):
+        edges = np.r_[smooth(curve.high, width), smooth(curve.low, width)[::-1]]
+        outline = {"x": _digits(np.r_[curve.steps, curve.steps[::-1]]), "y": _digits(edges)}
+        traces.append(shared | outline | {"fill": "toself", "fillcolor": color(series, 0.18), "mode": "none"})
+    elif width > 1:
+        values = {"x": _digits(curve.steps), "y": _digits(curve.mean), "mode": "lines"}
+        traces.append(shared | values | {"line": {"color": color(series, 0.35), "width": 1}})
+    mean = smooth(curve.mean, width)
+    traces.append(
+        {
+            "type": "scatter",
+            "name": name,
+            "legendgroup": name,
+            "x": _digits(curve.steps),
+            "y": _digits(mean),
+            "mode": "lines+markers" if curve.steps.size < 20 else "lines",
+            "line": {"color": color(series), "width": 2, "dash": DASHES[dash % len(DASHES)]},
+            "marker": {"size": 5},
+        }
+    )
+    return traces
+
+
+def _digits(values: Array) -> list[float]:
+    """Return the values with five significant digits, which is finer than a pixel."""
+    return [float(f"{value:.5g}") for value in values]
