@@ -1,9 +1,9 @@
 """Metrics that merge over micro-batches and ranks, and `Window`, which collects them over an optimizer step."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, distributed
@@ -50,8 +50,29 @@ class Max(NamedTuple):
         return self.value
 
 
+class Percentile(NamedTuple):
+    """An exact percentile of a few values, such as one per completion, which are kept."""
+
+    values: Tensor
+    """[n]"""
+    share: Tensor
+    """Share of the values below the percentile, for example 0.9."""
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        return len(self.values)
+
+    def merge(self, other: "Percentile") -> "Percentile":
+        return Percentile(torch.cat([self.values, other.values]), self.share)
+
+    def compute(self) -> Tensor:
+        """The percentile, interpolated between two values."""
+        return torch.quantile(self.values.double(), self.share.double())
+
+
 class Percentile99(NamedTuple):
-    """The 99th percentile, from counts in logarithmic bins, which are added over micro-batches and ranks."""
+    """The 99th percentile of many values, such as one per token, from counts in logarithmic bins, which are added over
+    micro-batches and ranks."""
 
     counts: Tensor
     """[BINS], values up to 1e-8 in the first bin, and 100 or more in the last."""
@@ -85,18 +106,67 @@ class Spread(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # not tuple.count
 
     @classmethod
-    def of(cls, x: Tensor) -> "Spread":
+    def of(cls, x: Tensor) -> Self:
         """Accumulate the values of ``x`` that are not NaN."""
-        values = x[~x.isnan()].double()
-        return cls(values.sum(), values.square().sum(), torch.tensor(values.numel()))
+        return cls.masked(x, ~x.isnan())
 
-    def merge(self, other: "Spread") -> "Spread":
-        return Spread(*(a + b for a, b in zip(self, other, strict=True)))
+    @classmethod
+    def masked(cls, x: Tensor, mask: Tensor) -> Self:
+        """Accumulate the values of ``x`` of any shape whose ``mask`` is True."""
+        values = x.detach().double().where(mask, 0.0)
+        return cls(values.sum(), values.square().sum(), mask.sum())
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(*(a + b for a, b in zip(self, other, strict=True)))
 
     def compute(self) -> Tensor:
         """The standard deviation; 0 for a single value, NaN for none."""
         variance = (self.square - self.value**2 / self.count) / (self.count - 1).clamp(min=1)
         return variance.clamp(min=0).sqrt()
+
+
+class EffectiveShare(Spread):
+    """The effective sample size of weights w relative to their number, (Σw)² / (n·Σw²)."""
+
+    def compute(self) -> Tensor:
+        """In (0, 1]; 1 if all weights are equal."""
+        return self.value**2 / (self.count * self.square)
+
+
+class Correlation(NamedTuple):
+    """The correlation of two centered variables, from sums of products, which are added when merging."""
+
+    xy: Tensor
+    xx: Tensor
+    yy: Tensor
+
+    @property
+    def count(self) -> Tensor:  # type: ignore[override]
+        """0 if either variable is constant, so that there is no correlation."""
+        return self.xx * self.yy
+
+    def merge(self, other: "Correlation") -> "Correlation":
+        return Correlation(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def compute(self) -> Tensor:
+        return self.xy / (self.xx * self.yy).sqrt()
+
+
+class NormRatio(NamedTuple):
+    """‖x‖ / ‖y‖ of vectors that are divided among ranks, from their squared norms, which are added when merging."""
+
+    x: Tensor
+    y: Tensor
+
+    @property
+    def count(self) -> Tensor:  # type: ignore[override]
+        return self.y
+
+    def merge(self, other: "NormRatio") -> "NormRatio":
+        return NormRatio(self.x + other.x, self.y + other.y)
+
+    def compute(self) -> Tensor:
+        return (self.x / self.y).sqrt()
 
 
 class Total(NamedTuple):
@@ -111,22 +181,27 @@ class Total(NamedTuple):
         return self.value
 
 
-Metric = Mean | Min | Max | Percentile99 | Spread | Total
+Metric = Mean | Min | Max | Percentile | Percentile99 | Spread | Correlation | NormRatio | Total
 
 
 class Window:
     """Collects the metrics of an optimizer step; `reduce` merges them over ranks and clears the window.
 
     Values stay on their device until then, so that collecting never synchronizes with a GPU.
+
+    Args:
+        memory: returns the peak of memory in GiB since it was last called, for ``memory/{phase}`` and ``memory/gib``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Callable[[], float] | None = None) -> None:
         self.metrics: dict[str, Metric] = {}
+        self.memory = memory
         self.started = time.perf_counter()
         self.paused_at: float | None = None
 
     def pause(self) -> None:
-        """Exclude the time until `go_on` from the step."""
+        """Exclude the time and memory until `go_on` from the step."""
+        self._observe_memory("update")
         self.paused_at = time.perf_counter()
 
     def go_on(self) -> None:
@@ -134,6 +209,8 @@ class Window:
         if self.paused_at is not None:
             self.started += time.perf_counter() - self.paused_at
             self.paused_at = None
+            if self.memory is not None:
+                self.memory()
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
         """Merge ``metrics`` with those of the same name."""
@@ -155,19 +232,32 @@ class Window:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to ``time/{name}``."""
+        """Add the seconds spent inside to ``time/{name}``, and the peak of memory to ``memory/{name}``."""
+        self._observe_memory("update")
         start = time.perf_counter()
         yield
         self.seconds(name, time.perf_counter() - start)
+        self._observe_memory(name)
+
+    def _observe_memory(self, phase: str) -> None:
+        """Add the peak of memory since the last call to that of ``phase``, and to ``memory/gib``."""
+        if self.memory is not None:
+            peak = Max(torch.tensor(self.memory(), dtype=torch.float64))
+            self.add({f"memory/{phase}": peak, "memory/gib": peak})
 
     def stop_clock(self) -> None:
         """Add ``step_time``, the seconds since the window was created, and ``time/update``, those of no other phase."""
+        self._observe_memory("update")
         total = time.perf_counter() - self.started
         phases = sum(float(metric.compute()) for name, metric in self.metrics.items() if name.startswith("time/"))
         self.seconds("update", total - phases)
         self.add({"step_time": Max(torch.tensor(total, dtype=torch.float64))})
 
     def reduce(self) -> dict[str, float]:
+        """Return the values of `gather`."""
+        return {name: float(metric.compute()) for name, metric in self.gather().items()}
+
+    def gather(self) -> dict[str, Metric]:
         """Return all metrics that have values, merged over ranks, and clear the window. Every rank must call it."""
         local = {name: type(m)(*(part.detach().double().cpu() for part in m)) for name, m in self.metrics.items()}
         self.metrics = {}
@@ -178,7 +268,7 @@ class Window:
         for rank in ranks:
             self.add(rank)
         merged, self.metrics = self.metrics, {}
-        return {name: float(metric.compute()) for name, metric in merged.items() if not _empty(metric)}
+        return {name: metric for name, metric in merged.items() if not _empty(metric)}
 
 
 def _empty(metric: Metric) -> bool:

@@ -96,7 +96,7 @@ class GRPOModule(LightningModule):
         validation_sampling: Sampling options for validation, test and predict. By default the same as in training,
             except that no completion is cut off early (cutoff: 1).
         validation_generations: Completions sampled per held-out prompt (k in pass@k).
-        pass_threshold: A held-out completion counts as correct if its first reward is at least this value.
+        pass_threshold: A completion counts as correct if its first reward is at least this value.
         resampling_rounds: How many times per rollout to replace groups whose rewards are all equal, and which therefore
             carry no gradient, with groups of new prompts (dynamic sampling, DAPO, arXiv:2503.14476). 0 keeps these
             groups; their fraction is logged as frac_reward_zero_std.
@@ -216,6 +216,7 @@ class GRPOModule(LightningModule):
         self.collector = Collector(
             self,
             num_generations=num_generations,
+            pass_threshold=pass_threshold,
             resampling_rounds=resampling_rounds,
             in_flight_updates=in_flight_updates,
         )
@@ -223,7 +224,7 @@ class GRPOModule(LightningModule):
         self.progress = Progress(
             num_generations=num_generations, num_iterations=num_iterations, micro_batch_size=micro_batch_size
         )
-        self.step_monitor = StepMonitor()
+        self.step_monitor = StepMonitor(num_generations=num_generations, pass_threshold=pass_threshold)
         self.evaluation = Evaluation(num_generations=validation_generations, pass_threshold=pass_threshold)
         self.coefficients = Coefficients(objective)
 
@@ -294,7 +295,7 @@ class GRPOModule(LightningModule):
         progress, accumulate = self.progress, self.trainer.accumulate_grad_batches
         begins_step = progress.micro_step % accumulate == 0
         if begins_step:
-            self.step_monitor.begin()
+            self.step_monitor.begin(self.device)
         if progress.experience is None:
             self.make_experience(batch)
         else:
@@ -308,6 +309,8 @@ class GRPOModule(LightningModule):
             self.step_monitor.observe_samples(
                 progress.experience, rows, self.objective, self.reward_names, self.reward_weights, self.trainer
             )
+            batches = progress.micro_batches_of_step(accumulate)
+            self.step_monitor.observe_work(progress.experience, batches, self.policy, share_prompt=self.share_prompt)
 
     def make_experience(self, batch: PromptBatch) -> None:
         """Sample, reward and score the completions of one batch of prompts."""
@@ -396,12 +399,15 @@ class GRPOModule(LightningModule):
 
         return on_policy_coefficient(loss, experience.rollout_logprobs)
 
+    def on_after_backward(self) -> None:
+        self.step_monitor.observe_backward(self.parameters(), self.trainer)
+
     # ── Once per optimizer step ───────────────────────────────────────────────────────────────────────────────────
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Measure the gradient before it is clipped, and stop before one that is not finite reaches the weights."""
         self.progress.require_whole_step(self.trainer.accumulate_grad_batches)
-        self.step_monitor.measure_gradient(self.parameters(), self.trainer)
+        self.step_monitor.measure_gradient(self.named_parameters(), self.trainer)
         self.progress.mid_step = True
 
     def configure_gradient_clipping(
@@ -429,7 +435,7 @@ class GRPOModule(LightningModule):
             "num_tokens": float(progress.num_tokens),
             "completion_tokens": float(progress.completion_tokens),
         }
-        values = monitor.compute(self.device, self.coefficients.adaptive | further)
+        values = monitor.compute(self.trainer, self.coefficients.adaptive | further)
         self.coefficients.step(kl=values.get("kl"), entropy=values.get("entropy"))
         self.log_dict(values)
 

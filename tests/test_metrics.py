@@ -2,12 +2,36 @@
 
 import math
 import time
+from itertools import combinations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lightning_grpo.metrics import Max, Mean, Min, Percentile99, Spread, Total, Window
-from lightning_grpo.monitor.observe import observe_completions, observe_groups, observe_rewards
+from lightning_grpo.metrics import (
+    EffectiveShare,
+    Max,
+    Mean,
+    Min,
+    NormRatio,
+    Percentile,
+    Percentile99,
+    Spread,
+    Total,
+    Window,
+)
+from lightning_grpo.monitor.observe import (
+    observe_completions,
+    observe_groups,
+    observe_repetition,
+    observe_rewards,
+    observe_sources,
+    pass_at,
+    powers_of_two,
+    reward_length_correlation,
+    variance_shares,
+)
 from lightning_grpo.monitor.terminal import figures, held_out_figures
 
 
@@ -71,7 +95,8 @@ def test_completions_and_rewards():
     observe_completions(window, torch.tensor([2, 4, 6]), torch.tensor([False, False, True]))
     rewards = torch.tensor([[1.0, float("nan")], [0.0, 2.0], [0.0, float("nan")]])
     observe_rewards(window, rewards, ["one", "two"], torch.tensor([1.0, 0.5]))
-    observe_groups(window, torch.tensor([1.0, 1.0, 0.0, 1.0]), 2)
+    totals = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [2.0, 0.0]])
+    observe_groups(window, totals, totals >= 1)
     values = window.reduce()
     assert values["completions/mean_length"] == 4
     assert values["completions/clipped_ratio"] == pytest.approx(1 / 3)
@@ -80,9 +105,101 @@ def test_completions_and_rewards():
     assert values["reward"] == pytest.approx(2 / 3)
     assert values["rewards/two/mean"] == 2 and values["rewards/two/std"] == 0
     assert values["frac_reward_zero_std"] == 0.5
-    assert values["group_reward_std"] == pytest.approx(0.5 * math.sqrt(0.5))
+    assert values["group_reward_std"] == pytest.approx(3 * math.sqrt(0.5) / 4)
+    assert [values[f"groups/{kind}"] for kind in ("all_right", "all_wrong", "mixed")] == [0.25, 0.25, 0.5]
     # TRL's: of all completions, 1, 1 and 0
     assert values["reward_std"] == pytest.approx(math.sqrt(1 / 3))
+
+
+@given(st.integers(1, 4), st.integers(0, 1000))
+def test_parts_of_any_size_give_the_metrics_of_the_whole(parts, seed):
+    random = torch.Generator().manual_seed(seed)
+    x, y = torch.rand(2, 23, generator=random, dtype=torch.float64)
+    window = Window()
+    for a, b in zip(x.split(23 // parts + 1), y.split(23 // parts + 1), strict=True):
+        window.add({"p90": Percentile(a, torch.tensor(0.9)), "ess": EffectiveShare.of(a)})
+        window.add({"ratio": NormRatio(a.square().sum(), b.square().sum())})
+    assert window.reduce() == pytest.approx(
+        {
+            "p90": float(x.quantile(0.9)),
+            "ess": float(x.sum() ** 2 / (23 * x.square().sum())),
+            "ratio": float(x.norm() / y.norm()),
+        }
+    )
+
+
+def test_masked_values_are_not_looked_at():
+    x, mask = torch.tensor([1.0, torch.nan, 3.0, torch.inf]), torch.tensor([True, False, True, False])
+    assert float(Spread.masked(x, mask).compute()) == pytest.approx(math.sqrt(2))
+    assert float(EffectiveShare.masked(x, mask).compute()) == pytest.approx(16 / 20)
+
+
+def test_lengths_have_exact_percentiles():
+    lengths = torch.arange(1, 102)
+    window = Window()
+    for part in lengths[torch.randperm(101, generator=torch.Generator().manual_seed(0))].split(30):
+        observe_completions(window, part, torch.zeros(len(part), dtype=torch.bool))
+    values = window.reduce()
+    assert [values[f"completions/p{p}_length"] for p in (10, 50, 90, 99)] == pytest.approx([11, 51, 91, 100])
+
+
+def test_repetition_counts_what_occurred_earlier():
+    window = Window()
+    # of five 4-grams none is new after the first; all distinct; too short to have any
+    observe_repetition(window, [torch.full((8,), 7), torch.arange(9), torch.tensor([1, 1, 1])])
+    assert window.reduce()["completions/repetition"] == pytest.approx((4 / 5 + 0) / 2)
+    ids = torch.randint(0, 3, (200,), generator=torch.Generator().manual_seed(0))
+    grams = [tuple(ids[i : i + 4].tolist()) for i in range(197)]
+    observe_repetition(window, [ids])
+    assert window.reduce()["completions/repetition"] == pytest.approx(1 - len(set(grams)) / 197)
+
+
+def test_variance_shares_of_weighted_rewards():
+    values = {"rewards/a/std": 1.0, "rewards/b/std": 2.0, "rewards/c/std": 0.0}
+    shares = variance_shares(values, {"a": 2.0, "b": -0.5, "c": 1.0, "never": 1.0})
+    assert shares == {f"rewards/{name}/variance_share": x for name, x in zip("abc", (0.8, 0.2, 0.0), strict=True)} | {
+        "rewards/never/variance_share": 0.0
+    }
+    assert variance_shares(values, {"a": 1.0}) == {} == variance_shares(values, {"c": 1.0, "d": 1.0})
+
+
+def test_the_correlation_of_reward_and_length_is_within_groups():
+    """Long groups have high rewards, but within each group shorter is better."""
+    lengths = torch.tensor([[1, 2, 3], [11, 12, 13], [5, 5, 9]])
+    totals = torch.tensor([[0.3, 0.2, 0.1], [1.3, 1.2, 1.1], [1.0, torch.nan, 1.0]])
+    whole = reward_length_correlation(totals, lengths)
+    parts = reward_length_correlation(totals[:1], lengths[:1]).merge(reward_length_correlation(totals[1:], lengths[1:]))
+    # the deviations of the third group: 0, 0 in the reward, and −2, 2 in the length
+    assert float(whole.compute()) == pytest.approx(-0.4 / math.sqrt(0.04 * (4 + 8)), rel=1e-6)
+    assert float(parts.compute()) == pytest.approx(float(whole.compute()))
+    window = Window()
+    window.add({"none": reward_length_correlation(torch.full((2, 3), 0.1), torch.tensor([[1, 2, 3], [4, 5, 6]]))})
+    assert window.reduce() == {}
+
+
+def test_groups_of_each_source():
+    window = Window()
+    totals, lengths = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]), torch.tensor([[2, 4], [6, 6], [9, 9]])
+    observe_sources(window, ["a", "a", ""], totals, lengths, totals >= 1)
+    observe_sources(window, ["b/c"], torch.tensor([[0.0, 3.0]]), torch.tensor([[1, 2]]), torch.tensor([[False, True]]))
+    assert window.reduce() == {
+        **{"sources/a/reward": 0.75, "sources/a/mean_length": 4.5, "sources/a/mixed": 0.5},
+        **{"sources/b/c/reward": 1.5, "sources/b/c/mean_length": 1.5, "sources/b/c/mixed": 1.0},
+    }
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 5])
+def test_pass_at_k_is_the_share_of_all_subsets(k):
+    right = torch.tensor([[i < count for i in range(5)] for count in range(6)])
+    shares = [
+        sum(any(group[i] for i in subset) for subset in combinations(range(5), k)) / math.comb(5, k)
+        for group in right.tolist()
+    ]
+    assert pass_at(right, k).tolist() == pytest.approx(shares)
+
+
+def test_powers_of_two():
+    assert [powers_of_two(n) for n in (1, 2, 7, 8)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 8]]
 
 
 def test_totals_add_up():
@@ -90,6 +207,22 @@ def test_totals_add_up():
     window.add({"tokens": Total(torch.tensor(3))})
     window.add({"tokens": Total(torch.tensor(4))})
     assert window.reduce() == {"tokens": 7.0}
+
+
+def test_the_peak_of_memory_belongs_to_its_phase():
+    peaks = iter([1.0, 5.0, 2.0, 7.0, 9.0, 3.0])
+    window = Window(lambda: next(peaks))
+    with window.timed("rollout"):  # 1 before it, 5 in it
+        pass
+    window.pause()  # 2, then 7 during the validation
+    window.go_on()
+    window.stop_clock()
+    values = window.reduce()
+    assert {name: values[name] for name in values if name.startswith("memory")} == {
+        "memory/update": 9.0,
+        "memory/rollout": 5.0,
+        "memory/gib": 9.0,
+    }
 
 
 def test_a_paused_clock_stands_still(monkeypatch):

@@ -149,6 +149,7 @@ class PromptDataModule(lightning.LightningDataModule):
         self.tokenizer = tokenizer
         self.train: list[Prompt] = []
         self.validation: list[Prompt] = []
+        self.sources: set[str] = set()
         self._tokenizer: Any = None
         self._stream: Stream | None = None
 
@@ -192,6 +193,7 @@ class PromptDataModule(lightning.LightningDataModule):
         if len(self.train) < len(rows):
             warn(f"dropped {len(rows) - len(self.train)} training prompts that are also held-out prompts")
         rank_zero_info(f"{len(self.train)} training and {len(self.validation)} held-out prompts from {self.source}")
+        self.sources = {prompt.source for prompt in self.train}
         self._row_of_index = {prompt.index: row for row, prompt in enumerate(self.train)}
         self._fingerprint = fingerprint(self.train)
 

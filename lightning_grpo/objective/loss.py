@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.metrics import Metric, Percentile99
+from lightning_grpo.metrics import EffectiveShare, Metric, Percentile99, Spread
 from lightning_grpo.objective.aggregation import aggregate
 from lightning_grpo.objective.config import ObjectiveConfig
 from lightning_grpo.objective.kl import kl_divergence
 from lightning_grpo.objective.masks import off_policy_mask, top_entropy_mask
 from lightning_grpo.objective.surrogate import Surrogate, Terms
-from lightning_grpo.objective.tensors import exp, extremes, fill, has_tokens, mean_metric, sequence_mean
+from lightning_grpo.objective.tensors import LOG_LIMIT, exp, extremes, fill, has_tokens, mean_metric, sequence_mean
 
 
 def policy_loss(
@@ -152,7 +152,9 @@ def mismatch_metrics(old: Tensor, engine: Tensor | None, weight: Tensor | None, 
     metrics: dict[str, Metric] = {}
     if engine is not None:
         scored = mask & ~engine.isnan()
-        difference = fill(old - engine, scored).abs()
+        log_ratio = fill(old - engine, scored)
+        difference = log_ratio.abs()
+        metrics |= sampling_ratio_metrics(log_ratio, scored)
         metrics["sampling/sampling_logp_difference/mean"] = mean_metric(difference, scored)
         metrics["sampling/sampling_logp_difference/max"] = extremes(difference, scored)[1]
         metrics["sampling/sampling_logp_difference/p99"] = Percentile99.of(difference, scored)
@@ -163,6 +165,21 @@ def mismatch_metrics(old: Tensor, engine: Tensor | None, weight: Tensor | None, 
         metrics["sampling/importance_sampling_ratio/mean"] = mean_metric(weight, mask)
         metrics["sampling/importance_sampling_ratio/max"] = highest
     return metrics
+
+
+def sampling_ratio_metrics(log_ratio: Tensor, mask: Tensor) -> dict[str, Metric]:
+    """The distribution of w = π_trainer/π_engine over tokens, before any bound, from log w [N, T]."""
+    ratio = log_ratio.double().clamp(-LOG_LIMIT, LOG_LIMIT).exp()
+    lowest, highest = extremes(ratio, mask)
+    return {
+        "sampling/ratio/min": lowest,
+        "sampling/ratio/mean": mean_metric(ratio, mask),
+        "sampling/ratio/max": highest,
+        "sampling/ratio/std": Spread.masked(ratio, mask),
+        "sampling/ess": EffectiveShare.masked(ratio, mask),
+        "sampling/chi2": mean_metric(ratio**2 - 1, mask),
+        "sampling/k1": mean_metric(-log_ratio, mask),
+    }
 
 
 def check_inputs(

@@ -189,8 +189,8 @@ class Rollout:
         for name, side in self._padding_sides().items():
             if name in columns and columns[name].dim() > 1:
                 columns[name] = columns[name][:, kept[side]]
-        lists = {name: [x[i] for i in index] for name, x in self._lists().items()}
-        return replace(self, **{name: x.to(device) for name, x in columns.items()}, **lists)
+        taken: dict[str, Any] = {name: x.to(device) for name, x in columns.items()}
+        return replace(self, **taken, **{name: [x[i] for i in index] for name, x in self._lists().items()})
 
     def join(self, *others: Self) -> Self:
         """Return the rows of this rollout and then those of ``others``, padded to a common width.

@@ -40,15 +40,23 @@ class Collector:
     Args:
         module: the hooks, the engine and the trainer.
         num_generations: completions per prompt (G).
+        pass_threshold: a completion is right if its first reward is at least this value.
         resampling_rounds: how many times groups whose rewards are all equal are replaced.
         in_flight_updates: send the weights to the engine after every optimizer step while it samples.
     """
 
     def __init__(
-        self, module: RolloutHooks, *, num_generations: int, resampling_rounds: int, in_flight_updates: bool
+        self,
+        module: RolloutHooks,
+        *,
+        num_generations: int,
+        pass_threshold: float,
+        resampling_rounds: int,
+        in_flight_updates: bool,
     ) -> None:
         self.module = module
         self.num_generations = num_generations
+        self.pass_threshold = pass_threshold
         self.resampling_rounds = resampling_rounds
         self.in_flight_updates = in_flight_updates
         self.pending: PendingRollout | None = None
@@ -60,7 +68,8 @@ class Collector:
         """
         G, trainer = self.num_generations, self.module.trainer
         rollout, rewards = self._sample(batch, window)
-        observe_groups(window, self._totals(rewards), G)
+        right = rewards[:, 0] >= self.pass_threshold
+        observe_groups(window, self._totals(rewards).view(-1, G), right.view(-1, G))
         for _ in range(self.resampling_rounds):
             flat = flat_groups(self._totals(rewards), G).nonzero().flatten().tolist()
             count = torch.tensor(len(flat), device=trainer.strategy.root_device)

@@ -80,6 +80,10 @@ class Progress:
         """Rows of the next micro-batch."""
         return self.micro_batches[self.micro_step]
 
+    def micro_batches_of_step(self, accumulate: int) -> list[list[int]]:
+        """Rows of each micro-batch of the optimizer step that begins with the next one."""
+        return self.micro_batches[self.micro_step : self.micro_step + accumulate]
+
     def rows_of_step(self, accumulate: int) -> slice:
         """Rows of the optimizer step that begins with the next micro-batch, skipped ones included."""
         start = self.micro_step * self.micro_batch_size % len(self.experience)
