@@ -23,6 +23,7 @@ from lightning_grpo.cli.short_help import ShortHelpParser, add_short_help
 from lightning_grpo.cli.trainer_options import check_no_nan, check_seed, check_trainer_options
 from lightning_grpo.configure.callback import Prediction
 from lightning_grpo.data import PromptDataModule
+from lightning_grpo.diagnosis.callback import Diagnosis
 from lightning_grpo.errors import ReportedError, UserError
 from lightning_grpo.export.callback import Export
 from lightning_grpo.module import GRPOModule
@@ -53,12 +54,13 @@ class GRPOCommand(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add callbacks that stay whatever ``trainer.callbacks`` holds: ``prediction``, ``rollout``, ``checkpoint``,
-        ``export``."""
+        ``export``, ``diagnosis``."""
         add_short_help(parser)
         parser.add_lightning_class_args(Prediction, "prediction")
         parser.add_lightning_class_args(RolloutCallback, "rollout", subclass_mode=True, required=False)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(Export, "export")
+        parser.add_lightning_class_args(Diagnosis, "diagnosis")
         parser.set_defaults(
             {
                 "model": {"class_path": "lightning_grpo.GRPOModule"},

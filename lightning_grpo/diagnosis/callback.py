@@ -1,0 +1,127 @@
+"""The callback that diagnoses a run while it trains."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from lightning_grpo.diagnosis.finding import SEVERITIES, Finding, Severity, at_least
+from lightning_grpo.diagnosis.history import History, Row
+from lightning_grpo.diagnosis.live import info_of, options_of, rows_of
+from lightning_grpo.diagnosis.rule import Rule
+from lightning_grpo.diagnosis.ruleset import RuleSet
+from lightning_grpo.diagnosis.text import lines
+from lightning_grpo.errors import RunError, UserError
+from lightning_grpo.module import GRPOModule
+from lightning_grpo.monitor.checkpoint import Checkpoint
+from lightning_grpo.monitor.terminal import run_folder
+from lightning_grpo.record.schema import FINDINGS
+
+log = logging.getLogger(__name__)
+
+
+class Diagnosis(Callback):
+    """Checks the metrics of every optimizer step by rules (docs/diagnosis.md), and reports what is wrong, with evidence
+    and values to set.
+
+    Each problem is reported once, and again if it gets worse or recurs, in the terminal and in findings.jsonl beside
+    the logs.
+
+    Args:
+        enabled: whether to diagnose at all.
+        rules: further rules, by class path. A rule with the name of a built-in one replaces it, so that a built-in rule
+            with other thresholds can be given.
+        ignore: names of rules that are not applied.
+        halt_on: stop the run, after saving a checkpoint, at a finding that is at least this severe: note, warning or
+            critical. By default the run goes on.
+    """
+
+    def __init__(
+        self,
+        *,
+        enabled: bool = True,
+        rules: list[Rule] | None = None,
+        ignore: list[str] | None = None,
+        halt_on: Severity | None = None,
+    ) -> None:
+        if halt_on not in (None, *SEVERITIES):
+            raise UserError(f"diagnosis.halt_on is {halt_on!r}; set one of {', '.join(SEVERITIES)}, or null")
+        self.enabled = enabled
+        self.halt_on = halt_on
+        self.rules = RuleSet(rules or (), ignore or ())
+        self.history = History()
+        self.findings: list[Finding] = []
+        """All findings of this run, on the first rank."""
+        self._folder = Path()
+        self._step = 0
+
+    # ── Following the run ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a history."""
+        module = cast(GRPOModule, pl_module)
+        self._folder, self._step = run_folder(trainer), trainer.global_step
+        options, info = options_of(trainer, module), info_of(trainer, module)
+        self.history = History(options=options, info=info, samples=lambda step: self._rows(trainer, step))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
+        """Remember the completions of the step, which the module may forget after it."""
+        progress, accumulate = cast(GRPOModule, pl_module).progress, trainer.accumulate_grad_batches
+        start = (progress.micro_step - accumulate) * progress.micro_batch_size % len(progress.experience)
+        self._trained = progress.experience, range(start, start + accumulate * progress.micro_batch_size)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Check the rules after an optimizer step."""
+        if not self.enabled or trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        severe = None
+        if trainer.is_global_zero:
+            values = {name: float(x) for name, x in trainer.callback_metrics.items() if not name.startswith("val/")}
+            self.history.append(self._step, values)
+            severe = self._report(self.rules.check(self.history))
+        if self.halt_on is not None:
+            self._halt(trainer, trainer.strategy.broadcast(severe))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add held-out metrics to the history."""
+        if not trainer.sanity_checking:
+            self.history.add_held_out(trainer.global_step, cast(GRPOModule, pl_module).held_out)
+
+    def _rows(self, trainer: Trainer, step: int) -> list[Row]:
+        return rows_of(*self._trained, step, trainer) if step == self._step else []
+
+    # ── Reporting ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _report(self, findings: list[Finding]) -> str | None:
+        """Write findings to the terminal and to the file. Return the message of one that is to stop the run."""
+        self.findings += findings
+        for finding in findings:
+            log.log(logging.INFO if finding.severity == "note" else logging.WARNING, "\n".join(lines(finding)))
+        if findings:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with (self._folder / FINDINGS).open("a", encoding="utf-8") as file:
+                    file.writelines(finding.line() + "\n" for finding in findings)
+            except OSError as error:
+                log.warning("%s can't be written: %s", self._folder / FINDINGS, error.strerror)
+        limit = self.halt_on
+        return next((f.message for f in findings if limit is not None and at_least(f.severity, limit)), None)
+
+    def _halt(self, trainer: Trainer, message: str | None) -> None:
+        """Stop on all ranks if there is a message, after saving a checkpoint.
+
+        Raises:
+            RunError: the reason.
+        """
+        if message is None:
+            return
+        checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)), None)
+        saved = checkpoint and not trainer.fast_dev_run and os.path.relpath(checkpoint.save(trainer))
+        raise RunError(
+            f"stopped after {trainer.global_step} optimizer steps, as diagnosis.halt_on is {self.halt_on}: {message}. "
+            + (f"Checkpoint: {saved}" if saved else "No checkpoint was saved")
+        )
