@@ -8,7 +8,6 @@ from pathlib import Path
 from objectives_table import table
 
 from lightning_grpo.configure.cost import zero_variance_share
-from lightning_grpo.configure.devices import GB, GPUS
 from lightning_grpo.configure.memory_savers import MEMORY_SAVERS
 from lightning_grpo.configure.recommendations import (
     BASELINES,
@@ -20,6 +19,7 @@ from lightning_grpo.configure.recommendations import (
     lora_rank,
 )
 from lightning_grpo.configure.shape import find_model
+from lightning_grpo.devices import GB, GPUS
 
 
 def _number(value: object) -> str:

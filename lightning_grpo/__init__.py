@@ -1,5 +1,6 @@
 """Group Relative Policy Optimization on PyTorch Lightning."""
 
+import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -18,3 +19,6 @@ __getattr__, __dir__ = lazy_names(
 )
 
 sys.meta_path.append(MovedFinder())
+
+# PEFT imports bitsandbytes, which then warns on some processors that a kernel is missing, which is not used here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -44,6 +44,7 @@ from lightning_grpo.objective import (
 from lightning_grpo.policy import (
     LoRA,
     Policy,
+    Pretrained,
     adapters,
     frozen_copy,
     full_precision_buffers,
@@ -78,7 +79,8 @@ class GRPOModule(LightningModule):
     """Train a language model with GRPO.
 
     Args:
-        model: The policy's checkpoint: a local folder or a name on the Hugging Face Hub.
+        model: The policy's checkpoint: a local folder or a name on the Hugging Face Hub, or name, revision,
+            trust_remote_code and kwargs.
         rewards: Reward functions. A completion's reward is the weighted sum of their values.
         objective: Loss function
         advantage: Advantage estimation
@@ -140,7 +142,7 @@ class GRPOModule(LightningModule):
 
     def __init__(
         self,
-        model: str,
+        model: str | Pretrained,
         rewards: list[Reward],
         *,
         objective: ObjectiveConfig = ObjectiveConfig(),
@@ -179,7 +181,7 @@ class GRPOModule(LightningModule):
             in_flight_updates=in_flight_updates,
             objective=objective,
         )
-        self.model_path = model
+        self.pretrained = Pretrained.of(model)
         self.rewards = as_rewards(rewards)
         if objective.max_completion_length is None:
             objective = replace(objective, max_completion_length=max_completion_length)
@@ -540,8 +542,8 @@ class GRPOModule(LightningModule):
         trainer, data = self.trainer, self.trainer.datamodule
         self.optimization.check()
         checks.check_trainer(trainer)
-        config = load_config(self.model_path)
-        require_end_token(self.model_path, self.tokenizer, config, load_generation_config(self.model_path, config))
+        config = load_config(self.pretrained)
+        require_end_token(self.model_path, self.tokenizer, config, load_generation_config(self.pretrained, config))
         require_context(self.model_path, config, self.max_prompt_length, self.max_completion_length)
         if stage == "fit":
             in_flight = self.collector.in_flight_updates
@@ -556,7 +558,7 @@ class GRPOModule(LightningModule):
                 ranks=self.data_ranks,
             )
         prompts = [*(data.train if stage == "fit" else ()), *getattr(data, "validation", ())]
-        check_rows(self.rewards, [prompt.columns for prompt in prompts], [prompt.place for prompt in prompts])
+        check_rows(self.rewards, prompts)
         if stage == "fit":
             self._begin_fit()
 
@@ -594,7 +596,7 @@ class GRPOModule(LightningModule):
 
     def _load_policy(self) -> Policy:
         return load_policy(
-            self.model_path,
+            self.pretrained,
             dtype=self.dtype_name,
             lora=self.lora,
             gradient_checkpointing=self.gradient_checkpointing,
@@ -642,7 +644,7 @@ class GRPOModule(LightningModule):
             "lora": adapters.describe(self.lora, self._trainable),
             "optimizer": self.optimization.described,
             **describe_policy(
-                model=self.model_path,
+                model=self.pretrained,
                 dtype=self.dtype_name,
                 from_scratch=self.from_scratch,
                 seed=self.seed,
@@ -694,16 +696,21 @@ class GRPOModule(LightningModule):
         return self.step_monitor.window
 
     @property
+    def model_path(self) -> str:
+        """Folder of the policy's checkpoint, or its name on the hub."""
+        return self.pretrained.name
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer, loaded once."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.model_path)
+            self._tokenizer = load_tokenizer(self.pretrained)
         return self._tokenizer
 
     @property
     def vocab_size(self) -> int:
         """Number of rows of the checkpoint's embedding."""
-        return load_config(self.model_path).get_text_config().vocab_size
+        return load_config(self.pretrained).get_text_config().vocab_size
 
     @property
     def reward_names(self) -> list[str]:

@@ -12,6 +12,7 @@ MOVED = {
     "adapters": "policy.adapters",
     "attention": "policy.attention",
     "batching": "training.batching",
+    "configure.devices": "devices",
     "configure.evidence": "configure.recommendations",
     "configure.levers": "configure.memory_savers",
     "configure.pins": "configure.overrides",

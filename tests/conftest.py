@@ -45,6 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"no {mark} here"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def stored_prompts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Stores prompts in a temporary folder."""
+    os.environ["LIGHTNING_GRPO_PROMPTS"] = str(tmp_path_factory.mktemp("prompts"))
+
+
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_grpo.policy import Pretrained
 from lightning_grpo.rollout import (
     HFEngine,
     RolloutCallback,
@@ -106,6 +107,7 @@ class Sampler(L.LightningModule):
 
     def __init__(self, path, lr=0.05, fail_at=None):
         super().__init__()
+        self.pretrained = Pretrained(name=path)
         self.model_path, self.lr, self.fail_at = path, lr, fail_at
         self.sampling, self.seed = Sampling(), 0
         self.policy = self.engine = None

@@ -105,8 +105,12 @@ def test_files_with_the_same_rows(read, name, content):
         ("a.csv", 'prompt\n"[{\'role\': \'user\'}]"\n', r"line 2: the prompt is text that contains chat messages"),
         ("a.parquet", b"garbage", r"a\.parquet: the file can't be read as parquet"),
         ("a.parquet", b"", r"a\.parquet: the file can't be read as parquet"),
-        ("a.txt", GOOD, r"a\.txt is not a \.jsonl, \.json, \.csv or \.parquet file"),
-        ("a.jsonl.gz", GOOD, r"a\.jsonl\.gz is not a \.jsonl"),
+        ("a.txt", GOOD, r"a\.txt is not a \.jsonl, \.json, \.csv \(each also with \.gz\), \.parquet or \.arrow file"),
+        ("a.jsonl.gz", GOOD, r"a\.jsonl\.gz, after line 0: the file is not gzip, or damaged"),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 2)[:-12], r"a\.jsonl\.gz, after line \d: the file is not gzip"),
+        ("a.parquet.gz", GOOD, r"a\.parquet\.gz is not a \.jsonl"),
+        ("a.arrow", b"garbage", r"a\.arrow: the file can't be read as Arrow"),
+        ("a.arrow", b"", r"a\.arrow: the file can't be read as Arrow"),
         ("noending", GOOD, r"noending is not a \.jsonl"),
     ],
     ids=lambda value: repr(value)[:30],
@@ -383,12 +387,11 @@ PROMPTS = st.lists(
 def test_rows_encoded_together_have_the_ids_of_each_alone(prompts, chunk, wrapped):
     tokenizer = wrapping() if wrapped else char_tokenizer()
     rows = [(f"row {i}", {"prompt": prompt}) for i, prompt in enumerate(prompts)]
-    options = {"columns": {}, "chat": False, "system_prompt": None, "chat_template": None, "chat_template_args": {}}
-    options |= {"max_prompt_length": None, "overlong": "drop"}
-    alone = [encoding.encode_rows([row], tokenizer, **options)[0].ids for row in rows]
+    encoder = encoding.Encoder(tokenizer=tokenizer)
+    alone = [next(encoder.encode([row]))[0].ids for row in rows]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "CHUNK", chunk)
-        together = encoding.encode_rows(rows, tokenizer, **options)
+        together = [prompt for prompts in encoder.encode(rows) for prompt in prompts]
     assert [prompt.ids for prompt in together] == alone
     assert [prompt.index for prompt in together] == list(range(len(rows)))
 

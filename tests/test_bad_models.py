@@ -224,7 +224,7 @@ CODE = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTo
 def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(broken, load, monkeypatch):
     monkeypatch.setattr("builtins.input", never)
     (broken.path / "own.py").write_text("raise AssertionError('was run')")
-    with pytest.raises(UserError, match="never run"):
+    with pytest.raises(UserError, match="run only if you allow it"):
         load(broken.json("config.json", model_type="unheard_of", auto_map=CODE))
 
 

@@ -268,9 +268,10 @@ def test_a_float16_run_is_offered_float16_adapters():
     assert lora.apply(run(precision="32-true")).dtype == "float32"
 
 
-def test_eight_bit_adam_is_only_offered_if_it_is_installed(monkeypatch):
+def test_eight_bit_adam_is_only_offered_if_it_is_installed():
     saver, gpu = next(saver for saver in MEMORY_SAVERS if saver.name == "8-bit Adam"), find_gpu("h100")
-    assert not saver.available(gpu)
+    assert saver.package == "bitsandbytes"
+    assert not replace(saver, package="no_such_package").available(gpu)
     assert replace(saver, package="torch").available(gpu)
     assert not replace(saver, package="torch").available(replace(gpu, device="cpu"))
 

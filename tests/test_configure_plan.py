@@ -10,10 +10,10 @@ from transformers import LlamaConfig
 
 from lightning_grpo.configure import find_gpu, plan, to_yaml
 from lightning_grpo.configure.command import main, parse_overrides
-from lightning_grpo.configure.devices import GPUS, known_gpu
 from lightning_grpo.configure.memory_savers import USABLE
 from lightning_grpo.configure.overrides import OVERRIDABLE
 from lightning_grpo.configure.recommendations import TASKS
+from lightning_grpo.devices import GPUS, known_gpu
 
 QWEN = {"task": "math_reasoning", "model": "Qwen/Qwen2.5-1.5B-Instruct", "gpu": "h100"}
 
@@ -265,7 +265,8 @@ WRONG = {
 
 
 @mark.parametrize("option", OVERRIDABLE)
-def test_every_wrong_value_is_one_line_with_the_option_in_it(option, capsys):
+def test_every_wrong_value_is_one_line_with_the_option_in_it(option, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_grpo.configure.overrides.find_spec", lambda name: None)  # of bitsandbytes
     for value in WRONG[option]:
         arguments = ["--task", "short_answer", "--model", "SmolLM2-135M-Instruct", "--gpu", "l4"]
         assert main([*arguments, "--set", f"{option}={value}"]) == 2

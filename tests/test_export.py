@@ -30,6 +30,7 @@ from lightning_grpo.export.card import base_licence, model_card
 from lightning_grpo.export.hub import push
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.policy.load import LoRA
+from lightning_grpo.policy.pretrained import Pretrained
 from lightning_grpo.rewards import PrefixMatch
 from lightning_grpo.rollout.server.tcp import free_port
 from lightning_grpo.rollout.vllm.callback import require_sendable
@@ -292,7 +293,7 @@ def test_the_card_names_base_licence_and_steps(run):
         "tags": ["grpo", "reinforcement-learning", "lightning_grpo"],
     }  # fmt: skip
     assert f"`{Path(saved.model).name}`" in text and saved.model not in text and "2 optimizer steps" in text
-    card = model_card(replace(saved, model="Qwen/Qwen2.5-0.5B"), is_adapter=True)
+    card = model_card(replace(saved, base=Pretrained(name="Qwen/Qwen2.5-0.5B")), is_adapter=True)
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "Qwen/Qwen2.5-0.5B"
 
 

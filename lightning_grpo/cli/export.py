@@ -38,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="folder or hub name of the base model (default: the one that the checkpoint records)",
     )
+    add("--revision", metavar="REVISION", help="branch, tag or commit of --model on the hub")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
     add("--overwrite", action="store_true", help="replace a model that OUT holds already")
     add(
         "--push_to_hub",
@@ -52,16 +54,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     arguments = parser().parse_args(argv)
     # after the options are read: torch and transformers take seconds to import
+    from lightning_grpo.errors import UserError
     from lightning_grpo.export.folder import export
     from lightning_grpo.export.hub import hub_token, push
+    from lightning_grpo.policy.pretrained import Pretrained
 
+    model, trust = None, arguments.trust_remote_code
+    if arguments.model is not None:
+        model = Pretrained(name=arguments.model, revision=arguments.revision, trust_remote_code=trust)
+    elif arguments.revision is not None:
+        raise UserError("--revision is set, but not --model, whose revision it would be; set both")
     token = hub_token() if arguments.push_to_hub else None
     exported = export(
         arguments.checkpoint,
         arguments.out,
         merge=arguments.merge or (False if arguments.adapter else None),
         dtype=arguments.dtype,
-        model=arguments.model,
+        model=model,
+        trust_remote_code=trust,
         overwrite=arguments.overwrite,
     )
     print(f"{'adapter' if exported.is_adapter else 'model'}: {exported.folder}\nuse it: {exported.next_command()}")

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from lightning_grpo.configure.cost import MEASURED, Efficiency, micro_batch_work, optimizer_bytes
-from lightning_grpo.configure.devices import Hardware
 from lightning_grpo.configure.measure import Measured, measure_decoding, measure_update
 from lightning_grpo.configure.workload import Workload
+from lightning_grpo.devices import Hardware
 from lightning_grpo.errors import UserError
 
 

@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_grpo.configure import calibration
 from lightning_grpo.configure.activations import Untraceable
 from lightning_grpo.configure.cost import MEASURED, Efficiency, predict_cost
-from lightning_grpo.configure.devices import GiB, Hardware
 from lightning_grpo.configure.hardware import this_machine
 from lightning_grpo.configure.measure import reset_peak, resident, sees_peaks
 from lightning_grpo.configure.memory import predict_memory
@@ -23,6 +22,7 @@ from lightning_grpo.configure.shape import ModelShape
 from lightning_grpo.configure.speed import slow_choices, speed_line
 from lightning_grpo.configure.summary import describe_run, identity_line
 from lightning_grpo.configure.workload import Precision, Workload
+from lightning_grpo.devices import GiB, Hardware
 from lightning_grpo.errors import UserError
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.rollout import HFRollout, RolloutCallback, VLLMProcessRollout, VLLMRollout

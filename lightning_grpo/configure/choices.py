@@ -4,10 +4,10 @@ import importlib.util
 from typing import Literal
 
 from lightning_grpo.configure import recommendations
-from lightning_grpo.configure.devices import GB, Hardware
 from lightning_grpo.configure.prompts import PromptStatistics
 from lightning_grpo.configure.recommendations import BASELINES, FIXED, TASKS, Choice
 from lightning_grpo.configure.shape import ModelShape
+from lightning_grpo.devices import GB, Hardware
 from lightning_grpo.errors import UserError
 from lightning_grpo.processor import GAIN
 

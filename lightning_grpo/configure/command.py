@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from lightning_grpo.configure.devices import GPUS, GiB
 from lightning_grpo.configure.overrides import OVERRIDABLE
 from lightning_grpo.configure.recommendations import TASKS
+from lightning_grpo.devices import GPUS, GiB
 from lightning_grpo.errors import UserError
 
 
@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add = out.add_argument
     add("--task", required=True, metavar="TASK", help=tasks)
     add("--model", required=True, help="folder or hub name; only its config is read")
+    add("--revision", help="branch, tag or commit of the model on the hub (default: the main branch)")
     add(
         "--gpu",
         default=None,
@@ -39,8 +40,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--prompts",
         metavar="SOURCE",
-        help=".jsonl, .json, .csv or .parquet file, or another data set as for data.source, with a column prompt; the "
-        "plan takes its lengths into account, and its pass rates if it has a column pass_rate (default: none)",
+        help=".jsonl, .json, .csv, .parquet or .arrow file, or another data set as for data.source, with a column "
+        "prompt; the plan takes its lengths into account, and its pass rates if it has a column pass_rate (default: "
+        "none)",
     )
     add(
         "--columns",
@@ -142,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plan,
             task=arguments.task,
             model=arguments.model,
+            revision=arguments.revision,
             gpu=arguments.gpu,
             num_gpus=arguments.num_gpus,
             lora=arguments.lora,

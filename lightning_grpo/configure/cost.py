@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_grpo.configure.activations import activations
-from lightning_grpo.configure.devices import Hardware
 from lightning_grpo.configure.workload import Workload
+from lightning_grpo.devices import Hardware
 
 MEASURED = "measured here"
 """Source of efficiencies that were measured on this machine."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from lightning_grpo.configure.devices import GB, GPUS, GiB, Hardware, by_memory, known_gpu
+from lightning_grpo.devices import GB, GPUS, GiB, Hardware, by_memory, known_gpu
 from lightning_grpo.errors import UserError
 from lightning_grpo.processor import parallel_speedup, product_rate
 

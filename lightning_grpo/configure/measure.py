@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo.configure.cost import Efficiency, decode_seconds
-from lightning_grpo.configure.devices import Hardware
 from lightning_grpo.configure.workload import Workload
+from lightning_grpo.devices import Hardware
 from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.policy.attention import attention_for
 from lightning_grpo.policy.load import DTYPES, Policy, enable_gradient_checkpointing, with_adapters

@@ -8,8 +8,8 @@ in fp32, 4 (weights) + 4 (gradients) + 8 (moments) bytes per trained parameter.
 from dataclasses import dataclass
 
 from lightning_grpo.configure.activations import Activations, activations
-from lightning_grpo.configure.devices import GiB, Hardware
 from lightning_grpo.configure.workload import STATE_BYTES, Workload
+from lightning_grpo.devices import GiB, Hardware
 from lightning_grpo.kernels.blocks import budget, width_within
 from lightning_grpo.policy.attention import NAME as ATTENTION
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import combinations
 
-from lightning_grpo.configure.devices import GiB, Hardware
 from lightning_grpo.configure.memory import Memory, predict_memory
 from lightning_grpo.configure.workload import Workload
+from lightning_grpo.devices import GiB, Hardware
 from lightning_grpo.training.batching import divisors
 
 USABLE = 0.92

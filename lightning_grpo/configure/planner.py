@@ -10,7 +10,6 @@ from lightning_grpo.configure import recommendations
 from lightning_grpo.configure.calibration import load as load_calibration
 from lightning_grpo.configure.choices import FORMER_PRESETS, choose
 from lightning_grpo.configure.cost import Efficiency, pass_rate_grid, predict_cost
-from lightning_grpo.configure.devices import GB, Hardware
 from lightning_grpo.configure.hardware import find_gpu, shared
 from lightning_grpo.configure.memory import predict_memory
 from lightning_grpo.configure.memory_savers import MemorySaver, changes_to_fit, fits, flags
@@ -22,6 +21,7 @@ from lightning_grpo.configure.reward import reward_options
 from lightning_grpo.configure.shape import ModelShape, find_model
 from lightning_grpo.configure.summary import REFUSE_ABOVE, refusal
 from lightning_grpo.configure.workload import Workload
+from lightning_grpo.devices import GB, Hardware
 from lightning_grpo.errors import UserError
 from lightning_grpo.policy.checks import require_context
 from lightning_grpo.training.batching import check_batch_arithmetic, divisors
@@ -36,6 +36,7 @@ def plan(
     *,
     task: str,
     model: str,
+    revision: str | None = None,
     gpu: str | float | None = None,
     num_gpus: int = 1,
     lora: bool = False,
@@ -53,6 +54,7 @@ def plan(
     Args:
         task: math_reasoning, code, instruction_following, short_answer or tool_use.
         model: folder or hub name; only its config is read.
+        revision: branch, tag or commit of the model on the hub.
         gpu: name, gigabytes of memory, ``"cpu"``, or None for the device of this machine.
         num_gpus: number of devices, with one rank on each.
         lora: train adapters.
@@ -82,7 +84,7 @@ def plan(
     if reward is not None:
         reward_options(reward)
     hardware = shared(find_gpu(gpu), num_gpus)
-    shape = find_model(model)
+    shape = find_model(model, revision)
     statistics = prompt_statistics(prompts, model, columns) if prompts else None
     lora = lora or overrides.get("lora_rank", 0) > 0
     choices = choose(task, preset, shape, hardware, num_gpus, lora, statistics)
@@ -103,6 +105,7 @@ def plan(
         task=task,
         preset=preset,
         model=model,
+        revision=revision,
         hardware=hardware,
         workload=run,
         choices=_with_changes(choices, run, overrides),

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from lightning_grpo.configure.devices import GB
 from lightning_grpo.configure.result import Plan
+from lightning_grpo.devices import GB
 from lightning_grpo.errors import optional
 
 

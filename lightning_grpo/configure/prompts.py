@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lightning_grpo.data.encoding import encode_rows
+from lightning_grpo.data.encoding import Encoder
 from lightning_grpo.data.rows import Row, as_messages, name_columns
 from lightning_grpo.data.sources import read
 from lightning_grpo.errors import UserError
@@ -57,18 +57,8 @@ def _local_tokenizer(model: str) -> Any:
 
 
 def _counted(rows: list[tuple[str, Row]], tokenizer: Any, columns: Mapping[str, str]) -> list[int]:
-    prompts = encode_rows(
-        rows,
-        tokenizer,
-        columns=dict(columns),
-        chat=False,
-        system_prompt=None,
-        chat_template=None,
-        chat_template_args={},
-        max_prompt_length=None,
-        overlong="drop",
-    )
-    return [len(prompt.ids) for prompt in prompts]
+    encoder = Encoder(tokenizer=tokenizer, columns=dict(columns))
+    return [len(prompt.ids) for prompts in encoder.encode(rows) for prompt in prompts]
 
 
 def _estimated(where: str, row: Row, columns: Mapping[str, str]) -> int:

@@ -6,12 +6,12 @@ from typing import Any
 
 import yaml
 
-from lightning_grpo.configure.devices import GiB
 from lightning_grpo.configure.memory_savers import SHARDED
 from lightning_grpo.configure.recommendations import TASKS, Choice
 from lightning_grpo.configure.result import Plan
 from lightning_grpo.configure.reward import reward_options
 from lightning_grpo.configure.summary import duration, identity_line, memory_line, time_line
+from lightning_grpo.devices import GiB
 
 WIDTH = 108
 
@@ -46,7 +46,7 @@ def config(plan: Plan) -> dict[str, Any]:
     elif w.ranks > 1:
         trainer["strategy"] = "ddp"
     module: dict[str, Any] = {
-        "model": plan.model,
+        "model": plan.model if plan.revision is None else {"name": plan.model, "revision": plan.revision},
         "num_generations": c["num_generations"],
         "max_prompt_length": c["max_prompt_length"],
         "max_completion_length": c["max_completion_length"],

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from lightning_grpo.configure.cost import Cost
-from lightning_grpo.configure.devices import Hardware
 from lightning_grpo.configure.memory import Memory
 from lightning_grpo.configure.prompts import PromptStatistics
 from lightning_grpo.configure.recommendations import Choice
 from lightning_grpo.configure.workload import Workload
+from lightning_grpo.devices import Hardware
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,7 @@ class Plan:
     task: str
     preset: str
     model: str
+    revision: str | None
     hardware: Hardware
     workload: Workload
     choices: dict[str, Choice]

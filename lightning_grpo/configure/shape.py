@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.policy.files import loading_options, unreadable
+from lightning_grpo.policy.files import unreadable
+from lightning_grpo.policy.pretrained import Pretrained
 
 # hidden, layers, MLP, query heads, key-value heads, head width, vocabulary, tied head
 _KNOWN = {
@@ -202,16 +203,17 @@ def _experts_share(config: PreTrainedConfig) -> float:
 
 
 @cache
-def find_model(model: str) -> ModelShape:
-    """Return the shape of a model, given by folder, well-known name, or hub name.
+def find_model(model: str, revision: str | None = None) -> ModelShape:
+    """Return the shape of a model, given by folder, well-known name, or hub name and revision.
 
     Raises:
         UserError: there is no such folder, and the hub has no such model or can't be reached.
     """
-    if config := None if Path(model).exists() else known_config(model):
+    if config := None if revision or Path(model).exists() else known_config(model):
         return ModelShape.from_config(config, model)
     try:
-        return ModelShape.from_config(AutoConfig.from_pretrained(model, **loading_options(model)), model)
+        options = Pretrained(name=model, revision=revision).options()
+        return ModelShape.from_config(AutoConfig.from_pretrained(model, **options), model)
     except (OSError, ValueError, KeyError) as error:
         reason = error if isinstance(error, UserError) else unreadable("config.json", model, error)
         raise UserError(

@@ -3,7 +3,7 @@
 import torch
 from lightning import LightningModule, Trainer
 
-from lightning_grpo.configure.devices import Hardware
+from lightning_grpo.devices import Hardware
 from lightning_grpo.processor import GAIN, fast_dtype, slowdown
 from lightning_grpo.rollout import HFRollout, RolloutCallback, VLLMRollout
 from lightning_grpo.rollout.callback import compute_dtype

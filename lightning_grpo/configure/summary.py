@@ -5,7 +5,6 @@ from collections.abc import Collection
 from importlib.util import find_spec
 
 from lightning_grpo.configure.cost import Cost, Efficiency, predict_cost
-from lightning_grpo.configure.devices import GiB, Hardware
 from lightning_grpo.configure.hardware import this_machine
 from lightning_grpo.configure.memory import Memory, predict_memory
 from lightning_grpo.configure.memory_savers import (
@@ -18,6 +17,7 @@ from lightning_grpo.configure.memory_savers import (
     usable,
 )
 from lightning_grpo.configure.workload import Workload
+from lightning_grpo.devices import GiB, Hardware
 from lightning_grpo.errors import UserError
 
 REFUSE_ABOVE = 1.15

@@ -1,21 +1,25 @@
 """Rows to prompts: rename columns, apply the chat template to messages, and encode the text once."""
 
-import logging
+import multiprocessing
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
-
-from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_grpo.data.prompts import Prompt
 from lightning_grpo.data.rows import Message, Row, as_messages, as_template_args, as_tools, name_columns
 from lightning_grpo.data.template import ChatTemplate
 from lightning_grpo.errors import UserError
-
-warn = rank_zero_only(logging.getLogger(__name__).warning)
+from lightning_grpo.processor import cores
 
 CHUNK = 1000
 """Rows to encode per call; a fast tokenizer distributes them over the CPU cores."""
+PARALLEL_FROM = 20_000
+"""Number of rows above which several processes encode them."""
 
 
 class Rendered(NamedTuple):
@@ -29,89 +33,183 @@ class Rendered(NamedTuple):
     columns: dict[str, Any]
 
 
-def encode_rows(
-    rows: Sequence[tuple[str, Row]],
-    tokenizer: Any,
-    *,
-    columns: dict[str, str],
-    chat: bool,
-    system_prompt: str | None,
-    chat_template: str | None,
-    chat_template_args: dict[str, Any],
-    max_prompt_length: int | None,
-    overlong: Literal["drop", "error"],
-    vocab_size: int | None = None,
-) -> list[Prompt]:
-    """Return the encoded prompts of rows; drop those that are too long, or raise an error, depending on ``overlong``.
+@dataclass
+class Remarks:
+    """What is probably a mistake in a data set, but not an error: counts, and the first example of each."""
+
+    answered: int = 0
+    first_answered: tuple[str, str] = ("", "")
+    """The location of the first prompt that ends with an assistant message, and the end of that message."""
+    toolless: str = ""
+    """The location of the first plain text with tools."""
+    template: dict[str, str] = field(default_factory=dict)
+    """What the chat template omits: subject → message."""
+
+    def add(self, later: "Remarks") -> None:
+        """Add the remarks on later rows."""
+        self.first_answered = self.first_answered if self.answered else later.first_answered
+        self.answered += later.answered
+        self.toolless = self.toolless or later.toolless
+        self.template = later.template | self.template
+
+    def sentences(self) -> list[str]:
+        """A sentence about each."""
+        sentences = list(self.template.values())
+        if self.answered:
+            where, end = self.first_answered
+            sentences.append(
+                f"{self.answered} prompts end with an assistant message, which the completion will continue ({where}: "
+                f"{end!r}). If it is the answer, as in data for supervised fine-tuning, move it from the prompt to a "
+                "column for the rewards"
+            )
+        if self.toolless:
+            sentences.append(
+                f"{self.toolless}: the prompt is plain text, so its tools and chat_template_kwargs are ignored; set "
+                "data.chat to true to turn the text into a user message"
+            )
+        return sentences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Encodes rows; it can be sent to another process. The arguments are those of `PromptDataModule`.
 
     Text is used unchanged, after the beginning-of-sequence token that the tokenizer adds. Messages are rendered by the
     chat template, with the row's ``tools`` and ``chat_template_kwargs``.
 
     Args:
-        rows: each with its location, for messages ("train.jsonl, line 7").
         vocab_size: number of rows of the model's embedding. A prompt with a token id beyond it raises an error.
     """
-    template = ChatTemplate(tokenizer, chat_template, chat_template_args)
-    rendered = render_rows(rows, template, columns=columns, chat=chat, system_prompt=system_prompt)
-    prompts: list[Prompt] = []
-    while chunk := list(islice(rendered, CHUNK)):
-        for row, ids in zip(chunk, encode(chunk, tokenizer), strict=True):
-            _check_tokens(row, ids, tokenizer, vocab_size)
-            if max_prompt_length is None or len(ids) <= max_prompt_length:
+
+    tokenizer: Any
+    columns: dict[str, str] = field(default_factory=dict)
+    chat: bool = False
+    system_prompt: str | None = None
+    chat_template: str | None = None
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    max_prompt_length: int | None = None
+    overlong: Literal["drop", "error"] = "drop"
+    vocab_size: int | None = None
+
+    def encode(
+        self, rows: Iterable[tuple[str, Row]], remarks: Remarks | None = None, *, first: int = 0
+    ) -> Iterator[list[Prompt]]:
+        """Yield the prompts of each `CHUNK` rows, without those that are too long if ``overlong`` is drop.
+
+        Rows are encoded by as many processes as there are cores if there are more than `PARALLEL_FROM`.
+
+        Args:
+            rows: each with its location, for messages ("train.jsonl, line 7").
+            remarks: to which remarks on the rows are added.
+            first: index of the first row.
+
+        Raises:
+            UserError: a row is invalid, or its columns are not those of the first row.
+        """
+        chunks = self._chunks(rows, first)
+        start = list(islice(chunks, PARALLEL_FROM // CHUNK))
+        rest = next(chunks, None)
+        encoded: Iterator[tuple[list[Prompt], Remarks]] = map(self.encode_chunk, start)
+        if rest is not None:
+            encoded = self._encode_in_parallel(chain(start, [rest], chunks))
+        for prompts, found in encoded:
+            if remarks is not None:
+                remarks.add(found)
+            yield prompts
+
+    def _encode_in_parallel(self, chunks: Iterator["Chunk"]) -> Iterator[tuple[list[Prompt], Remarks]]:
+        # forked, as a new interpreter would import the user's script again
+        fork, processes = multiprocessing.get_context("fork"), cores()
+        with _serial_tokenizers(), ProcessPoolExecutor(processes, fork, _set_encoder, (self,)) as pool:
+            waiting = deque(pool.submit(_encode_chunk, chunk) for chunk in islice(chunks, 4 * processes))
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(_encode_chunk, chunk) for chunk in islice(chunks, 1))
+
+    def _chunks(self, rows: Iterable[tuple[str, Row]], first: int) -> Iterator["Chunk"]:
+        iterator, names = iter(rows), None
+        while chunk := list(islice(iterator, CHUNK)):
+            names = names or set(name_columns(*chunk[0], self.columns))
+            yield Chunk(first, chunk, names)
+            first += len(chunk)
+
+    def encode_chunk(self, chunk: "Chunk") -> tuple[list[Prompt], Remarks]:
+        """The prompts of a chunk, and remarks on its rows."""
+        remarks = Remarks()
+        rendered = list(self._rendered(chunk, remarks))
+        prompts: list[Prompt] = []
+        for row, ids in zip(rendered, encode(rendered, self.tokenizer), strict=True):
+            _check_tokens(row, ids, self.tokenizer, self.vocab_size)
+            if self.max_prompt_length is None or len(ids) <= self.max_prompt_length:
                 prompt = Prompt(index=row.index, place=row.where, ids=ids, messages=row.messages, columns=row.columns)
                 prompts.append(prompt)
-            elif overlong == "error":
+            elif self.overlong == "error":
                 raise UserError(
-                    f"{row.where}: the prompt has {len(ids)} tokens, above max_prompt_length = {max_prompt_length}; "
-                    "raise max_prompt_length, or set data.overlong to drop"
+                    f"{row.where}: the prompt has {len(ids)} tokens, above max_prompt_length = "
+                    f"{self.max_prompt_length}; raise max_prompt_length, or set data.overlong to drop"
                 )
-    return prompts
+        return prompts, remarks
+
+    def _rendered(self, chunk: "Chunk", remarks: Remarks) -> Iterator[Rendered]:
+        template = ChatTemplate(self.tokenizer, self.chat_template, self.chat_template_args)
+        for index, (where, row) in enumerate(chunk.rows, chunk.first):
+            named = name_columns(where, row, self.columns)
+            if set(named) != chunk.names:
+                odd = ", ".join(sorted(chunk.names.symmetric_difference(named)))
+                raise UserError(
+                    f"{where}: the row differs from the first row in the columns {odd}; give every row the same "
+                    "columns (null if it has no value)"
+                )
+            messages = as_messages(where, named.pop("prompt"), chat=self.chat, system_prompt=self.system_prompt)
+            if isinstance(messages, str):
+                if named.get("tools") or named.get("chat_template_kwargs"):
+                    remarks.toolless = remarks.toolless or where
+                text, special = _plain(messages, self.tokenizer.bos_token)
+            else:
+                tools = as_tools(where, named.get("tools"))
+                args = as_template_args(where, named.get("chat_template_kwargs"))
+                text, special = template.render(where, messages, tools=tools, args=args), False
+                if messages[-1]["role"] == "assistant":
+                    remarks.add(Remarks(answered=1, first_answered=(where, messages[-1]["content"][-60:])))
+            yield Rendered(index, where, messages, text, special, named)
+        remarks.template = template.omissions
 
 
-def render_rows(
-    rows: Iterable[tuple[str, Row]],
-    template: ChatTemplate,
-    *,
-    columns: dict[str, str],
-    chat: bool,
-    system_prompt: str | None,
-) -> Iterator[Rendered]:
-    """Yield each row with its prompt as text; log a warning about rows that are probably mistakes."""
-    names: set[str] | None = None
-    answered: list[tuple[str, list[Message]]] = []
-    toolless = ""
-    for index, (where, row) in enumerate(rows):
-        named = name_columns(where, row, columns)
-        names = names or set(named)
-        if set(named) != names:
-            odd = ", ".join(sorted(names.symmetric_difference(named)))
-            raise UserError(
-                f"{where}: the row differs from the first row in the columns {odd}; give every row the same columns "
-                "(null if it has no value)"
-            )
-        messages = as_messages(where, named.pop("prompt"), chat=chat, system_prompt=system_prompt)
-        if isinstance(messages, str):
-            toolless = toolless or (where if named.get("tools") or named.get("chat_template_kwargs") else "")
-            text, special = _plain(messages, template.tokenizer.bos_token)
+@contextmanager
+def _serial_tokenizers() -> Iterator[None]:
+    """Let tokenizers of processes that are forked use one thread, without a warning about the fork."""
+    before = os.environ.get(PARALLELISM)
+    os.environ[PARALLELISM] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PARALLELISM]
         else:
-            tools = as_tools(where, named.get("tools"))
-            args = as_template_args(where, named.get("chat_template_kwargs"))
-            text, special = template.render(where, messages, tools=tools, args=args), False
-            if messages[-1]["role"] == "assistant":
-                answered.append((where, messages))
-        yield Rendered(index, where, messages, text, special, named)
-    if answered:
-        where, messages = answered[0]
-        warn(
-            f"{len(answered)} prompts end with an assistant message, which the completion will continue ({where}: "
-            f"{messages[-1]['content'][-60:]!r}). If it is the answer, as in data for supervised fine-tuning, move it "
-            "from the prompt to a column for the rewards"
-        )
-    if toolless:
-        warn(
-            f"{toolless}: the prompt is plain text, so its tools and chat_template_kwargs are ignored; set data.chat "
-            "to true to turn the text into a user message"
-        )
+            os.environ[PARALLELISM] = before
+
+
+PARALLELISM = "TOKENIZERS_PARALLELISM"
+_encoder: Encoder
+"""The encoder of a process that `Encoder.encode` started."""
+
+
+def _set_encoder(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+
+
+def _encode_chunk(chunk: "Chunk") -> tuple[list[Prompt], Remarks]:
+    return _encoder.encode_chunk(chunk)
+
+
+class Chunk(NamedTuple):
+    """Consecutive rows of a data set."""
+
+    first: int
+    rows: list[tuple[str, Row]]
+    names: set[str]
+    """Columns of the data set's first row, after renaming."""
 
 
 def _plain(text: str, bos_token: str | None) -> tuple[str, bool]:

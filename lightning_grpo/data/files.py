@@ -1,12 +1,15 @@
 """Readers of data files, which yield each row with its location ("train.jsonl, line 7"), from UTF-8 text."""
 
 import csv
+import gzip
 import json
 import re
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning_grpo.data.rows import Row
 from lightning_grpo.errors import UserError
@@ -16,12 +19,22 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number, line) of a text file.
+    """Yield (line number, line) of a text file, which may be compressed by gzip if its name ends in .gz.
 
     Raises:
-        UserError: the file is not UTF-8; the message names the line.
+        UserError: the file is not UTF-8, or not what its name says; the message names the line.
     """
-    with path.open("rb") as file:
+    number = 0
+    try:
+        for number, line in _lines(path):
+            yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}, after line {number}: the file is not gzip, or damaged: {error}") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    open_file: Callable[..., Any] = gzip.open if path.suffix.lower() == ".gz" else open
+    with open_file(path, "rb") as file:
         start = file.read(4096)
     zeros = [start[half::2].count(0) > len(start) // 4 for half in (0, 1)]
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or zeros[0] != zeros[1]:
@@ -30,7 +43,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(
             f"{path}: the file is binary or compressed, not text; decompress it, or use the right file extension"
         )
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open_file(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         for number, line in enumerate(file, 1):
             if not line.isascii() and (escaped := re.search("[\udc80-\udcff]", line)):
                 raise UserError(
@@ -106,21 +119,48 @@ def _require_distinct(where: str, names: list[str]) -> None:
 
 def parquet(path: Path) -> Iterator[tuple[str, Row]]:
     """Read the rows of a parquet file, numbered from 0."""
-    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
+    with _arrow_errors(path, "parquet"), ParquetFile(path) as file:
+        _require_distinct(str(path), file.schema_arrow.names)
+        yield from _batches(path, file.iter_batches())
+
+
+def arrow(path: Path) -> Iterator[tuple[str, Row]]:
+    """Read the rows of an Arrow file or stream, such as those in the folders of ``datasets``, numbered from 0."""
+    import pyarrow
+
+    with _arrow_errors(path, "Arrow"), pyarrow.memory_map(str(path)) as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        if is_file:
+            reader = pyarrow.ipc.open_file(file)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            batches = reader = pyarrow.ipc.open_stream(file)
+        _require_distinct(str(path), reader.schema.names)
+        yield from _batches(path, batches)
+
+
+def _batches(path: Path, batches: Iterable[Any]) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
-        with ParquetFile(path) as file:
-            _require_distinct(str(path), file.schema_arrow.names)
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    yield f"{path}, row {number}", row
-                    number += 1
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: the file can't be read as parquet: {' '.join(str(error).split())}") from error
+        for batch in batches:
+            for row in batch.to_pylist():
+                yield f"{path}, row {number}", row
+                number += 1
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, near row {number}: a text is not UTF-8: {error}") from error
+
+
+@contextmanager
+def _arrow_errors(path: Path, kind: str) -> Iterator[None]:
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: the file can't be read as {kind}: {' '.join(str(error).split())}") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
@@ -128,9 +168,21 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
     ".json": json_file,
     ".csv": csv_file,
     ".parquet": parquet,
+    ".arrow": arrow,
 }
-OTHER_SUFFIXES = (".ndjson", ".txt", ".tsv", ".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".arrow", ".xlsx", ".yaml")
+COMPRESSED = (".jsonl", ".json", ".csv")
+"""Extensions that may be followed by .gz."""
+OTHER_SUFFIXES = (".ndjson", ".txt", ".tsv", ".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".xlsx", ".yaml")
 """Extensions of data files without a reader; a source with one is a file, not a name on the hub."""
+
+
+def reader(path: Path) -> Callable[[Path], Iterator[tuple[str, Row]]] | None:
+    """The reader of a file, by its extension; None if there is none."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        suffix = path.with_suffix("").suffix.lower()
+        return READERS[suffix] if suffix in COMPRESSED else None
+    return READERS.get(suffix)
 
 
 def is_file_name(source: str) -> bool:
@@ -161,7 +213,7 @@ def find_files(option: str, source: str) -> list[Path]:
         what = "no file matches it" if glob_special(source) else "there is no such file"
         raise UserError(f"{option} is {source!r}, but {what}; set a {_KINDS} file, or a pattern of such files")
     for file in files:
-        if file.suffix.lower() not in READERS:
+        if reader(file) is None:
             raise UserError(
                 f"{option} is {source!r}, but {file.name} is not a {_KINDS} file; convert it to one of these"
             )
@@ -172,9 +224,9 @@ def read_files(option: str, source: str) -> Iterator[tuple[str, Row]]:
     """Yield the rows of all files that `find_files` returns, one file after the other."""
     for path in find_files(option, source):
         try:
-            yield from READERS[path.suffix.lower()](path)
+            yield from cast(Any, reader(path))(path)  # `find_files` requires one
         except OSError as error:
             raise UserError(f"{option} is {source!r}, but {path} can't be read: {error}") from error
 
 
-_KINDS = ".jsonl, .json, .csv or .parquet"
+_KINDS = ".jsonl, .json, .csv (each also with .gz), .parquet or .arrow"

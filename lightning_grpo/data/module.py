@@ -5,25 +5,21 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import lightning
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from lightning_grpo.data.encoding import encode_rows
-from lightning_grpo.data.prompts import Prompt, PromptBatch, fingerprint
-from lightning_grpo.data.sampling import PassSampler, Sampler
-from lightning_grpo.data.sources import read
+from lightning_grpo.data.dataset import DataSetReader, Source, check_sources
+from lightning_grpo.data.encoding import Encoder
+from lightning_grpo.data.prompts import Prompt, PromptBatch
+from lightning_grpo.data.sampling import MixtureSampler, PassSampler, Sampler
 from lightning_grpo.data.stream import Stream
 from lightning_grpo.errors import UserError
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.seed import seed_of_run
 
 warn = rank_zero_only(logging.getLogger(__name__).warning)
-
-# Procedural sources seed row i with seed + i. The offset keeps held-out rows distinct from training rows.
-VALIDATION_SEED = 1_000_000_000
 
 
 class Loader:
@@ -66,15 +62,16 @@ class PromptDataModule(lightning.LightningDataModule):
     A rollout that was interrupted before its first optimizer step is drawn again, with the same result.
 
     Args:
-        source: A .jsonl, .json, .csv or .parquet file, a pattern of such files (``data/train-*.parquet``), a folder
-            written by datasets.save_to_disk, a hub name (owner/name), ``reasoning_gym:TASK`` (procedural, offline),
-            ``arithmetic`` or ``letters`` (procedural, built in).
+        source: A .jsonl, .json, .csv (also .jsonl.gz, …), .parquet or .arrow file, a pattern of such files
+            (``data/train-*.parquet``), a folder written by datasets.save_to_disk, a hub name (owner/name),
+            ``reasoning_gym:TASK`` (procedural, offline), ``arithmetic`` or ``letters`` (procedural, built in). Several
+            sources are given by name, each with options of its own (`Source`); the names appear in metrics.
         source_args: Further arguments of the source: the configuration of a reasoning-gym task; ``low``, ``high``,
             ``operator``, ``template`` of arithmetic; ``alphabet``, ``repeats`` of letters; ``split`` of a folder;
             ``split``, ``name``, ``revision``, … of a hub data set.
         size: Number of rows to generate (procedural sources) or to read from the start. Unset: all.
-        validation_source: Source of the held-out prompts, in the same form as ``source``. Unset: held-out prompts are
-            taken from ``source``.
+        validation_source: Source of the held-out prompts, in the same form as ``source``; several have metrics by
+            name. Unset: held-out prompts are taken from ``source``.
         validation_args: Further arguments of ``validation_source``.
         validation_size: Number of held-out prompts; from ``source`` they are drawn at random. 0: all rows of
             ``validation_source``, or no held-out prompts if that is unset. Training rows with the same prompt as a
@@ -91,6 +88,8 @@ class PromptDataModule(lightning.LightningDataModule):
         shuffle: Draw a new order from (seed, pass) for every pass over the data. Ignored if ``sampler`` is set.
         sampler: Selects the next prompts, for example ``DifficultySampler``. Unset: each prompt once per pass.
         validation_batch_size: Held-out prompts per rank to generate for at once.
+        cache: Store the encoded prompts of a large data set in the user's cache folder (or LIGHTNING_GRPO_PROMPTS).
+            Later runs with the same data, options and tokenizer read them from there.
         seed: Seed of procedural sources, of the choice of held-out prompts, and of the order. Unset: that of
             --seed_everything (`lightning.seed_everything`), or 0.
         tokenizer: A Hugging Face tokenizer. Unset: the module's ``tokenizer`` attribute, which is read in ``setup``.
@@ -98,11 +97,11 @@ class PromptDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        source: str,
+        source: str | dict[str, Source],
         *,
         source_args: dict[str, Any] | None = None,
         size: int | None = None,
-        validation_source: str | None = None,
+        validation_source: str | dict[str, Source] | None = None,
         validation_args: dict[str, Any] | None = None,
         validation_size: int = 0,
         columns: dict[str, str] | None = None,
@@ -116,6 +115,7 @@ class PromptDataModule(lightning.LightningDataModule):
         shuffle: bool = True,
         sampler: Sampler | None = None,
         validation_batch_size: int = 64,
+        cache: bool = True,
         seed: int | None = None,
         tokenizer: Any = None,
     ) -> None:
@@ -129,6 +129,19 @@ class PromptDataModule(lightning.LightningDataModule):
             raise UserError(
                 "data.validation_args is set, but data.validation_source is not; set it too, or remove validation_args"
             )
+        if isinstance(source, str):
+            self.sources = {"": Source(source=source, source_args=source_args or {}, size=size)}
+        else:
+            if source_args or size is not None:
+                raise UserError("data.source_args and data.size belong to a single source; set them in each source")
+            self.sources = check_sources(source, "data.source")
+            if sampler is not None and next(iter(self.sources.values())).weight is not None:
+                raise UserError("data.sampler and the weights of data.source exclude each other; remove one of them")
+        self.validation_sources: dict[str, Source] = {}
+        if isinstance(validation_source, str):
+            self.validation_sources = {"": Source(source=validation_source, source_args=validation_args or {})}
+        elif validation_source is not None:
+            self.validation_sources = check_sources(validation_source, "data.validation_source")
         self.source = source
         self.source_args = source_args or {}
         self.size = size
@@ -143,13 +156,15 @@ class PromptDataModule(lightning.LightningDataModule):
         self.prompts_per_rollout = prompts_per_rollout
         self.max_prompt_length = max_prompt_length
         self.overlong = overlong
+        self.shuffle = shuffle
+        self.cache = cache
         self.sampler = sampler or PassSampler(shuffle=shuffle)
         self.validation_batch_size = validation_batch_size
         self.seed = seed_of_run(seed)
         self.tokenizer = tokenizer
-        self.train: list[Prompt] = []
-        self.validation: list[Prompt] = []
-        self.sources: set[str] = set()
+        self.train: Sequence[Prompt] = []
+        self.validation: Sequence[Prompt] = []
+        self.source_names: set[str] = set()
         self._tokenizer: Any = None
         self._stream: Stream | None = None
 
@@ -167,75 +182,59 @@ class PromptDataModule(lightning.LightningDataModule):
             return
         if not self.train:
             raise UserError(
-                f"every prompt of data.source = {self.source!r} is also a held-out prompt, so none is left for "
+                f"every prompt of data.source = {self._source_names!r} is also a held-out prompt, so none is left for "
                 "training; set another data.validation_source"
             )
         if len(self.train) < self.prompts_per_rollout:
             raise UserError(
-                f"data.prompts_per_rollout is {self.prompts_per_rollout}, but {self.source!r} has {len(self.train)} "
-                f"training prompts; set prompts_per_rollout to {len(self.train)} or less, or add prompts"
+                f"data.prompts_per_rollout is {self.prompts_per_rollout}, but {self._source_names!r} has "
+                f"{len(self.train)} training prompts; set prompts_per_rollout to {len(self.train)} or less, or add "
+                "prompts"
             )
         if self.trainer is None or self.trainer.global_step == 0 or self._stream is None:
             self._stream = Stream(len(self.train), seed=self.seed, sampler=self.sampler)
 
     def _read(self) -> None:
-        rows = self._prompts(self.source, self.source_args, self.size, seed=self.seed, option="data.source")
-        if self.validation_source is None:
-            rows, self.validation = self._hold_out(rows)
-        else:
-            seed = self.seed + VALIDATION_SEED
-            size = self.validation_size or None
-            self.validation = self._prompts(
-                self.validation_source, self.validation_args, size, seed=seed, option="data.validation_source"
-            )
-        held_out = {tuple(prompt.ids) for prompt in self.validation}
-        self.train = [prompt for prompt in rows if tuple(prompt.ids) not in held_out]
-        if len(self.train) < len(rows):
-            warn(f"dropped {len(rows) - len(self.train)} training prompts that are also held-out prompts")
-        rank_zero_info(f"{len(self.train)} training and {len(self.validation)} held-out prompts from {self.source}")
-        self.sources = {prompt.source for prompt in self.train}
-        self._row_of_index = {prompt.index: row for row, prompt in enumerate(self.train)}
-        self._fingerprint = fingerprint(self.train)
-
-    def _prompts(self, source: str, args: dict[str, Any], size: int | None, *, seed: int, option: str) -> list[Prompt]:
         module = self.trainer and self.trainer.lightning_module
         max_length = self.max_prompt_length
         if max_length is None:
             max_length = getattr(module, "max_prompt_length", None)
-        rows = read(source, args=args, size=size, seed=seed, option=option)
-        prompts = encode_rows(
-            rows,
-            self._tokenizer,
-            columns=self.columns,
-            chat=self.chat,
-            system_prompt=self.system_prompt,
-            chat_template=self.chat_template,
-            chat_template_args=self.chat_template_args,
-            max_prompt_length=max_length,
-            overlong=self.overlong,
-            vocab_size=getattr(module, "vocab_size", None),
+        dataset = DataSetReader(
+            sources=self.sources,
+            validation=self.validation_sources,
+            validation_size=self.validation_size,
+            encoder=Encoder(
+                tokenizer=self._tokenizer,
+                columns=self.columns,
+                chat=self.chat,
+                system_prompt=self.system_prompt,
+                chat_template=self.chat_template,
+                chat_template_args=self.chat_template_args,
+                max_prompt_length=max_length,
+                overlong=self.overlong,
+                vocab_size=getattr(module, "vocab_size", None),
+            ),
+            seed=self.seed,
+            cache=self.cache,
+        ).read()
+        for remark in dataset.remarks:
+            warn(remark)
+        self.train, self.validation = dataset.train, dataset.validation
+        self.source_names = {prompt.source for prompt in self.train}
+        self._fingerprint = dataset.fingerprint
+        self._row_of_index: dict[int, int] | None = None
+        weights = [source.weight for source in self.sources.values()]
+        if None not in weights:
+            self.sampler = MixtureSampler(
+                sizes=tuple(dataset.sizes), weights=tuple(map(float, weights)), shuffle=self.shuffle
+            )
+        rank_zero_info(
+            f"{len(self.train)} training and {len(self.validation)} held-out prompts from {self._source_names}"
         )
-        if len(prompts) < len(rows):
-            if not prompts:
-                raise UserError(
-                    f"all {len(rows)} prompts of {source} have more than max_prompt_length = {max_length} tokens; "
-                    "raise it, or use shorter prompts"
-                )
-            warn(
-                f"dropped {len(rows) - len(prompts)} of {len(rows)} prompts of {source}, which have more than "
-                f"max_prompt_length = {max_length} tokens"
-            )
-        return prompts
 
-    def _hold_out(self, rows: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-        if self.validation_size >= len(rows):
-            raise UserError(
-                f"data.validation_size is {self.validation_size}, but {self.source!r} has {len(rows)} prompts; set it "
-                f"below {len(rows)}, or set data.validation_source"
-            )
-        order = np.random.default_rng((self.seed, len(rows))).permutation(len(rows))
-        held_out = set(order[: self.validation_size].tolist())
-        return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
+    @property
+    def _source_names(self) -> str:
+        return ", ".join(source.source for source in self.sources.values())
 
     # ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -292,6 +291,8 @@ class PromptDataModule(lightning.LightningDataModule):
         if type(self.sampler).update is Sampler.update:
             return
         means = torch.as_tensor(mean_rewards, dtype=torch.float32, device="cpu").tolist()
+        if self._row_of_index is None:
+            self._row_of_index = {prompt.index: row for row, prompt in enumerate(self.train)}
         rewards = {self._row_of_index[i]: mean for i, mean in zip(prompt_indices, means, strict=True) if mean == mean}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             gathered: list[dict[int, float]] = [{}] * torch.distributed.get_world_size()
@@ -362,8 +363,13 @@ class PromptDataModule(lightning.LightningDataModule):
         if state_dict["fingerprint"] != self._fingerprint:
             raise UserError(
                 f"the checkpoint was saved with {state_dict['prompts']} training prompts, but the {len(self.train)} "
-                f"prompts of data.source = {self.source!r} or their columns are not the same; restore the file, the "
-                "data options and the tokenizer, or start a new run"
+                f"prompts of data.source = {self._source_names!r} or their columns are not the same; restore the file, "
+                "the data options and the tokenizer, or start a new run"
+            )
+        if isinstance(state_dict["cursor"], int) == isinstance(self.sampler, MixtureSampler):
+            raise UserError(
+                "the sources of the checkpoint's run had no weights, or have none now, so their order can't be "
+                "continued; restore data.source, or start a new run"
             )
         self._stream.load_state_dict(state_dict)
 

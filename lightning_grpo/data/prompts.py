@@ -26,6 +26,8 @@ class Prompt:
     """The prompt as text or chat messages, as passed to reward functions under ``prompts``."""
     columns: dict[str, Any]
     """All other columns, for reward functions."""
+    rewards: list[str] | None = None
+    """Names of the rewards that apply to the prompt. None: all rewards."""
 
     @property
     def source(self) -> str:

@@ -11,6 +11,8 @@ Message = dict[str, Any]
 Row = dict[str, Any]
 # Arguments of reward functions besides the columns.
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state")
+IMAGES = ("images", "image")
+"""Columns in which TRL's and verl's data sets have images that belong to the prompt."""
 _RENAME = "if it is meant for the rewards, set data.columns.NEW_NAME to {}"
 MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
@@ -46,6 +48,11 @@ def name_columns(where: str, row: dict[str, Any], columns: dict[str, str]) -> di
         named["answer"] = reward_model["ground_truth"]
     if "prompt" not in named:
         raise UserError(f"{where}: the row has no column 'prompt'; set data.columns.prompt to one of {', '.join(row)}")
+    if images := [name for name in IMAGES if named.get(name)]:
+        raise UserError(
+            f"{where}: the row has images in its column {images[0]!r}, and only text can be trained on; remove the "
+            "column"
+        )
     if clash := [name for name in RESERVED if name in named]:
         raise UserError(
             f"{where}: the column {clash[0]!r} has the name of an argument of every reward function; "

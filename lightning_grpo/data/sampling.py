@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Set
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class Sampler(ABC):
         return rate
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def _order(size: int, seed: int, number: int) -> list[int]:
     return np.random.default_rng((seed, number)).permutation(size).tolist()
 
@@ -106,3 +107,41 @@ class DifficultySampler(Sampler):
     def update(self, rate: float, reward: float) -> float:
         solved = min(max((reward - self.low) / (self.high - self.low), 0.0), 1.0)
         return solved if rate != rate else rate + self.smoothing * (solved - rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSampler(Sampler):
+    """Serves the prompts of several sources in the ratio of their weights, each source in passes of its own.
+
+    The next prompt comes from the source that has been served least in proportion to its weight. Rows are ordered by
+    source. The cursor has, for each source, the prompts that were served and the cursor of its `PassSampler`.
+    """
+
+    sizes: tuple[int, ...]
+    """Number of rows of each source."""
+    weights: tuple[float, ...]
+    """Weight of each source, above 0."""
+    shuffle: bool = True
+    """As in `PassSampler`."""
+
+    def draw(
+        self, count: int, *, size: int, seed: int, cursor: Any, rates: Tensor, taken: Set[int]
+    ) -> tuple[list[int], Any]:
+        served, cursors = map(list, cursor or ([0] * len(self.sizes),) * 2)
+        starts = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
+        own = [
+            {row - start for row in taken if start <= row < start + n}
+            for start, n in zip(starts, self.sizes, strict=True)
+        ]
+        drawn: list[int] = []
+        for _ in range(min(count, size - len(taken))):
+            open_sources = [k for k, n in enumerate(self.sizes) if len(own[k]) < n]
+            k = min(open_sources, key=lambda k: ((served[k] + 1) / self.weights[k], k))
+            passes = PassSampler(shuffle=self.shuffle)
+            (row,), cursors[k] = passes.draw(
+                1, size=self.sizes[k], seed=seed + k, cursor=cursors[k], rates=rates, taken=own[k]
+            )
+            own[k].add(row)
+            served[k] += 1
+            drawn.append(starts[k] + row)
+        return drawn, (served, cursors)

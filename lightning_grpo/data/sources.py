@@ -1,5 +1,6 @@
 """Sources of rows: files, saved data sets, the hub, and procedural generators."""
 
+import hashlib
 import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -8,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from string import ascii_lowercase
 from textwrap import shorten
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lightning_grpo.data.files import READERS, find_files, is_file_name, read_files
 from lightning_grpo.data.rows import Row
@@ -16,8 +17,8 @@ from lightning_grpo.errors import UserError, optional
 from lightning_grpo.policy.files import hub_reachable
 
 KINDS = (
-    "a .jsonl, .json, .csv or .parquet file or a pattern of such files, a folder written by datasets.save_to_disk, a "
-    "hub name (owner/name), reasoning_gym:TASK, arithmetic, or letters"
+    "a .jsonl, .json, .csv, .parquet or .arrow file or a pattern of such files, a folder written by "
+    "datasets.save_to_disk, a hub name (owner/name), reasoning_gym:TASK, arithmetic, or letters"
 )
 MAX_ENUMERATED = 100_000
 Rows = TypeVar("Rows", bound=Iterable)
@@ -180,34 +181,69 @@ def _call(source: str, make: Callable[..., Rows], *fixed: Any, args: dict[str, A
     return make(*fixed, **args)
 
 
-def read(
+class Opened(NamedTuple):
+    """A source whose rows can be read."""
+
+    rows: Iterable[tuple[str, Row]]
+    """Each with its location ("train.jsonl, line 7")."""
+    identity: str | None
+    """A hash of the rows, or of the files that contain them. None if the rows are generated."""
+
+
+def open_source(
     source: str, *, args: dict[str, Any], size: int | None, seed: int, option: str = "data.source"
-) -> list[tuple[str, Row]]:
-    """Return all rows, or the first ``size``, each with its location ("train.jsonl, line 7").
+) -> Opened:
+    """Find a source. Its rows are read when they are iterated over.
 
     Args:
         option: name of the option whose value is ``source``, for messages.
     """
     if not source:
         raise UserError(f"{option} is empty; set {KINDS}")
+    path = Path(source).expanduser()
     if source.startswith("reasoning_gym:"):
-        rows = _numbered(source, reasoning_gym(source.removeprefix("reasoning_gym:"), size, seed, args))
-    elif source in PROCEDURAL:
-        rows = _numbered(source, _call(source, PROCEDURAL[source], size, seed, args=args))
-    elif Path(source).expanduser().is_dir():
-        rows = _numbered(source, _call(source, saved, option, source, args=args))
-    elif is_file_name(source):
-        find_files(option, source)  # first, since source_args may be left over from another source
-        rows = _call(source, read_files, option, source, args=args)
-    elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        rows = _numbered(source, _call(source, hub, option, source, args=args))
-    else:
-        why = ", but there is no such folder" if "/" in source else ""
-        raise UserError(f"{option} is {source!r}{why}; set {KINDS}")
-    taken = list(islice(rows, size))
-    if not taken:
-        raise UserError(f"{option} is {source!r}, which has no rows; add prompts to it, or set another source")
+        rows = reasoning_gym(source.removeprefix("reasoning_gym:"), size, seed, args)
+        return Opened(_numbered(source, rows), None)
+    if source in PROCEDURAL:
+        return Opened(_numbered(source, _call(source, PROCEDURAL[source], size, seed, args=args)), None)
+    if path.is_dir():
+        dataset = _call(source, saved, option, source, args=args)
+        return Opened(_numbered(source, dataset), digest(sorted(path.rglob("*"))))
+    if is_file_name(source):
+        files = find_files(option, source)  # first, since source_args may be left over from another source
+        return Opened(_call(source, read_files, option, source, args=args), digest(files))
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        dataset = _call(source, hub, option, source, args=args)
+        return Opened(_numbered(source, dataset), getattr(dataset, "_fingerprint", None))
+    why = ", but there is no such folder" if "/" in source else ""
+    raise UserError(f"{option} is {source!r}{why}; set {KINDS}")
+
+
+def read(
+    source: str, *, args: dict[str, Any], size: int | None, seed: int, option: str = "data.source"
+) -> list[tuple[str, Row]]:
+    """Return all rows, or the first ``size``, each with its location; see `open_source`."""
+    opened = open_source(source, args=args, size=size, seed=seed, option=option)
+    taken = list(islice(opened.rows, size))
+    require_rows(len(taken), option, source)
     return taken
+
+
+def require_rows(count: int, option: str, source: str) -> None:
+    """Raise `UserError` if a source has no rows."""
+    if not count:
+        raise UserError(f"{option} is {source!r}, which has no rows; add prompts to it, or set another source")
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Return a hash of the names and contents of files."""
+    hashed = hashlib.sha256()
+    for path in files:
+        if path.is_file():
+            hashed.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                hashed.update(hashlib.file_digest(file, "sha256").digest())
+    return hashed.hexdigest()
 
 
 def _numbered(source: str, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:

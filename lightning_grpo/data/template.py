@@ -1,15 +1,10 @@
 """Rendering of chat messages by a model's chat template."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from lightning_grpo.data.rows import Message
 from lightning_grpo.errors import UserError
-
-warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 
 class ChatTemplate:
@@ -32,7 +27,8 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.template = template
         self.args = args or {}
-        self._warned: set[str] = set()
+        self.omissions: dict[str, str] = {}
+        """What the template omitted or changed: subject → message about the first row."""
 
     def render(
         self, where: str, messages: list[Message], *, tools: list[dict[str, Any]] | None, args: dict[str, Any]
@@ -128,21 +124,18 @@ class ChatTemplate:
                     )
             content = message["content"] or ""
             if message["role"] in ("system", "user", "tool") and content.strip() not in text:
-                self._warn_once(
+                self.omissions.setdefault(
                     f"messages of role {message['role']}",
                     f"{where}: the chat template omits or changes a message with the role {message['role']!r}",
                 )
         names = [str(tool.get("function", tool).get("name")) for tool in tools or ()]
         if any(name not in text for name in names):
-            self._warn_once("tools", f"{where}: the chat template omits the tools of the row ({', '.join(names)})")
+            self.omissions.setdefault(
+                "tools", f"{where}: the chat template omits the tools of the row ({', '.join(names)})"
+            )
         source = self.template or str(self.tokenizer.chat_template)
         for name in self.args | args:
             if name not in source:
-                self._warn_once(
+                self.omissions.setdefault(
                     name, f"{where}: the chat template has no variable {name!r}, so setting it has no effect"
                 )
-
-    def _warn_once(self, subject: str, message: str) -> None:
-        if subject not in self._warned:
-            self._warned.add(subject)
-            warn(message)

@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -63,16 +63,18 @@ class Export(Callback):
                 folder.symlink_to("last")
                 print(f"model (best): {folder}, a link to last")
             else:
-                exported = self._export(file, folder, has_adapter=pl_module.lora is not None) or exported
+                exported = self._export(file, folder, pl_module) or exported
         if exported is not None:
             print(f"use it: {exported.next_command()}")
 
-    def _export(self, file: str, folder: Path, *, has_adapter: bool) -> Exported | None:
+    def _export(self, file: str, folder: Path, pl_module: LightningModule) -> Exported | None:
         try:
             if folder.is_symlink():
                 folder.unlink()
-            merge = True if self.merge and has_adapter else None
-            exported = export(file, folder, merge=merge, dtype=self.dtype, overwrite=True)
+            merge = True if self.merge and pl_module.lora is not None else None
+            pretrained: Any = pl_module.pretrained
+            trust = pretrained.trust_remote_code
+            exported = export(file, folder, merge=merge, dtype=self.dtype, trust_remote_code=trust, overwrite=True)
         except (ReportedError, OSError) as error:
             log.warning("%s was not exported to %s: %s", file, folder, error)
             return None

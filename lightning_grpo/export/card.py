@@ -39,13 +39,14 @@ def model_card(saved: SavedPolicy, *, is_adapter: bool) -> str:
     }
     if on_hub:
         front |= {"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"}
-    if licence := base_licence(saved.model):
+    if licence := base_licence(saved.model, saved.base.revision):
         front["license"] = licence
     sections = [
         f"---\n{_yaml(front)}---",
         f"# {base.rpartition('/')[2]} trained with GRPO",
         f"{'A LoRA adapter for' if is_adapter else 'A policy trained from'} "
         f"{f'[{base}](https://huggingface.co/{base})' if on_hub else f'`{base}`'}"
+        f"{f' at revision `{saved.base.revision}`' if saved.base.revision else ''}"
         f"{', whose weights were random,' if saved.from_scratch else ''} by Group Relative Policy Optimization (GRPO, "
         f"[arXiv:2402.03300](https://arxiv.org/abs/2402.03300)) with lightning_grpo: {saved.step:,} optimizer steps, "
         f"{saved.completion_tokens:,} completion tokens.",
@@ -67,11 +68,11 @@ def model_card(saved: SavedPolicy, *, is_adapter: bool) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def base_licence(model: str) -> str | None:
+def base_licence(model: str, revision: str | None = None) -> str | None:
     """The licence that the base model's card names, in its folder or in the hub's cache; None if that is unknown."""
     card = Path(model) / "README.md"
     if not card.is_file():
-        cached = None if Path(model).is_dir() else try_to_load_from_cache(model, "README.md")
+        cached = None if Path(model).is_dir() else try_to_load_from_cache(model, "README.md", revision=revision)
         if not isinstance(cached, str):
             return None
         card = Path(cached)

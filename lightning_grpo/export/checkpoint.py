@@ -18,6 +18,7 @@ from lightning_grpo.errors import UserError
 from lightning_grpo.monitor.checkpoint_files import readable, require_checkpoint_file, require_own_checkpoint
 from lightning_grpo.monitor.checkpoint_folder import newest, newest_file
 from lightning_grpo.policy.load import LoRA
+from lightning_grpo.policy.pretrained import Pretrained
 
 PREFIX = "policy."
 """What the names of the policy's tensors begin with in a checkpoint."""
@@ -27,12 +28,12 @@ PACKAGES = ("lightning_grpo", "torch", "transformers", "peft", "lightning", "vll
 
 
 def describe_policy(
-    *, model: str, dtype: str, from_scratch: bool, seed: int, chat_template: str | None
+    *, model: Pretrained, dtype: str, from_scratch: bool, seed: int, chat_template: str | None
 ) -> dict[str, Any]:
     """What `fit` records in a checkpoint so that `read_checkpoint` can rebuild the policy.
 
     Args:
-        model: folder or hub name of the base model. A folder is recorded by its absolute path.
+        model: the base model. A folder is recorded by its absolute path; whether its code may run is not recorded.
         dtype: of the parameters.
         from_scratch: whether the base model's weights are random.
         seed: of the random weights.
@@ -40,7 +41,9 @@ def describe_policy(
     """
     return {
         "base": {
-            "model": os.path.abspath(model) if os.path.isdir(model) else model,
+            "model": os.path.abspath(model.name) if os.path.isdir(model.name) else model.name,
+            "revision": model.revision,
+            "kwargs": model.kwargs,
             "dtype": dtype,
             "from_scratch": from_scratch,
             "seed": seed,
@@ -66,8 +69,8 @@ class SavedPolicy:
     weights: dict[str, Tensor]
     """The policy's tensors under their names in the policy; with LoRA, the adapter's alone. They may be mapped from
     the file: don't write to them."""
-    model: str
-    """Folder or hub name of the base model."""
+    base: Pretrained
+    """The base model."""
     dtype: str | None
     """Of the parameters in training; None if the checkpoint doesn't record it."""
     from_scratch: bool
@@ -90,9 +93,14 @@ class SavedPolicy:
         smallest = min((tensor.dtype for tensor in self.weights.values()), key=lambda dtype: dtype.itemsize)
         return self.dtype if smallest == torch.float32 and self.dtype else str(smallest).removeprefix("torch.")
 
+    @property
+    def model(self) -> str:
+        """Folder or hub name of the base model."""
+        return self.base.name
+
     def module_options(self) -> dict[str, Any]:
         """The keyword arguments of a module with this policy."""
-        options = {"model": self.model, "lora": self.lora, "from_scratch": self.from_scratch, "seed": self.seed}
+        options = {"model": self.base, "lora": self.lora, "from_scratch": self.from_scratch, "seed": self.seed}
         return options | ({} if self.dtype is None else {"dtype": self.dtype})
 
 
@@ -116,12 +124,15 @@ def find_checkpoint(name: str) -> Path:
     return path
 
 
-def read_checkpoint(name: str | Path, *, model: str | None = None) -> SavedPolicy:
+def read_checkpoint(
+    name: str | Path, *, model: str | Pretrained | None = None, trust_remote_code: bool = False
+) -> SavedPolicy:
     """Read the policy in a checkpoint, plain or sharded, on the CPU. The optimizer's state is not read.
 
     Args:
         name: see `find_checkpoint`.
-        model: folder or hub name of the base model, if it is not the one that the checkpoint records.
+        model: the base model, if it is not the one that the checkpoint records.
+        trust_remote_code: run Python code that comes with the base model that the checkpoint records.
 
     Raises:
         UserError: there is no such checkpoint, it can't be read, or it doesn't record its base model.
@@ -135,20 +146,24 @@ def read_checkpoint(name: str | Path, *, model: str | None = None) -> SavedPolic
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     require_own_checkpoint(checkpoint, path, OPTION)
     policy = checkpoint["policy"]
-    base = policy.get("base", {})
+    base, from_scratch = policy.get("base", {}), False
     if model is None and "model" not in base:
         raise UserError(
             f"the checkpoint {path} doesn't record its base model: it was saved by an earlier version; name the model "
             "that it was trained from (command line: --model, Python: model=)"
         )
+    if model is None:
+        recorded = {"revision": base.get("revision"), "kwargs": base.get("kwargs", {})}
+        model = Pretrained(name=base["model"], trust_remote_code=trust_remote_code, **recorded)
+        from_scratch = base.get("from_scratch", False)
     lora = policy["lora"]
     weights = checkpoint["state_dict"]
     return SavedPolicy(
         path=path,
         weights={key.removeprefix(PREFIX): value for key, value in weights.items() if key.startswith(PREFIX)},
-        model=model or base["model"],
+        base=Pretrained.of(model),
         dtype=base.get("dtype"),
-        from_scratch=base.get("from_scratch", False) and model is None,
+        from_scratch=from_scratch,
         seed=base.get("seed", 0),
         lora=lora and LoRA(**{field.name: lora[field.name] for field in fields(LoRA) if field.name in lora}),
         chat_template=policy.get("chat_template"),

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lightning_grpo.errors import RunError, UserError
@@ -26,12 +26,14 @@ from lightning_grpo.monitor.checkpoint_files import PARTIAL, remove, require_sam
 from lightning_grpo.policy.checks import require_finite
 from lightning_grpo.policy.load import (
     DTYPES,
+    build_model,
     load_config,
     load_generation_config,
     load_policy,
     load_tokenizer,
     with_adapters,
 )
+from lightning_grpo.policy.pretrained import Pretrained
 
 SHARD_SIZE = "5GB"
 """The most that one file of weights holds, unless a single tensor is larger."""
@@ -49,13 +51,18 @@ class Exported:
 
     def next_command(self) -> str:
         """A command that uses the folder: serve it by vLLM where that is installed, otherwise generate once."""
-        served = self.saved.model if self.is_adapter else str(self.folder)
-        server = _server(served)
+        base = self.saved.base
+        server = _server(base.name if self.is_adapter else str(self.folder))
         if server is None:
-            load = f"pipeline('text-generation', {str(self.folder)!r})"
+            trust = ", trust_remote_code=True" if base.trust_remote_code else ""
+            load = f"pipeline('text-generation', {str(self.folder)!r}{trust})"
             code = f"from transformers import pipeline; print({load}('1 + 1 ='))"
             return shlex.join([sys.executable, "-c", code])
+        if base.trust_remote_code:
+            server.append("--trust-remote-code")
         if self.is_adapter:
+            if base.revision is not None:
+                server += ["--revision", base.revision]
             rank = next((rank for rank in VLLM_RANKS if rank >= self.saved.lora.rank), self.saved.lora.rank)
             server += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"policy={self.folder}"]
         return shlex.join(server)
@@ -78,7 +85,8 @@ def export(
     *,
     merge: bool | None = None,
     dtype: str | None = None,
-    model: str | None = None,
+    model: str | Pretrained | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> Exported:
     """Write the policy of a checkpoint as a Hugging Face folder or a PEFT adapter, on the CPU.
@@ -91,7 +99,8 @@ def export(
         merge: for a LoRA checkpoint, whether to write whole weights with the adapter merged, or the adapter alone.
             None writes the adapter, unless its base model has random weights.
         dtype: float32, bfloat16 or float16; None leaves the weights as they were trained, without rounding.
-        model: folder or hub name of the base model, if it is not the one that the checkpoint records.
+        model: the base model, if it is not the one that the checkpoint records.
+        trust_remote_code: run Python code that comes with the base model that the checkpoint records.
         overwrite: replace an earlier model or adapter in ``out``.
 
     Raises:
@@ -102,7 +111,7 @@ def export(
         raise UserError(f"dtype is {dtype!r}; set one of {', '.join(DTYPES)}")
     out = Path(out)
     require_free(out, overwrite)
-    saved = read_checkpoint(checkpoint, model=model)
+    saved = read_checkpoint(checkpoint, model=model, trust_remote_code=trust_remote_code)
     if os.path.isdir(saved.model) and out.resolve() == Path(saved.model).resolve():
         raise UserError(f"{out} is the base model's folder, which stays as it is; name another folder")
     is_adapter = _writes_adapter(saved, merge)
@@ -110,7 +119,7 @@ def export(
     if dtype is not None:
         cast(nn.Module, policy).to(DTYPES[dtype])  # whose type a decorator of transformers hides
     require_finite(str(saved.path), policy)
-    tokenizer = load_tokenizer(saved.model)
+    tokenizer = load_tokenizer(saved.base)
     if saved.chat_template is not None:
         tokenizer.chat_template = saved.chat_template
     with new_folder(out) as partial, _quiet():
@@ -118,7 +127,7 @@ def export(
             # base weights did not train, and checking for them would ask the hub
             policy.save_pretrained(str(partial), save_embedding_layers=False)
         else:
-            policy.generation_config = load_generation_config(saved.model, policy.config)
+            policy.generation_config = load_generation_config(saved.base, policy.config)
             policy.save_pretrained(str(partial), max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(saved, is_adapter=is_adapter), encoding="utf-8")
@@ -143,9 +152,9 @@ def _writes_adapter(saved: SavedPolicy, merge: bool | None) -> bool:
 
 
 def _whole(saved: SavedPolicy) -> PreTrainedModel:
-    config = load_config(saved.model, dropout=True)
+    config = load_config(saved.base, dropout=True)
     weights = saved.weights if saved.lora is None else _merged_weights(saved, config)
-    policy = _skeleton(config)
+    policy = _skeleton(config, saved)
     require_same_weights(policy.state_dict(), weights, remedy=f"; its base model is not {saved.model}")
     policy.load_state_dict(weights, assign=True)
     policy.tie_weights()
@@ -153,16 +162,17 @@ def _whole(saved: SavedPolicy) -> PreTrainedModel:
 
 
 def _adapter(saved: SavedPolicy) -> PeftModel:
-    policy = with_adapters(_skeleton(load_config(saved.model)), saved.lora)
+    policy = with_adapters(_skeleton(load_config(saved.base), saved), saved.lora)
     load_adapter(policy, saved)
-    policy.peft_config["default"].base_model_name_or_path = saved.model
+    config = policy.peft_config["default"]
+    config.base_model_name_or_path, config.revision = saved.model, saved.base.revision
     return policy
 
 
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def _skeleton(config: PreTrainedConfig, saved: SavedPolicy) -> PreTrainedModel:
     """The model without values: all of it on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return build_model(config, saved.base)
 
 
 def load_adapter(policy: PeftModel, saved: SavedPolicy) -> None:
@@ -180,7 +190,7 @@ def _merged_weights(saved: SavedPolicy, config: PreTrainedConfig) -> dict[str, T
     """Base + adapter, summed in float32 and rounded once to the dtype of training. If only one of two tied matrices has
     an adapter, or each has its own, they differ from then on, which is noted in ``config``."""
     dtype = saved.trained_dtype
-    loaded = load_policy(saved.model, dtype=dtype, lora=saved.lora, from_scratch=saved.from_scratch, seed=saved.seed)
+    loaded = load_policy(saved.base, dtype=dtype, lora=saved.lora, from_scratch=saved.from_scratch, seed=saved.seed)
     policy = cast(Any, loaded).float()  # a PeftModel, which forwards `merge_and_unload` to its adapters
     load_adapter(policy, saved)
     base = policy.get_base_model()

@@ -11,10 +11,12 @@ from lightning_grpo.policy.load import (
     load_tokenizer,
     shard,
 )
+from lightning_grpo.policy.pretrained import Pretrained
 
 __all__ = [
     "LoRA",
     "Policy",
+    "Pretrained",
     "frozen_copy",
     "full_precision_buffers",
     "load_config",

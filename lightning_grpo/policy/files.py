@@ -1,7 +1,4 @@
-"""The files of a checkpoint in a folder or on the hub, and errors that name the one that can't be read.
-
-Code that comes with a checkpoint is never run, and the user is not asked to allow it.
-"""
+"""The files of a checkpoint in a folder or on the hub, and errors that name the one that can't be read."""
 
 import json
 from functools import cache
@@ -11,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import is_offline_mode
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
@@ -23,7 +20,7 @@ REMEDY = "set the folder of a Hugging Face checkpoint, or a hub name that this m
 
 
 @cache
-def hub_reachable(name: str, kind: str = "model", *, option: str = "model") -> bool:
+def hub_reachable(name: str, kind: str = "model", *, option: str = "model", revision: str | None = None) -> bool:
     """Whether the hub can be reached and has the repository ``name``; if not, only the local cache can be used.
 
     It is one request without retries, whereas transformers and datasets try six times per file.
@@ -32,9 +29,10 @@ def hub_reachable(name: str, kind: str = "model", *, option: str = "model") -> b
         name: name of a repository, or of a folder that does not exist.
         kind: ``model`` or ``dataset``.
         option: name of the option whose value is ``name``, for messages.
+        revision: branch, tag or commit; None is the main branch.
 
     Raises:
-        UserError: it is not a valid repository name, or neither the hub nor the cache has the repository.
+        UserError: it is not a valid repository name, or neither the hub nor the cache has the repository or revision.
     """
     try:
         validate_repo_id(name)
@@ -43,10 +41,14 @@ def hub_reachable(name: str, kind: str = "model", *, option: str = "model") -> b
     if is_offline_mode():
         return False
     try:
-        HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT)
-    except RepositoryNotFoundError as error:
-        if isinstance(try_to_load_from_cache(name, "config.json", repo_type=kind), str):
+        HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=HUB_TIMEOUT)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision, repo_type=kind), str):
             return False
+        if isinstance(error, RevisionNotFoundError):
+            raise UserError(
+                f"{option} is {name!r}: the hub has it, but not its revision {revision!r}; set a branch, tag or commit"
+            ) from error
         raise UserError(
             f"{option} is {name!r}: no such folder, and the hub has no repository with that name, or none that you can "
             "read (log in with `hf auth login` for a private one)"
@@ -55,18 +57,6 @@ def hub_reachable(name: str, kind: str = "model", *, option: str = "model") -> b
         # whatever else makes the request fail, the cache may have the files
         return False
     return True
-
-
-def loading_options(model: str) -> dict[str, Any]:
-    """Return the arguments for every ``from_pretrained`` of the folder or hub name ``model``."""
-    if not model:
-        raise UserError(f"model is empty; {REMEDY}")
-    if Path(model).is_file():
-        raise UserError(f"model is {model!r}, which is a file; {REMEDY}")
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if not Path(model).is_dir():
-        options["local_files_only"] = not hub_reachable(model)
-    return options
 
 
 def read_json(model: str, name: str) -> dict[str, Any]:
@@ -91,7 +81,8 @@ def read_json(model: str, name: str) -> dict[str, Any]:
 
 
 def unreadable(what: str, model: str, error: Exception) -> UserError:
-    """Return the error to raise if ``what`` (config.json, tokenizer, weights) of ``model`` can't be loaded.
+    """Return the error to raise if ``what`` (config.json, tokenizer, weights) of the folder or hub name ``model`` can't
+    be loaded.
 
     It names the invalid file if that can be determined.
     """
@@ -101,8 +92,8 @@ def unreadable(what: str, model: str, error: Exception) -> UserError:
     if "trust_remote_code" in str(error):
         return UserError(
             f"model is {model!r}: its {what} needs Python code that comes with the checkpoint (auto_map in its "
-            "configuration, trust_remote_code in transformers), which is never run; use a checkpoint of an "
-            "architecture that is part of transformers"
+            "configuration), which is run only if you allow it: read that code and, if you trust it, set model to "
+            f"{{name: {model}, trust_remote_code: true}}"
         )
     folder = Path(model)
     if not folder.is_dir():

@@ -30,7 +30,8 @@ from lightning_grpo.errors import UserError
 from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.policy.attention import attention_for
 from lightning_grpo.policy.checks import require_causal, require_complete, require_finite
-from lightning_grpo.policy.files import loading_options, read_json, unreadable
+from lightning_grpo.policy.files import read_json, unreadable
+from lightning_grpo.policy.pretrained import Pretrained
 from lightning_grpo.ranges import check_ranges
 
 log = logging.getLogger(__name__)
@@ -93,20 +94,21 @@ class LoRA:
             )
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str | Pretrained) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Raises:
         UserError: the folder or hub name has no readable tokenizer.
     """
-    options = loading_options(model)
+    model = Pretrained.of(model)
+    options = model.options()
     try:
-        return AutoTokenizer.from_pretrained(model, **options)
+        return AutoTokenizer.from_pretrained(model.name, **options)
     except Exception as error:
-        raise unreadable("tokenizer", model, error) from error
+        raise unreadable("tokenizer", model.name, error) from error
 
 
-def load_config(model: str, *, dropout: bool = False) -> PreTrainedConfig:
+def load_config(model: str | Pretrained, *, dropout: bool = False) -> PreTrainedConfig:
     """Load the configuration of a model. Unless ``dropout`` is True, all dropout is disabled.
 
     Dropout would cause differences between the log-probs of scoring and of the update, and a ratio other than 1.
@@ -114,12 +116,15 @@ def load_config(model: str, *, dropout: bool = False) -> PreTrainedConfig:
     Raises:
         UserError: the folder or hub name has no readable configuration, or the model is not causal.
     """
-    options = loading_options(model)
+    model = Pretrained.of(model)
+    options = model.options()
     try:
-        config = AutoConfig.from_pretrained(model, **options)
+        config = AutoConfig.from_pretrained(model.name, **options)
     except Exception as error:
-        raise unreadable("config.json", model, error) from error
-    require_causal(model, config)
+        raise unreadable("config.json", model.name, error) from error
+    require_causal(model.name, config)
+    for name, value in model.configured(config).items():
+        setattr(config, name, value)
     if not dropout:
         _switch_off_dropout(config)
     return config
@@ -134,21 +139,22 @@ def _switch_off_dropout(config: PreTrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
-def load_generation_config(model: str, config: PreTrainedConfig) -> GenerationConfig:
+def load_generation_config(model: str | Pretrained, config: PreTrainedConfig) -> GenerationConfig:
     """Load generation_config.json, or the generation options in config.json if there is no such file.
 
     Raises:
         UserError: the file can't be read.
     """
-    read_json(model, "generation_config.json")
+    model = Pretrained.of(model)
+    read_json(model.name, "generation_config.json")
     try:
-        return GenerationConfig.from_pretrained(model, **loading_options(model))
+        return GenerationConfig.from_pretrained(model.name, **model.options())
     except OSError:
         return GenerationConfig.from_model_config(config)
 
 
 def load_policy(
-    model: str,
+    model: str | Pretrained,
     *,
     dtype: str = "float32",
     lora: LoRA | None = None,
@@ -160,7 +166,7 @@ def load_policy(
     """Load a causal language model for training, in training mode.
 
     Args:
-        model: folder of a Hugging Face checkpoint, or its hub name.
+        model: the checkpoint, or its folder or hub name.
         dtype: dtype of the parameters. In float32, small learning rates are not lost to rounding.
         lora: adapters to train instead of all weights.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -175,22 +181,28 @@ def load_policy(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; set one of {', '.join(DTYPES)}")
+    model = Pretrained.of(model)
+    if model.trust_remote_code:
+        log.info("model %s: its own Python code is run (trust_remote_code)", model.name)
     config = load_config(model)
     generation_config = load_generation_config(model, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         options = {"dtype": DTYPES[dtype], "attn_implementation": attention_for(config, attn_implementation)}
-        with _errors_named(model, attn_implementation):
-            if from_scratch:
-                policy = AutoModelForCausalLM.from_config(config, **options)
-            else:
-                policy = _load_weights(model, config, **options)
-        policy.generation_config = generation_config
-        if lora is not None:
-            policy = with_adapters(policy, lora)
+        options |= {name: value for name, value in model.kwargs.items() if not hasattr(config, name)}
+        with _errors_named(model.name, attn_implementation):
+            build = build_model if from_scratch else _load_weights
+            base = build(config, model, **options)
+        base.generation_config = generation_config
+        policy = base if lora is None else with_adapters(base, lora)
     if gradient_checkpointing:
         enable_gradient_checkpointing(policy)
     return policy.train()
+
+
+def build_model(config: PreTrainedConfig, model: Pretrained, **options: Any) -> PreTrainedModel:
+    """Return the model that ``config`` of the checkpoint ``model`` describes, with random weights."""
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code, **options)
 
 
 def enable_gradient_checkpointing(policy: PreTrainedModel | PeftModel) -> None:
@@ -212,6 +224,13 @@ def _errors_named(model: str, attn_implementation: str) -> Iterator[None]:
                 f"attn_implementation is {attn_implementation!r}: {error}; set it to sdpa, or leave it unset"
             ) from error
         raise unreadable("weights", model, error) from error
+    except TypeError as error:
+        if (unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error))) is None:
+            raise
+        raise UserError(
+            f"model.model.kwargs has {unknown[1]}, which neither the configuration of {model} nor from_pretrained has; "
+            "remove it"
+        ) from error
 
 
 def with_adapters(policy: PreTrainedModel, lora: LoRA) -> PeftModel:
@@ -241,26 +260,26 @@ def with_adapters(policy: PreTrainedModel, lora: LoRA) -> PeftModel:
         ) from error
 
 
-def _load_weights(model: str, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+def _load_weights(config: PreTrainedConfig, model: Pretrained, **options: Any) -> PreTrainedModel:
     """Load the weights of a checkpoint, and check that they are complete and finite."""
-    options |= loading_options(model)
+    options |= model.options()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # `require_complete` reports missing tensors instead
     try:
         # `require_complete` rejects weights with another shape, and reports both shapes.
         # with ``output_loading_info`` a pair, which transformers does not declare
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            model.name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
         policy, info = loaded
     finally:
         transformers_logging.set_verbosity(verbosity)
     if getattr(policy, "is_quantized", False):
         raise UserError(
-            f"model is {model!r}: its weights are quantized; set a checkpoint in float32, bfloat16 or float16"
+            f"model is {model.name!r}: its weights are quantized; set a checkpoint in float32, bfloat16 or float16"
         )
-    require_complete(model, info)
-    require_finite(model, policy)
+    require_complete(model.name, info)
+    require_finite(model.name, policy)
     return policy
 
 

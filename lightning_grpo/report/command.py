@@ -40,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
         " runs)",
     )
     add(
+        "--samples",
+        metavar="N",
+        type=int,
+        default=10_000,
+        help="most samples in the page, of all runs together (default: 10000); 0 leaves them out",
+    )
+    add(
         "--live",
         metavar="SECONDS",
         nargs="?",
@@ -70,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     live = arguments.live
     if live is not None and not 1 <= live < float("inf"):
         raise UserError(f"--live is {live:g}; set 1 or more seconds")
+    if arguments.samples < 0:
+        raise UserError(f"--samples is {arguments.samples}; set 0 or more")
     optional("plotly", "report", "the report")
     # after the options are read
     from lightning_grpo.record.reader import read_run
@@ -79,11 +88,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = arguments.out or (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
     if out.is_dir():
         out = out / "report.html"
-    write(runs, out, reload_seconds=live)
+    write(runs, out, most_samples=arguments.samples, reload_seconds=live)
     print(f"report: {out}", flush=True)
     while live is not None:
         time.sleep(live)
         runs = [read_run(folder) for folder in arguments.runs]
         if all(has_ended(run, PATIENCE) for run in runs):
             live = None
-        write(runs, out, reload_seconds=live)
+        write(runs, out, most_samples=arguments.samples, reload_seconds=live)

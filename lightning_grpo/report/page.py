@@ -4,22 +4,25 @@ import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from lightning_grpo.errors import optional
 from lightning_grpo.record.reader import Run
-from lightning_grpo.report import comparison, curves, findings, header, phases, plan
+from lightning_grpo.report import comparison, curves, findings, header, phases, plan, samples
 from lightning_grpo.report.arms import run_names
 from lightning_grpo.report.markup import escape
 
 SECTIONS = (header, findings, comparison, curves, phases, plan)
-"""Modules with a function ``render(runs) -> str``, in the order of the page. An empty string leaves a section out."""
+"""Modules with a function ``render(runs) -> str``, in the order of the page; the samples follow. An empty string
+leaves a section out."""
 
 
-def page(runs: Sequence[Run], *, reload_seconds: float | None = None) -> str:
+def page(runs: Sequence[Run], *, most_samples: int = samples.LIMIT, reload_seconds: float | None = None) -> str:
     """Return the HTML of a report of ``runs``.
 
     Args:
         runs: the runs, at least one.
+        most_samples: largest number of samples in the page.
         reload_seconds: seconds after which the browser reloads the page; None if the report is final.
 
     Raises:
@@ -30,7 +33,7 @@ def page(runs: Sequence[Run], *, reload_seconds: float | None = None) -> str:
 
     title = escape(", ".join(run_names(runs)))
     reload = "" if reload_seconds is None else f' data-reload="{reload_seconds:g}"'
-    body = "".join(section.render(runs) for section in SECTIONS)
+    body = "".join(section.render(runs) for section in SECTIONS) + samples.render(runs, most_samples)
     links = "".join(
         f'<a href="#{name}">{title}</a>' for name, title in re.findall(r'<section id="([^"]+)"><h2>([^<]+)</h2>', body)
     )
@@ -42,9 +45,9 @@ def page(runs: Sequence[Run], *, reload_seconds: float | None = None) -> str:
     )
 
 
-def write(runs: Sequence[Run], path: Path, *, reload_seconds: float | None = None) -> None:
-    """Write the report of ``runs`` to ``path``, atomically: a browser that reloads it never sees half of a page."""
-    text = page(runs, reload_seconds=reload_seconds)
+def write(runs: Sequence[Run], path: Path, **options: Any) -> None:
+    """Write the `page` to ``path``, atomically: a browser that reloads it never sees half of one."""
+    text = page(runs, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")

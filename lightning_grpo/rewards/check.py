@@ -1,27 +1,43 @@
 """Checks before training that every reward can score every row of the data set."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.rewards.base import Reward
 
 
-def check_rows(rewards: Sequence[Reward], columns: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:
-    """Call `Reward.check` of every reward.
+class Row(Protocol):
+    """What is checked of a prompt."""
 
-    Args:
-        columns: the columns of each row.
-        places: the location of each row for messages, such as "train.jsonl, line 7".
+    @property
+    def columns(self) -> Mapping[str, Any]: ...
+    @property
+    def place(self) -> str: ...
+    @property
+    def rewards(self) -> Collection[str] | None: ...
+
+
+def check_rows(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
+    """Call `Reward.check` of every reward with the rows that it applies to.
 
     Raises:
-        UserError: a reward rejects a row. The message states its location.
+        UserError: a reward rejects a row, or a row names a reward that does not exist. The message states its location
+            ("train.jsonl, line 7").
     """
+    names = [reward.name for reward in rewards]
+    for row in rows:
+        if unknown := [name for name in row.rewards or () if name not in names]:
+            raise UserError(
+                f"{row.place}: the rewards of its source include {unknown[0]!r}, but the rewards of the model are "
+                f"{', '.join(names)}; set model.rewards and the rewards of the source to the same names"
+            )
     for reward in rewards:
+        applicable = [row for row in rows if row.rewards is None or reward.name in row.rewards]
         try:
-            reward.check(columns)
+            reward.check([row.columns for row in applicable])
         except ValueError as error:
-            place = next((p for row, p in zip(columns, places, strict=True) if _rejects(reward, row)), None)
+            place = next((row.place for row in applicable if _rejects(reward, row.columns)), None)
             raise UserError(f"{place}: {error}" if place else str(error)) from error
 
 

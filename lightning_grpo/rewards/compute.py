@@ -6,7 +6,7 @@ import inspect
 import math
 import numbers
 import traceback
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Awaitable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ def compute_rewards(
     columns: Sequence[Mapping[str, Any]],
     trainer_state: Any = None,
     openings: Sequence[str] | None = None,
+    applicable: Sequence[Collection[str] | None] | None = None,
 ) -> Tensor:
     """Score N completions with R rewards: [N, R] float32, NaN if a reward does not apply (it returned None).
 
@@ -47,6 +48,7 @@ def compute_rewards(
         trainer_state: passed on to rewards that ask for it.
         openings: N tags, such as ``<think>``, that the prompts end with and the completions therefore lack; None if
             there are none.
+        applicable: for each completion the names of the rewards that apply, or None if all do. None: all apply to all.
 
     Raises:
         UserError: a reward returned the wrong number of values, or one that is not a finite number.
@@ -69,9 +71,27 @@ def compute_rewards(
         "completion_ids": [list(ids) for ids in completion_ids],
         "trainer_state": trainer_state,
     }
-    scores = _call_all(rewards, arguments)
-    table = [_checked(reward, answer, completions) for reward, answer in zip(rewards, scores, strict=True)]
-    return torch.tensor(table, dtype=torch.float32).reshape(len(rewards), N).T.contiguous()
+    rows = [_rows(reward, applicable or [None] * N) for reward in rewards]
+    called = [i for i, chosen in enumerate(rows) if chosen]
+    given = [_select(arguments, rows[i], N) for i in called]
+    table = torch.full((N, len(rewards)), torch.nan)
+    for i, scores in zip(called, _call_all([rewards[i] for i in called], given), strict=True):
+        texts = [completions[row] for row in rows[i]]
+        table[rows[i], i] = torch.tensor(_checked(rewards[i], scores, texts), dtype=torch.float32)
+    return table
+
+
+def _rows(reward: Reward, applicable: Sequence[Collection[str] | None]) -> list[int]:
+    """The completions that a reward applies to."""
+    return [row for row, names in enumerate(applicable) if names is None or reward.name in names]
+
+
+def _select(arguments: Mapping[str, Any], rows: Sequence[int], N: int) -> Mapping[str, Any]:
+    """The arguments of a reward for some of N completions."""
+    if len(rows) == N:
+        return arguments
+    state = {"trainer_state": arguments["trainer_state"]}
+    return {name: [values[row] for row in rows] for name, values in arguments.items() if name not in state} | state
 
 
 @contextmanager
@@ -103,11 +123,11 @@ def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return copy.deepcopy({**arguments, "trainer_state": None}) | {"trainer_state": state}
 
 
-def _call_all(rewards: Sequence[Reward], arguments: dict[str, Any]) -> list[Any]:
+def _call_all(rewards: Sequence[Reward], arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Call each reward with its arguments."""
     answers: list[Any] = []
     try:
-        for reward in rewards:
-            given = _copied(arguments)
+        for reward, given in zip(rewards, map(_copied, arguments), strict=True):
             call = partial(_call, reward, given)
             answers.append(call_with_timeout(reward.time_limit, repr(reward.name), given, call))
     except Exception:
@@ -119,18 +139,18 @@ def _call_all(rewards: Sequence[Reward], arguments: dict[str, Any]) -> list[Any]
         # in a new thread, since a notebook's main thread already has a running event loop, in which asyncio.run fails
         names = " or ".join(repr(rewards[i].name) for i in waiting)
         limits = [rewards[i].time_limit for i in waiting]
-        together = _gather([rewards[i] for i in waiting], [answers[i] for i in waiting], arguments)
+        together = _gather([(rewards[i], answers[i], arguments[i]) for i in waiting])
         limit = None if None in limits else max(limits)
-        awaited = call_with_timeout(limit, names, arguments, partial(asyncio.run, together), loop=True)
+        # each call has its own limit; this one is for a loop that a call blocks
+        call = partial(asyncio.run, together)
+        awaited = call_with_timeout(limit, names, arguments[waiting[0]], call, loop=True)
         for i, scores in zip(waiting, awaited, strict=True):
             answers[i] = scores
     return answers
 
 
-async def _gather(
-    rewards: Sequence[Reward], answers: Sequence[Awaitable[Scores]], arguments: Mapping[str, Any]
-) -> list[Scores]:
-    async def one(reward: Reward, answer: Awaitable[Scores]) -> Scores:
+async def _gather(calls: Sequence[tuple[Reward, Awaitable[Scores], Mapping[str, Any]]]) -> list[Scores]:
+    async def one(reward: Reward, answer: Awaitable[Scores], arguments: Mapping[str, Any]) -> Scores:
         try:
             async with asyncio.timeout(reward.time_limit) as limit:
                 with _named_in_errors(reward, arguments):
@@ -141,7 +161,7 @@ async def _gather(
             stack = list(traceback.walk_tb(error.__context__.__traceback__))
             raise timeout_error(reward.time_limit, repr(reward.name), arguments, stack) from None
 
-    return await asyncio.gather(*(one(*pair) for pair in zip(rewards, answers, strict=True)))
+    return await asyncio.gather(*(one(*call) for call in calls))
 
 
 def _checked(reward: Reward, answer: Any, completions: Sequence[str]) -> list[float]:

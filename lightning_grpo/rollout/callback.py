@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.policy import LoRA, Policy
+from lightning_grpo.policy import LoRA, Policy, Pretrained
 from lightning_grpo.policy.checks import context_length, require_context
 from lightning_grpo.policy.load import compute_dtype_of
 from lightning_grpo.policy.weights import write_counters
@@ -27,13 +27,15 @@ class PolicyModule(Protocol):
 
     policy: Policy
     engine: SyncedEngine | None
-    model_path: str
+    pretrained: Pretrained
     lora: LoRA | None
     from_scratch: bool
     sampling: Sampling
     max_prompt_length: int
     max_completion_length: int
 
+    @property
+    def model_path(self) -> str: ...
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
     @property

@@ -107,4 +107,5 @@ class Generation:
             [prompt.columns for prompt in prompts],
             self.trainer,
             openings=[template_opening(self.tokenizer, prompt.ids) for prompt in prompts],
+            applicable=[prompt.rewards for prompt in prompts],
         )

@@ -78,7 +78,7 @@ class StepMonitor:
         observe_rewards(self.window, experience.rewards[rows], reward_names, reward_weights)
         totals = total_rewards(experience.rewards, reward_weights)
         self.window.mean("completions/truncated_reward", totals[rows][truncated])
-        self._observe_groups(experience, rows, totals, getattr(trainer.datamodule, "sources", ()))
+        self._observe_groups(experience, rows, totals, getattr(trainer.datamodule, "source_names", ()))
         self._reward_weights = dict(zip(reward_names, reward_weights.tolist(), strict=True))
         self._samples = rows.stop - rows.start
         age = (trainer.global_step - experience.versions[rows])[mask]

@@ -185,7 +185,7 @@ class VLLMRollout(RolloutCallback):
 
     def settings(self, pl_module: PolicyModule) -> dict[str, Any]:
         """The engine's arguments by name, for this module's model and lengths."""
-        settings: dict[str, Any] = {"max_model_len": max_model_len(pl_module)} | self.engine_args
+        settings = {"max_model_len": max_model_len(pl_module)} | loading_args(pl_module) | self.engine_args
         if self.kv_cache_memory_bytes is not None:
             settings["kv_cache_memory_bytes"] = self.kv_cache_memory_bytes
         elif not torch.cuda.is_available():
@@ -254,6 +254,19 @@ def require_sendable(pl_module: PolicyModule, mode: str) -> None:
                 f"rollout lora is adapter, which sends low-rank adapters of one rank alone, and lora.{name} is "
                 f"{getattr(lora, name)}; set rollout lora: merged"
             )
+
+
+def loading_args(pl_module: PolicyModule) -> dict[str, Any]:
+    """The engine's arguments that load the same revision of the checkpoint, with the same code and configuration."""
+    pretrained = pl_module.pretrained
+    settings: dict[str, Any] = {}
+    if pretrained.revision is not None:
+        settings |= dict.fromkeys(("revision", "tokenizer_revision", "code_revision"), pretrained.revision)
+    if pretrained.trust_remote_code:
+        settings["trust_remote_code"] = True
+    if changed := pretrained.configured(pl_module.policy.config):
+        settings["hf_overrides"] = changed
+    return settings
 
 
 def adapter_engine_args(pl_module: PolicyModule) -> dict[str, Any]:
