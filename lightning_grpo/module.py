@@ -84,8 +84,8 @@ class GRPOModule(LightningModule):
         rewards: Reward functions. A completion's reward is the weighted sum of their values.
         objective: Loss function
         advantage: Advantage estimation
-        num_generations: Completions sampled per prompt (G), at least 2. Larger groups more often contain both good and
-            bad completions, and cost more sampling time.
+        num_generations: Completions sampled per prompt (G). Larger groups more often contain both good and bad
+            completions, and cost more sampling time. 1 requires an advantage without groups, such as reinforce_pp.
         num_iterations: Number of passes over each rollout (μ). Increase it to reuse samples when sampling dominates the
             time; the updates after the first are then off-policy and depend on the clip range.
         micro_batch_size: Completions per forward and backward pass on each rank. Lower it if memory runs out and raise
@@ -118,6 +118,8 @@ class GRPOModule(LightningModule):
         share_prompt: Compute each prompt once for all of its completions. Has no effect with gradient_checkpointing.
         attn_implementation: Attention implementation, by its name in transformers: sdpa, eager, flash_attention_2, …
             The default is sdpa, except for bfloat16 on CPUs, where plain matrix products are faster.
+        head_in_float32: Compute the logits in float32 whatever the precision (arXiv:2510.13786). A vLLM engine does the
+            same with engine_args: {hf_overrides: {head_dtype: float32}}.
         from_scratch: Initialize the weights at random from the checkpoint's configuration instead of loading them.
         optimizer: Optimizer class and its arguments. Set fused: true for torch.optim.AdamW: it is several times faster.
         lr_schedule: Learning rate schedule after the warmup: a name, or the class path of a Schedule with its options,
@@ -164,6 +166,7 @@ class GRPOModule(LightningModule):
         gradient_checkpointing: bool = False,
         share_prompt: bool = True,
         attn_implementation: str = ATTENTION,
+        head_in_float32: bool = False,
         from_scratch: bool = False,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0),
         lr_schedule: schedules.Schedule | schedules.Name = "constant",
@@ -176,6 +179,8 @@ class GRPOModule(LightningModule):
         checks.check_options(
             rewards=rewards,
             num_generations=num_generations,
+            needs_groups=advantage.needs_groups and not self.overrides_advantages,
+            resampling_rounds=resampling_rounds,
             sampling=sampling,
             rollout_ahead=rollout_ahead,
             in_flight_updates=in_flight_updates,
@@ -200,6 +205,7 @@ class GRPOModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.share_prompt = share_prompt and not gradient_checkpointing
         self.attn_implementation = attn_implementation
+        self.head_in_float32 = head_in_float32
         self.from_scratch = from_scratch
         self.optimization = Optimization(
             optimizer,
@@ -601,6 +607,7 @@ class GRPOModule(LightningModule):
             lora=self.lora,
             gradient_checkpointing=self.gradient_checkpointing,
             attn_implementation=self.attn_implementation,
+            head_in_float32=self.head_in_float32,
             from_scratch=self.from_scratch,
             seed=self.seed,
         )
@@ -731,6 +738,11 @@ class GRPOModule(LightningModule):
     def overrides_loss(self) -> bool:
         """Whether a subclass overrides `compute_loss`."""
         return type(self).compute_loss is not GRPOModule.compute_loss
+
+    @property
+    def overrides_advantages(self) -> bool:
+        """Whether a subclass overrides `compute_advantages`."""
+        return type(self).compute_advantages is not GRPOModule.compute_advantages
 
     @property
     def skips_rows(self) -> bool:

@@ -52,7 +52,6 @@ def m_of(numbers: dict) -> int:
 @mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_generations": 1}, "always has the advantage 0"),
         ({"micro_batch_size": 0}, "micro_batch_size is 0; set 1 or more"),
         ({"micro_batch_size": 10}, "set micro_batch_size to 4 or 6 or 8 or 12"),
         ({"accumulate_grad_batches": 5}, "set accumulate_grad_batches to 2 or 3 or 4 or 6"),

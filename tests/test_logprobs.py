@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_grpo.errors import UserError
+from lightning_grpo.policy.load import compute_head_in_float32
 from lightning_grpo.policy.logprobs import completion_logprobs
 
 V = 211
@@ -276,9 +278,36 @@ def test_autocast_matches_the_naive_path():
     assert all(x.dtype == torch.float32 for x in found[2].values())
 
 
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=["autocast", "bfloat16"])
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Phi"])
+def test_a_head_in_float32_rounds_nothing(name, parameters):
+    """The logits are those of the hidden states and the weights in float32, with a tied head and a bias too."""
+    model, rows = make(name).to(parameters), batch()
+    seen, T = [], int(rows["completion_mask"].any(0).sum())
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=parameters == torch.float32):
+        rounded = ours(model, rows, share_prompt=False)[0]
+        compute_head_in_float32(name, model)
+        found, _, gradients = solve(ours, model, rows, share_prompt=False)
+    head, hidden = model.lm_head, seen[-1][:, -T:]
+    assert all(gradient.any() for gradient in gradients.values())
+    logits = nn.functional.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+    expected = logits.log_softmax(-1).gather(2, rows["completion_ids"][:, :T, None]).squeeze(2)
+    mask = rows["completion_mask"]
+    torch.testing.assert_close(found[mask], expected[mask[:, :T]], rtol=0, atol=1e-5)
+    assert (rounded - found).abs().max() > 1e-4
+
+
 def test_bfloat16_model():
     model, rows = make("Llama").bfloat16(), batch()
     assert_same(solve(ours, model, rows), solve(naive, model, rows), atol=0.1, gradients=0.05)
+
+
+def test_a_head_that_is_not_linear_is_not_made_float32():
+    model = make("Llama")
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.raises(UserError, match="output head of Llama is a Sequential"):
+        compute_head_in_float32("Llama", model)
 
 
 def test_scoring_equals_the_update_to_the_bit():

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from lightning_grpo import GRPOModule, PromptDataModule
 from lightning_grpo.kernels import linear
-from lightning_grpo.objective import AdaptiveBeta, AdaptiveEntropy, ObjectiveConfig
+from lightning_grpo.objective import AdaptiveBeta, AdaptiveEntropy, AdvantageConfig, ObjectiveConfig
+from lightning_grpo.objective.advantages import ESTIMATORS
 from lightning_grpo.objective.presets import PRESETS
 from lightning_grpo.objective.surrogate import Surrogate
 from lightning_grpo.policy.load import LoRA
@@ -225,10 +226,47 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path, tiny_m
     assert largest_difference(parameters(policy), parameters_at_start(tiny_model_path)) == 0
 
 
+def test_a_head_in_float32_agrees_better_with_the_engine(tmp_path, tiny_model_path):
+    difference = "sampling/sampling_logp_difference/mean"
+    runs = {
+        head: fit(tmp_path, module(tiny_model_path, head_in_float32=head), steps=1, precision="bf16-mixed")
+        for head in (False, True)
+    }
+    assert runs[True][difference][0] < runs[False][difference][0]
+
+
+def test_one_completion_per_prompt(tmp_path, tiny_model_path):
+    """Advantages are whitened over the batch: the mean is 0, and what the update uses differs between the prompts."""
+    seen = []
+
+    class Spy(GRPOModule):
+        def compute_loss(self, logprobs, entropy, experience, **sizes):
+            seen.append(experience.advantages)
+            return super().compute_loss(logprobs, entropy, experience, **sizes)
+
+    options = {"num_generations": 1, "rewards": [checksum], "advantage": AdvantageConfig(estimator="reinforce_pp")}
+    record = fit(tmp_path, module(tiny_model_path, Spy, micro_batch_size=2, **options), steps=2)
+    advantages = torch.cat(seen[:4])
+    assert len(advantages) == 8 and float(advantages.std()) == pytest.approx(1, abs=1e-3)
+    assert float(advantages.mean()) == pytest.approx(0, abs=1e-6)
+    assert record["grad_norm"][0] > 0 and "frac_reward_zero_std" not in record.steps[0]
+
+
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+def test_only_estimators_without_groups_learn_from_one_completion(estimator):
+    config = AdvantageConfig(estimator=estimator, k=1 if estimator == "pass_at_k" else None)
+    advantages = config(torch.tensor([0.0, 1.0, 0.5, 1.0]), 1, lengths=torch.tensor([1, 2, 3, 4]))
+    assert bool((advantages != 0).any()) is not config.needs_groups
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"num_generations": 1}, "num_generations is 1"),
+        ({"num_generations": 1}, "num_generations is 1, but .* set 2 or more, or advantage.estimator to reinforce_pp"),
+        (
+            {"num_generations": 1, "advantage": AdvantageConfig(estimator="reinforce_pp"), "resampling_rounds": 1},
+            "resampling_rounds is 1, but num_generations is 1",
+        ),
         ({"micro_batch_size": 0}, "micro_batch_size is 0"),
         ({"rewards": []}, "rewards is empty"),
         ({"sampling": Sampling(temperature=0)}, "temperature is 0"),

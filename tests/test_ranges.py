@@ -27,6 +27,7 @@ from lightning_grpo.policy.load import LoRA
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards import LengthPenalty, PrefixMatch, ReasoningGym
 from lightning_grpo.rollout import Sampling
+from lightning_grpo.training.reference import ReferenceRefresh
 from lightning_grpo.training.schedules import Cosine, Polynomial, WarmupStableDecay
 
 POSITIVE, ANY, SHARE = ([0.1, 5], [0, -1]), ([-1.5, 0, 2.5], []), ([0.1, 1], [0, -0.1, 1.1])
@@ -62,6 +63,7 @@ OPTIONS = [
         "temperature": NOT_NEGATIVE, "top_p": SHARE, "top_k": ([0, 5], [-1]), "min_p": ([0, 0.5, 1], [-0.1, 1.1]),
         "repetition_penalty": POSITIVE, "cutoff": SHARE,
     }),
+    (ReferenceRefresh, {}, {"mixing": SHARE, "every_n_steps": COUNT}),
     (Cosine, {}, {"minimum": SHARE_OR_NONE}),
     (Polynomial, {}, {"minimum": SHARE_OR_NONE, "power": POSITIVE}),
     (WarmupStableDecay, {}, {"minimum": SHARE_OR_NONE, "decay": ([0, 0.1, 5], [-1, 1.5])}),

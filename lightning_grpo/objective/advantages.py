@@ -59,6 +59,11 @@ class AdvantageConfig:
             )
 
     @property
+    def needs_groups(self) -> bool:
+        """Whether the advantages of groups with one completion are all 0."""
+        return self.estimator != "reinforce_pp"
+
+    @property
     def spans_batch(self) -> bool:
         """Whether statistics are taken over the batch, so that rewards (and lengths) of all ranks must be gathered."""
         return (
@@ -172,7 +177,7 @@ def whiten(r: Tensor) -> Tensor:
 
 
 def reinforce_pp(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
-    """r whitened over the batch, regardless of groups (REINFORCE++, arXiv:2501.03262)."""
+    """r whitened over the batch, regardless of groups (REINFORCE++, arXiv:2501.03262). Allows num_generations: 1."""
     return whiten(r)
 
 

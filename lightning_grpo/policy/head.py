@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_grpo.kernels import linear_logprob, logits_logprob
-from lightning_grpo.policy.load import base_model
+from lightning_grpo.policy.load import Float32Linear, base_model
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Head:
     @property
     def is_linear(self) -> bool:
         """Whether the module computes exactly hidden @ weight.T + bias."""
-        return type(self.module).forward is nn.Linear.forward
+        return type(self.module).forward in (nn.Linear.forward, Float32Linear.forward)
 
     def logprobs(self, forward: Callable, hidden: Tensor, options: dict) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropies, [A] each, of ``hidden`` [A, H]; ``forward`` is the module's original one."""
@@ -45,7 +45,12 @@ class Head:
             bias: Tensor | None = linear.bias
             if self.vocabulary < len(weight):
                 weight, bias = weight[: self.vocabulary], None if bias is None else bias[: self.vocabulary]
-            return linear_logprob(hidden, weight, bias=bias, scale=self.scale, softcap=self.softcap, **options)
+            others = {"scale": self.scale, "softcap": self.softcap, **options}
+            if isinstance(linear, Float32Linear):
+                with torch.autocast(hidden.device.type, enabled=False):
+                    bias = None if bias is None else bias.float()
+                    return linear_logprob(hidden.float(), weight.float(), bias=bias, **others)
+            return linear_logprob(hidden, weight, bias=bias, **others)
 
         def chunk(hidden, targets, temperature):
             logits = forward(hidden)[:, : self.vocabulary].float() * self.scale

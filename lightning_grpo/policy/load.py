@@ -12,9 +12,10 @@ from typing import Any, Literal, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -160,6 +161,7 @@ def load_policy(
     lora: LoRA | None = None,
     gradient_checkpointing: bool = False,
     attn_implementation: str = ATTENTION,
+    head_in_float32: bool = False,
     from_scratch: bool = False,
     seed: int = 0,
 ) -> Policy:
@@ -173,6 +175,7 @@ def load_policy(
         attn_implementation: name of the attention in transformers. The default is SDPA, replaced by
             `lightning_grpo.policy.attention` if that is faster; models that support neither use the default of
             transformers.
+        head_in_float32: compute the logits in float32 whatever the precision.
         from_scratch: use random weights with the folder's configuration instead of its checkpoint.
         seed: seed of the random weights and of a new adapter.
 
@@ -194,6 +197,8 @@ def load_policy(
             build = build_model if from_scratch else _load_weights
             base = build(config, model, **options)
         base.generation_config = generation_config
+        if head_in_float32:
+            compute_head_in_float32(model.name, base)
         policy = base if lora is None else with_adapters(base, lora)
     if gradient_checkpointing:
         enable_gradient_checkpointing(policy)
@@ -286,6 +291,30 @@ def _load_weights(config: PreTrainedConfig, model: Pretrained, **options: Any) -
 def frozen_copy(policy: nn.Module) -> nn.Module:
     """Return a copy of the policy as the reference, in evaluation mode and without gradients."""
     return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, whatever the precision of the Trainer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output [..., out] of ``x`` [..., in], in float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+def compute_head_in_float32(model: str, policy: PreTrainedModel) -> None:
+    """Make the output head of ``policy`` compute its logits in float32 (ScaleRL, arXiv:2510.13786).
+
+    Raises:
+        UserError: the head is not a linear layer.
+    """
+    head = policy.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise UserError(
+            f"head_in_float32 is true, but the output head of {model} is a {type(head).__name__}, not a linear layer; "
+            "leave it unset"
+        )
+    head.__class__ = Float32Linear
 
 
 @contextmanager

@@ -54,11 +54,6 @@ def check_batch_arithmetic(
     for name, value in numbers.items():
         if value < 1:
             raise UserError(f"{name} is {value}; set 1 or more")
-    if num_generations < 2:
-        raise UserError(
-            "num_generations is 1: a completion without others in its group always has the advantage 0; set 2 or "
-            "more (8 is common)"
-        )
     if prompts_per_rollout % ranks:
         below = prompts_per_rollout // ranks * ranks
         near = [b for b in (below, below + ranks) if b]

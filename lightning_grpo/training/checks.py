@@ -73,6 +73,8 @@ def check_options(
     *,
     rewards: Sequence[object],
     num_generations: int,
+    needs_groups: bool,
+    resampling_rounds: int,
     sampling: Sampling,
     rollout_ahead: int,
     in_flight_updates: bool,
@@ -81,8 +83,17 @@ def check_options(
     """Refuse combinations of the module's options that train on a wrong gradient or on none."""
     if not rewards:
         raise UserError("rewards is empty: nothing would be learned; name at least one reward")
-    if num_generations < 2:
-        raise UserError(f"num_generations is {num_generations}: an advantage is relative to its group; set 2 or more")
+    if num_generations < 2 and needs_groups:
+        raise UserError(
+            f"num_generations is {num_generations}, but the advantage is relative to the other completions of a group, "
+            "so it would always be 0; set 2 or more, or advantage.estimator to reinforce_pp, which compares with the "
+            "batch"
+        )
+    if num_generations < 2 and resampling_rounds:
+        raise UserError(
+            f"resampling_rounds is {resampling_rounds}, but num_generations is {num_generations}: the rewards of a "
+            "group of one are always equal, so every group would be replaced; set resampling_rounds to 0"
+        )
     if sampling.temperature == 0:
         raise UserError("sampling.temperature is 0 (greedy): the completions of a group would all be the same; set 1.0")
     if sampling.truncations:

@@ -68,8 +68,9 @@ class Collector:
         """
         G, trainer = self.num_generations, self.module.trainer
         rollout, rewards = self._sample(batch, window)
-        right = rewards[:, 0] >= self.pass_threshold
-        observe_groups(window, self._totals(rewards).view(-1, G), right.view(-1, G))
+        if G > 1:
+            right = rewards[:, 0] >= self.pass_threshold
+            observe_groups(window, self._totals(rewards).view(-1, G), right.view(-1, G))
         for _ in range(self.resampling_rounds):
             flat = flat_groups(self._totals(rewards), G).nonzero().flatten().tolist()
             count = torch.tensor(len(flat), device=trainer.strategy.root_device)
