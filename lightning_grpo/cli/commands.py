@@ -33,6 +33,7 @@ from lightning_grpo.monitor.checkpoint_folder import newest
 from lightning_grpo.monitor.stop import StopOnSignal
 from lightning_grpo.monitor.terminal import RunSummary, StepProgressBar, TerminalHandler, run_folder
 from lightning_grpo.processor import keep_threads_to_cores
+from lightning_grpo.record import Record
 from lightning_grpo.rollout import RolloutCallback
 from lightning_grpo.trainer import GRPOTrainer, resolved
 
@@ -54,11 +55,12 @@ class GRPOCommand(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add callbacks that stay whatever ``trainer.callbacks`` holds: ``prediction``, ``rollout``, ``checkpoint``,
-        ``export``, ``diagnosis``."""
+        ``record``, ``export``, ``diagnosis``."""
         add_short_help(parser)
         parser.add_lightning_class_args(Prediction, "prediction")
         parser.add_lightning_class_args(RolloutCallback, "rollout", subclass_mode=True, required=False)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(Record, "record")
         parser.add_lightning_class_args(Export, "export")
         parser.add_lightning_class_args(Diagnosis, "diagnosis")
         parser.set_defaults(

@@ -6,7 +6,7 @@ reader follows them: what an earlier folder has of later steps was trained again
 
 import csv
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.record.schema import COLUMNS, EXTRA, FINDINGS, HELD_OUT, INFO, METRICS, ORDER, REWARD, SAMPLES
+from lightning_grpo.record.schema import COLUMNS, FINDINGS, HELD_OUT, INFO, METRICS, ORDER, REWARD, SAMPLES, concatenate
 
 CSV = "metrics.csv"
 
@@ -63,7 +63,7 @@ class Run:
                 except (OSError, pa.ArrowException) as error:
                     self._warn(f"{path.relative_to(folder.parent)} was left out: {_first_line(error)}")
         wanted = None if columns is None else pa.schema([_field(name) for name in dict.fromkeys([*ORDER, *columns])])
-        table = _concatenate([(wanted or COLUMNS).empty_table(), *tables])
+        table = concatenate([(wanted or COLUMNS).empty_table(), *tables])
         table = table.sort_by([(name, "ascending") for name in ORDER])
         return table if columns is None else table.select(list(columns))
 
@@ -85,8 +85,8 @@ def read_run(folder: str | Path) -> Run:
     folder = find_run(Path(folder))
     run = Run(folder=folder, folders=[], info={}, config={}, metrics=[], held_out=[], findings=[])
     run.folders = list(_starts(folder, run._warn))
-    run.info = _read_object(folder / INFO, json.loads, run._warn)
-    run.config = _read_object(folder / "config.yaml", yaml.safe_load, run._warn)
+    run.info = read_object(folder / INFO, run._warn)
+    run.config = read_object(folder / "config.yaml", run._warn, yaml.safe_load)
     lines: list[dict[str, Any]] = []
     for start, last in reversed(run.folders):
         source = _read_lines(start / METRICS, run._warn) if (start / METRICS).exists() else _read_csv(start / CSV)
@@ -95,7 +95,8 @@ def read_run(folder: str | Path) -> Run:
         run.findings += [finding for finding in findings if finding["step"] <= last]
     lines.sort(key=lambda line: line["step"])
     run.metrics = [line for line in lines if not _is_held_out(line)]
-    run.held_out = [line for line in lines if _is_held_out(line)]
+    # a run that was resumed may have evaluated the step of its checkpoint again
+    run.held_out = list({line["step"]: line for line in lines if _is_held_out(line)}.values())
     return run
 
 
@@ -125,7 +126,7 @@ def _starts(folder: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, f
     while folder.resolve() not in seen:
         seen.add(folder.resolve())
         yield folder, last
-        parent = _read_object(folder / INFO, json.loads, warn).get("resumed_from")
+        parent = read_object(folder / INFO, warn).get("resumed_from")
         if not isinstance(parent, dict) or not isinstance(parent.get("step"), int):
             return
         last = min(last, parent["step"])
@@ -139,7 +140,10 @@ def _starts(folder: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, f
 # ── Files ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_object(path: Path, parse: Callable[[str], Any], warn: Callable[[str], None]) -> dict[str, Any]:
+def read_object(
+    path: Path, warn: Callable[[str], None] = lambda message: None, parse: Callable[[str], Any] = json.loads
+) -> dict[str, Any]:
+    """The object that a file contains; empty, with a warning if there is one, if it can't be read."""
     try:
         found = parse(path.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
@@ -223,24 +227,6 @@ def _read_samples(path: Path, columns: Sequence[str] | None, steps: Collection[i
     names = pq.read_schema(path).names
     wanted = None if columns is None else [name for name in dict.fromkeys([*ORDER, *columns]) if name in names]
     return pq.read_table(path, columns=wanted, filters=condition)
-
-
-def _concatenate(tables: Sequence[pa.Table]) -> pa.Table:
-    """Concatenate tables with different columns. Where a column has numbers in one and texts in another, it has texts
-    in the result."""
-    types: dict[str, set[pa.DataType]] = {}
-    for table in tables:
-        for column in table.schema:
-            types.setdefault(column.name, set()).add(column.type)
-    mixed = {name for name, found in types.items() if name.startswith(EXTRA) and len(found - {pa.null()}) > 1}
-    return pa.concat_tables([_as_text(table, mixed) for table in tables], promote_options="permissive")
-
-
-def _as_text(table: pa.Table, names: Iterable[str]) -> pa.Table:
-    for name in names:
-        if name in table.column_names:
-            table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
-    return table
 
 
 def _field(name: str) -> pa.Field:

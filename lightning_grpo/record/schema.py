@@ -10,6 +10,8 @@ findings.jsonl                          one object per finding of the diagnosis
 A ``step`` is the number of an optimizer step, counted from 1.
 """
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 
 FORMAT = 1
@@ -47,3 +49,21 @@ LOGPROBS = pa.schema([("engine_logprobs", pa.list_(pa.float32())), ("trainer_log
 """Columns with one value per token of ``completion_ids``, written with ``record.logprobs: true``."""
 ORDER = ["step", "rollout", "group", "index"]
 """Columns that identify a sample, in the order of the rows."""
+
+
+def concatenate(tables: Sequence[pa.Table]) -> pa.Table:
+    """Concatenate tables with different columns. Where a column has numbers in one and texts in another, it has texts
+    in the result."""
+    types: dict[str, set[pa.DataType]] = {}
+    for table in tables:
+        for column in table.schema:
+            types.setdefault(column.name, set()).add(column.type)
+    mixed = {name for name, found in types.items() if name.startswith(EXTRA) and len(found - {pa.null()}) > 1}
+    return pa.concat_tables([_as_text(table, mixed) for table in tables], promote_options="permissive")
+
+
+def _as_text(table: pa.Table, names: set[str]) -> pa.Table:
+    for name in names:
+        if name in table.column_names:
+            table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
+    return table

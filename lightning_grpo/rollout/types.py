@@ -160,6 +160,8 @@ class Rollout:
     versions            [N, T]     int64, policy version that sampled the token; 0 if completion_mask is False
     early_rewards       [N, R]     float32, of the R rewards that are computed during sampling; None if there are none
     sources             [N]        list of `Prompt.source`; None in a checkpoint of an earlier version
+    seeds               [N]        list of the seeds with which the completions were sampled; None if unknown
+    extras              [N]        list of {name: value} that rewards logged with ``log_extra``; None if none did
     ==================  =========  ==================================================================
     """
 
@@ -172,6 +174,8 @@ class Rollout:
     versions: Tensor = field(metadata=COMPLETION_TOKENS)
     early_rewards: Tensor | None = None
     sources: list[str] | None = None
+    seeds: list[int] | None = None
+    extras: list[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)

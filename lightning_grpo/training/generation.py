@@ -78,6 +78,7 @@ class Generation:
         with EarlyRewards(score_group) as scores:
             completions = engine.generate(request, on_group=scores.submit if early else None)
             rollout = Rollout.collate(batch.prompts, completions, self.pad_id)
+            rollout.seeds = [seed for seeds in request.seeds for seed in seeds]
             if early:
                 rollout.early_rewards = torch.cat(scores.gather())
         return rollout

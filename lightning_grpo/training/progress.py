@@ -84,9 +84,14 @@ class Progress:
         """Rows of each micro-batch of the optimizer step that begins with the next one."""
         return self.micro_batches[self.micro_step : self.micro_step + accumulate]
 
-    def rows_of_step(self, accumulate: int) -> slice:
-        """Rows of the optimizer step that begins with the next micro-batch, skipped ones included."""
-        start = self.micro_step * self.micro_batch_size % len(self.experience)
+    @property
+    def is_first_pass(self) -> bool:
+        """Whether the last micro-batch belonged to the first pass over the rollout."""
+        return self.micro_step * self.num_iterations <= len(self.micro_batches)
+
+    def rows_of_step(self, accumulate: int, *, begun: int = 0) -> slice:
+        """Rows of the optimizer step that began ``begun`` micro-batches before the next one, skipped ones included."""
+        start = (self.micro_step - begun) * self.micro_batch_size % len(self.experience)
         return slice(start, start + accumulate * self.micro_batch_size)
 
     def require_same_rollout(self, batch: PromptBatch) -> None:
@@ -126,7 +131,7 @@ class Progress:
         """Record that an optimizer step was taken, on the given numbers of tokens of all ranks."""
         self.mid_step = False
         self.steps_at_commit = trainer.global_step + 1
-        if self.micro_step * self.num_iterations <= len(self.micro_batches):
+        if self.is_first_pass:
             # later passes over the rollout see the same tokens again
             self.num_tokens += completion_tokens + prompt_tokens
         self.completion_tokens += completion_tokens
