@@ -57,7 +57,7 @@ FAULTS = {
     ),
     "LengthHacking": ({"completions/mean_length": 180.0, "reward_length_correlation": 0.8}, {}),
     "SlowerSteps": ({"step_time": lambda n: 4 + 0.3 * n, "time/reward": lambda n: 0.1 + 0.3 * n}, {}),
-    "MemoryGrowth": ({"memory/gib": lambda n: 11.5 + 0.1 * n}, {}),
+    "MemoryGrowth": ({"memory/gib": lambda n: 11.5 + 0.15 * n}, {}),
 }
 HARMLESS = {
     "StaleWeights, older samples": ({DIFFERENCE: lambda n: 0.008 * (1 + 0.5 * n), "staleness": 3.0}, {}),

@@ -22,6 +22,7 @@ Group Relative Policy Optimization of language models.
   test        the same, for the final evaluation
   predict     sample completions and write them to a file
   export      write the policy of a checkpoint as a Hugging Face model or a PEFT adapter
+  diagnose    check the metrics of a run, and print what is wrong and what to set
   report      write one HTML file about runs: metrics, findings, samples, and how runs compare
   configure   choose hyperparameters for a task, a model and a GPU; predict memory, time and cost
 
@@ -77,6 +78,10 @@ def _run(args: list[str]) -> None:
         from lightning_grpo.report import command as report
 
         return report.main(args[1:])
+    if args[:1] == ["diagnose"]:
+        from lightning_grpo.diagnosis import command as diagnosis
+
+        raise SystemExit(diagnosis.main(args[1:]))
     from lightning_grpo.cli import commands
 
     commands.run(args)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from lightning_grpo.diagnosis.history import History, Row
 from lightning_grpo.diagnosis.live import info_of, options_of, rows_of
 from lightning_grpo.diagnosis.rule import Rule
 from lightning_grpo.diagnosis.ruleset import RuleSet
-from lightning_grpo.diagnosis.text import lines
+from lightning_grpo.diagnosis.text import describe
 from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.monitor.checkpoint import Checkpoint
@@ -100,7 +101,9 @@ class Diagnosis(Callback):
         """Write findings to the terminal and to the file. Return the message of one that is to stop the run."""
         self.findings += findings
         for finding in findings:
-            log.log(logging.INFO if finding.severity == "note" else logging.WARNING, "\n".join(lines(finding)))
+            log.log(
+                logging.INFO if finding.severity == "note" else logging.WARNING, "\n".join(describe(asdict(finding)))
+            )
         if findings:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)

@@ -53,8 +53,8 @@ class History:
         self.options = dict(options or {})
         self.info = dict(info or {})
         self._samples = samples
-        self.step = 0
-        """The latest step."""
+        self.steps: list[int] = []
+        """All optimizer steps with metrics."""
         self.latest: dict[str, float] = {}
         """All metrics of the latest step, those that are not finite included."""
         self._columns: dict[str, tuple[list[int], list[float]]] = {}
@@ -66,7 +66,8 @@ class History:
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the metrics of an optimizer step, counted from 1. Steps must increase."""
         previous = self.latest.get("learning_rate")
-        self.step, self.latest = step, dict(metrics)
+        self.steps.append(step)
+        self.latest = dict(metrics)
         self.add_held_out(step, metrics)
         rate = metrics.get("learning_rate")
         if self._warms_up and rate is not None and previous is not None:
@@ -85,6 +86,11 @@ class History:
 
     def __contains__(self, name: str) -> bool:
         return name in self._columns
+
+    @property
+    def step(self) -> int:
+        """The latest optimizer step; 0 before the first one."""
+        return self.steps[-1] if self.steps else 0
 
     @property
     def names(self) -> list[str]:

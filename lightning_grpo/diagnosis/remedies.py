@@ -48,8 +48,8 @@ def longer_completions(history: History) -> dict[str, Any]:
 def raised_beta(history: History) -> dict[str, Any]:
     """A KL penalty of at least 0.01, or three times the present one."""
     beta = history.option("model.objective.beta")
-    if beta is None and "model.objective.loss_type" not in history.options:
-        return {}
+    if beta is None and history.option("model.objective.loss_type", "grpo") == "grpo":
+        return {}  # the default of that loss_type is not 0
     return {"model.objective.beta": rounded(max(0.01, 3 * (beta or 0.0)))}
 
 

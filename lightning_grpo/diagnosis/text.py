@@ -2,28 +2,30 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
-from lightning_grpo.diagnosis.finding import Finding
+METRICS = 3
+"""Metrics that are shown with a finding."""
 
 
-def lines(finding: Finding) -> list[str]:
-    """At most three lines: what is wrong, the evidence, and what to set."""
-    out = [f"{finding.severity} {finding.rule}, step {finding.step}: {finding.message}"]
+def describe(finding: Mapping[str, Any]) -> list[str]:
+    """At most three lines about a line of findings.jsonl: what is wrong, the evidence, and what to set."""
+    out = [f"{finding['severity']} {finding['rule']}, step {finding['step']}: {finding['message']}"]
     if evidence := _evidence(finding):
         out.append(f"  evidence: {evidence}")
-    if finding.change or finding.advice:
-        out.append("  " + "; ".join(filter(None, [finding.advice, _set(finding)])))
+    remedy = [finding.get("advice"), f"set {settings(finding['change'])}" if finding.get("change") else ""]
+    if any(remedy):
+        out.append(f"  {'; '.join(filter(None, remedy))}")
     return out
 
 
-def command_line(change: dict[str, Any]) -> str:
-    """A config patch as options of the command line."""
-    return " ".join(f"--{path} {shlex.quote(_value(value))}" for path, value in change.items())
-
-
-def _set(finding: Finding) -> str:
-    return f"set {command_line(finding.change)}" if finding.change else ""
+def settings(change: Mapping[str, Any]) -> str:
+    """A config patch: options of the command line, or NAME=VALUE for the options of another trainer."""
+    return " ".join(
+        f"--{path} {shlex.quote(_value(value))}" if "." in path else f"{path}={_value(value)}"
+        for path, value in change.items()
+    )
 
 
 def _value(value: Any) -> str:
@@ -32,12 +34,13 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _evidence(finding: Finding) -> str:
+def _evidence(finding: Mapping[str, Any]) -> str:
     parts = []
-    for name, pairs in list(finding.evidence.items())[:3]:
-        values = [pairs[0][1], pairs[-1][1]]
-        parts.append(f"{name} {' → '.join(f'{value:.3g}' for value in values)}")
-    if finding.samples:
-        places = [f"{row['rollout']}/{row['group']}/{row['index']}" for row in finding.samples]
-        parts.append(f"completions (rollout/group/index) {', '.join(places)}")
-    return ", ".join(parts) + (f" (steps {finding.since}–{finding.step})" if parts else "")
+    for name, pairs in list(finding.get("evidence", {}).items())[:METRICS]:
+        values = [f"{value:.3g}" for _, value in pairs if value is not None]
+        parts += [f"{name} {values[0]} → {values[-1]}"] if values else []
+    if finding.get("samples"):
+        places = ", ".join("{rollout}/{group}/{index}".format(**row) for row in finding["samples"])
+        parts.append(f"completions (rollout/group/index) {places}")
+    steps = finding.get("since", finding["step"]), finding["step"]
+    return ", ".join(parts) + (f" (steps {steps[0]}–{steps[1]})" if parts else "")

@@ -82,7 +82,7 @@ class MemoryGrowth(Rule):
     ranges: ClassVar[dict[str, str]] = {"growth": "(0, inf)", "window": "[8, inf)"}
 
     after: int = 20
-    growth: float = 0.05
+    growth: float = 0.1
     """Growth within the window, relative to its beginning."""
     window: int = 15
     """Latest steps, in both halves of which it must grow alike."""
