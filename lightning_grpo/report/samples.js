@@ -98,6 +98,7 @@
     return text.replace("-", "−");
   }
 
+  const short = (text) => (text.length > 40 ? `${text.slice(0, 40)}…` : text);
   const signed = (value) => (value > 0 ? "+" : "") + number(value);
   const plural = (amount, word) => `${amount.toLocaleString("en")} ${word}${amount === 1 ? "" : "s"}`;
 
@@ -142,9 +143,8 @@
   function refresh() {
     filter();
     list.scrollTop = 0;
-    draw();
-    if (!shown.includes(current) && shown.length) choose(shown[0], false);
-    else showGroup();
+    if (shown.length) choose(shown.includes(current) ? current : shown[0], false);
+    else draw();
   }
 
   /** A live report is loaded again and again; the filters stay. */
@@ -163,7 +163,7 @@
 
   function addChoices(name, choices) {
     const field = form.elements[name];
-    for (const [value, text] of choices) field.append(new Option(text, value));
+    for (const [value, text] of choices) field.append(new Option(short(text), value));
     field.parentElement.hidden = choices.length < 2;
   }
 
@@ -237,9 +237,10 @@
     const title = `Step ${current.step}, group ${current.group}` + (runs.length > 1 ? `, ${run.name}` : "");
     const rewards = members.map((sample) => sample.reward);
     const mean = rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length;
-    head.append(
-      element("h3", "", title),
-      element("p", "muted", `${plural(members.length, "completion")}, mean reward ${number(mean)}` + (current.source ? `, from ${current.source}` : "")),
+    head.append(element("h3", "", title));
+    append(
+      head.appendChild(element("p", "muted")),
+      `${plural(members.length, "completion")}, mean reward ${number(mean)}` + (current.source ? `, from ${short(current.source)}` : ""),
     );
     const prompt = detail.appendChild(element("div", "sample-prompt"));
     prompt.tabIndex = 0;
@@ -281,14 +282,14 @@
       ...(Object.keys(run.rewards).length > 1 ? Object.entries(run.rewards).map(([name, values]) => [name, number(values[i])]) : []),
       ...Object.entries(run.extras).filter(([, values]) => values[i] !== null && values[i] !== undefined).map(([name, values]) => [name, number(values[i])]),
       ["tokens", number(sample.tokens)],
-      ["finish", sample.finish || "–"],
+      ["finish", short(sample.finish) || "–"],
       ...(low === null || low === undefined ? [] : [["policy version", low === high ? String(low) : `${low} to ${high}`]]),
     ];
     const table = element("dl", "sample-values");
     for (const [name, value] of known) {
       const pair = table.appendChild(element("div"));
       append(pair.appendChild(element("dt")), name);
-      append(pair.appendChild(element("dd")), value);
+      appendLong(pair.appendChild(element("dd")), value);
     }
     return table;
   }
