@@ -599,6 +599,8 @@ class GRPOModule(LightningModule):
         if self.device_mesh is not None:
             for model in loaded:
                 shard(model, self.device_mesh["data_parallel"])
+        if loaded and self.needs_reference:
+            self.scorer.remember(self.policy, self.lora)
 
     def _load_policy(self) -> Policy:
         return load_policy(

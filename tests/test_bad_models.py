@@ -208,8 +208,8 @@ def test_names_that_are_no_folder(model, message):
 
 def test_an_adapter_is_no_model(broken):
     os.remove(broken.path / "config.json")
-    broken.bytes("adapter_config.json", b"{}")
-    with pytest.raises(UserError, match="LoRA adapter without its base model"):
+    broken.bytes("adapter_config.json", b'{"base_model_name_or_path": "owner/base"}')
+    with pytest.raises(UserError, match=r"LoRA adapter without its base model; set lora\.adapter to it, .* owner/base"):
         load_policy(str(broken.path))
 
 

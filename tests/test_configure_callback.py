@@ -26,6 +26,7 @@ from lightning_grpo.configure.callback import _with_engine
 from lightning_grpo.configure.command import main
 from lightning_grpo.configure.measure import Measured
 from lightning_grpo.configure.memory_savers import MEMORY_SAVERS
+from lightning_grpo.policy import LoRA
 from lightning_grpo.rewards import PrefixMatch
 from lightning_grpo.rollout import HFRollout, VLLMProcessRollout, VLLMRollout, VLLMServerRollout
 
@@ -128,6 +129,14 @@ def test_fit_logs_the_prediction_and_compares_it(tmp_path, file, tiny_model_path
     assert all(10e6 < peak < 1e11 for peak in prediction.peaks.values())
     (learned,) = json.loads(file.read_text()).values()
     assert learned["source"] == "measured here"
+
+
+def test_the_trained_parameters_are_counted_in_the_policy(tmp_path, file, tiny_model_path):
+    prediction = Prediction(calibration=str(file))
+    lora = LoRA(rank=4, rank_pattern={"q_proj": 8}, use_dora=True, exclude_modules=["up_proj"])
+    trainer = fit(tiny_model_path, tmp_path, prediction, lora=lora)
+    trained = sum(p.numel() for p in trainer.lightning_module.parameters() if p.requires_grad)
+    assert prediction.workload.trained == trained != prediction.workload.shape.lora_params(4)
 
 
 SECONDS = {"sync": [0.0] * 3, "rollout": [5.0] * 3, "reward": [0.1] * 3, "score": [0.0] * 3, "update": [8.0] * 3}

@@ -118,13 +118,16 @@ def test_other_kinds_of_lora(options, tmp_path, tiny_model_path):
 
 def test_lora_that_a_sync_can_not_carry_is_refused_at_setup(tiny_model_path):
     for mode, options, named in [
-        ("merged", {"use_dora": True}, "lora.use_dora is true, .* or the rollout to HFRollout"),
+        ("merged", {"options": {"lora_bias": True}}, "lora.options has lora_bias, .* or set the rollout to HFRollout"),
+        ("adapter", {"use_dora": True}, "lora.use_dora is True; set rollout lora: merged"),
+        ("adapter", {"options": {"bias": "all"}}, "lora.options.bias is all; set rollout lora: merged"),
         ("adapter", {"rank_pattern": {"q_proj": 2}}, "lora.rank_pattern is .*; set rollout lora: merged"),
         ("adapter", {"modules_to_save": ["lm_head"]}, "lora.modules_to_save is .*; set rollout lora: merged"),
     ]:
         with pytest.raises(UserError, match=named):
             require_sendable(module(tiny_model_path, lora=LoRA(**options)), mode)
-    require_sendable(module(tiny_model_path, lora=LoRA(rank_pattern={"q_proj": 2})), "merged")
+    for options in ({"rank_pattern": {"q_proj": 2}}, {"use_dora": True}, {"options": {"bias": "all"}}):
+        require_sendable(module(tiny_model_path, lora=LoRA(**options)), "merged")
 
 
 # ── dtypes, sizes, what else is in the folder ─────────────────────────────────────────────────────────────────────────

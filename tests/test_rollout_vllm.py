@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from engines import EOS, PROMPTS, SEEDS, SETTINGS, load, perturb, sample_request
+from engines import EOS, PROMPTS, SEEDS, SETTINGS, adapted, load, perturb, sample_request
 from torch.nn import functional as F
 
 from lightning_grpo.rollout import (
@@ -241,14 +241,29 @@ def test_lora_reaches_the_engine_merged_once(synced, engine, tiny_model_path, fa
     factor = {"none": 1, "adapter not applied": 0, "adapter applied twice": 2}[fault]
     stream = {name: plain[name] + factor * (merged[name] - plain[name]) for name in merged}
     reference = HFEngine(policy, eos_token_ids=[EOS], pad_id=0)
-    adapted = SyncedEngine(
+    merging = SyncedEngine(
         engine, version=lambda: 0, weights=lambda: iter(stream.items()), score=reference.logprobs, vocab_size=106
     )
     if fault == "none":
-        adapted.sync()
+        merging.sync()
         return
     with pytest.raises(WeightSyncError, match="differ from the policy"):
-        adapted.generate(sample_request(4))
+        merging.generate(sample_request(4))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_dora": True}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 3}}],
+    ids=["dora", "rslora and patterns"],
+)
+def test_other_adapters_reach_the_engine_merged(engine, tiny_model_path, settings):
+    policy = adapted(tiny_model_path, **settings)
+    reference = HFEngine(policy, eos_token_ids=[EOS], pad_id=0)
+    synced = SyncedEngine(
+        engine, version=lambda: 0, weights=lambda: policy_weights(policy), score=reference.logprobs, vocab_size=106
+    )
+    report = synced.sync()
+    assert report.compared == report.tensors and report.mismatch.max < 1e-4
 
 
 @pytest.mark.parametrize("change", [0.02, 1e-5])

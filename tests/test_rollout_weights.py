@@ -51,13 +51,19 @@ def test_names_and_values_are_the_checkpoints(which, tiny_model_path, untied_mod
         {"target_modules": "all-linear", "use_rslora": True},
         {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
         {"target_modules": ["embed_tokens", "k_proj"]},
+        {"target_modules": "all-linear", "use_dora": True},
+        {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, "lm_head": 8}, "alpha_pattern": {"o_proj": 3}},
+        {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
     ],
-    ids=["some", "all-rslora", "modules-to-save", "embedding"],
+    ids=["some", "all-rslora", "modules-to-save", "embedding", "dora", "patterns", "bias"],
 )
 def test_adapters_are_merged_into_the_stream_only(settings, untied_model_path):
     policy = adapted(untied_model_path, **settings)
     if "modules_to_save" in settings:
         policy.base_model.model.model.norm.modules_to_save["default"].weight.data *= 1.1
+    for name, parameter in policy.named_parameters():
+        if "magnitude" in name or (name.endswith("bias") and parameter.requires_grad):
+            parameter.data *= 1.2
     before = {name: p.clone() for name, p in policy.named_parameters()}
     expected = logits_of(policy)
     plain = load(untied_model_path)
@@ -76,10 +82,18 @@ def test_an_already_merged_adapter_is_not_merged_twice(untied_model_path):
         torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
-def test_adapters_that_are_no_sum_are_refused(settings, untied_model_path):
-    policy = adapted(untied_model_path, target_modules=["q_proj"], **settings)
-    with pytest.raises(ValueError, match="not plain LoRA"):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj"], "lora_bias": True},
+        {"target_modules": ["embed_tokens"], "use_dora": True},
+        {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+    ],
+    ids=["bias", "dora of an embedding", "parameters"],
+)
+def test_adapters_that_are_no_weight_are_refused(settings, untied_model_path):
+    policy = adapted(untied_model_path, **settings)
+    with pytest.raises(ValueError, match="no plain LoRA"):
         list(policy_weights(policy))
 
 

@@ -21,7 +21,8 @@ from lightning_grpo.configure.shape import ModelShape, with_layers
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.policy.attention import attention_for
-from lightning_grpo.policy.load import DTYPES, LoRA, with_adapters
+from lightning_grpo.policy.load import DTYPES
+from lightning_grpo.policy.lora import LoRA, with_adapters
 
 
 @dataclass(frozen=True)

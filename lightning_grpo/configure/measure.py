@@ -18,8 +18,9 @@ from lightning_grpo.configure.workload import Workload
 from lightning_grpo.devices import Hardware
 from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.policy.attention import attention_for
-from lightning_grpo.policy.load import DTYPES, Policy, enable_gradient_checkpointing, with_adapters
+from lightning_grpo.policy.load import DTYPES, Policy, enable_gradient_checkpointing
 from lightning_grpo.policy.logprobs import completion_logprobs
+from lightning_grpo.policy.lora import with_adapters
 from lightning_grpo.rollout import HFEngine, SampleRequest
 
 

@@ -6,7 +6,8 @@ from typing import Literal, cast
 import torch
 
 from lightning_grpo.configure.shape import ModelShape
-from lightning_grpo.policy.load import LoRA, compute_dtype_of
+from lightning_grpo.policy.load import compute_dtype_of
+from lightning_grpo.policy.lora import LoRA
 from lightning_grpo.training.batching import steps_per_rollout
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
@@ -46,6 +47,8 @@ class Workload:
     lora_rank: int = 0
     """Rank of the adapters; 0 trains all weights."""
     lora_targets: str | tuple[str, ...] = "all-linear"
+    adapter_params: int | None = None
+    """Number of trained parameters with adapters; None derives it from their rank and targets."""
     gradient_checkpointing: bool = False
     beta: float = 0.0
     """Weight of the KL penalty. Above 0, a reference scores every completion."""
@@ -159,6 +162,8 @@ class Workload:
     @property
     def trained(self) -> int:
         """Number of trained parameters."""
+        if self.lora_rank and self.adapter_params is not None:
+            return self.adapter_params
         return self.shape.lora_params(self.lora_rank, self.lora_targets) if self.lora_rank else self.shape.params
 
     @property

@@ -17,7 +17,7 @@ from lightning_grpo.data.template import ChatTemplate
 from lightning_grpo.errors import UserError
 from lightning_grpo.monitor.checkpoint_files import readable, require_checkpoint_file, require_own_checkpoint
 from lightning_grpo.monitor.checkpoint_folder import newest, newest_file
-from lightning_grpo.policy.load import LoRA
+from lightning_grpo.policy.lora import LoRA
 from lightning_grpo.policy.pretrained import Pretrained
 
 PREFIX = "policy."
@@ -165,13 +165,19 @@ def read_checkpoint(
         dtype=base.get("dtype"),
         from_scratch=from_scratch,
         seed=base.get("seed", 0),
-        lora=lora and LoRA(**{field.name: lora[field.name] for field in fields(LoRA) if field.name in lora}),
+        lora=lora and _saved_lora(lora),
         chat_template=policy.get("chat_template"),
         step=checkpoint["global_step"],
         completion_tokens=checkpoint["grpo"]["completion_tokens"],
         versions=policy.get("versions", {}),
         summary=checkpoint.get("callbacks", {}).get("RunSummary", {}),
     )
+
+
+def _saved_lora(saved: Mapping[str, Any]) -> LoRA:
+    """The adapters of a checkpoint, whose weights replace those of the adapter that the run began with."""
+    names = [field.name for field in fields(LoRA) if field.name != "adapter"]
+    return LoRA(**{name: saved[name] for name in names if name in saved})
 
 
 def _sharded_weights(folder: Path) -> dict[str, Tensor]:

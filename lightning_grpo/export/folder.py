@@ -31,8 +31,8 @@ from lightning_grpo.policy.load import (
     load_generation_config,
     load_policy,
     load_tokenizer,
-    with_adapters,
 )
+from lightning_grpo.policy.lora import with_adapters
 from lightning_grpo.policy.pretrained import Pretrained
 
 SHARD_SIZE = "5GB"

@@ -1,7 +1,6 @@
 """The policy: everything that depends on transformers and PEFT."""
 
 from lightning_grpo.policy.load import (
-    LoRA,
     Policy,
     frozen_copy,
     full_precision_buffers,
@@ -11,6 +10,7 @@ from lightning_grpo.policy.load import (
     load_tokenizer,
     shard,
 )
+from lightning_grpo.policy.lora import LoRA
 from lightning_grpo.policy.pretrained import Pretrained
 
 __all__ = [

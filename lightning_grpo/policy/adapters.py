@@ -1,11 +1,15 @@
-"""The LoRA adapters in a checkpoint, and a check that they match those of this run."""
+"""The LoRA adapters in a checkpoint, a check that they match those of this run, and what they were before training."""
 
-from collections.abc import Mapping, Set
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from lightning_grpo.errors import UserError
-from lightning_grpo.policy.load import LoRA
+from lightning_grpo.policy.lora import LoRA, default_of
 
 
 def describe(lora: LoRA | None, names: Set[str]) -> dict[str, Any] | None:
@@ -41,9 +45,17 @@ def check(saved: Mapping[str, Any] | None, lora: LoRA | None, names: Set[str]) -
             f"lora.alpha is {lora.alpha:g}, but the checkpoint's adapters were trained with {saved['alpha']:g}: their "
             f"output would be scaled by {lora.alpha / saved['alpha']:g}; set lora.alpha to {saved['alpha']:g}"
         )
-    for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+    if lora.adapter is None and saved.get("adapter") is not None:
+        raise UserError(
+            f"lora.adapter is unset, but the run began with the adapter {saved['adapter']}, which is its reference; "
+            "set lora.adapter to it"
+        )
+    for option in fields(LoRA):
+        name = option.name
+        if name not in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "options"):
+            continue
         # the names of the weights don't show these; checkpoints of earlier versions have the defaults
-        was, now = saved.get(name, getattr(LoRA(), name)), getattr(lora, name)
+        was, now = saved.get(name, default_of(option)), getattr(lora, name)
         if was != now:
             raise UserError(
                 f"lora.{name} is {now}, but the checkpoint's adapters were trained with {was}; set lora.{name} to it"
@@ -55,3 +67,23 @@ def check(saved: Mapping[str, Any] | None, lora: LoRA | None, names: Set[str]) -
             f"{len(missing)} adapter weights of this run and has {len(extra)} others, for example "
             f"{min(missing or extra)}; set lora.target_modules to {saved['target_modules']!r}"
         )
+
+
+def trained_values(policy: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the trained parameters by name; of a sharded policy, this rank's shards."""
+    return {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+@torch.no_grad()
+def with_values(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give the trained parameters other ``values``, from `trained_values`, inside this context."""
+    own = dict(policy.named_parameters())
+    current = trained_values(policy)
+    try:
+        for name, value in values.items():
+            own[name].copy_(value)
+        yield
+    finally:
+        for name, value in current.items():
+            own[name].copy_(value)

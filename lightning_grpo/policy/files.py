@@ -109,8 +109,8 @@ def unreadable(what: str, model: str, error: Exception) -> UserError:
     contents = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return UserError(
-            f"model is {model!r}: that folder contains a LoRA adapter without its base model; merge both (with PEFT's "
-            "merge_and_unload), save the result, and set its folder"
+            f"model is {model!r}: that folder contains a LoRA adapter without its base model; set lora.adapter to it, "
+            f"and model to its base model, {read_json(model, 'adapter_config.json').get('base_model_name_or_path')}"
         )
     return UserError(
         f"model is {model!r}: that folder has no readable {what} ({reason}); it contains {contents}; set the "

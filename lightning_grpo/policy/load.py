@@ -5,12 +5,11 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pickle import UnpicklingError
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -32,8 +31,8 @@ from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.policy.attention import attention_for
 from lightning_grpo.policy.checks import require_causal, require_complete, require_finite
 from lightning_grpo.policy.files import read_json, unreadable
+from lightning_grpo.policy.lora import LoRA, with_adapters
 from lightning_grpo.policy.pretrained import Pretrained
-from lightning_grpo.ranges import check_ranges
 
 log = logging.getLogger(__name__)
 
@@ -48,51 +47,6 @@ def compute_dtype_of(precision: str, parameters: torch.dtype) -> torch.dtype:
     if precision.startswith("bf16"):
         return torch.bfloat16
     return torch.float16 if precision.startswith("16") else parameters
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRA:
-    """Train low-rank adapters instead of all weights (Hu et al. 2021, arXiv:2106.09685)."""
-
-    rank: int = 16
-    """Rank of each adapter. 1 to 32 is enough for reinforcement learning."""
-    alpha: float = 32.0
-    """The adapter's output is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Share of adapter inputs that are dropped in training. If it is not 0, the log-probs in training are not those of
-    the policy that samples."""
-    target_modules: str | list[str] = "all-linear"
-    """Linear layers that get an adapter: names, a regular expression, or all-linear."""
-    exclude_modules: str | list[str] | None = None
-    """Layers among these that get none: names, or a regular expression."""
-    layers_to_transform: list[int] | None = None
-    """Numbers of the decoder layers that get adapters; None means all of them."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Other ranks for some layers, by name or regular expression."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Other values of alpha for some layers, by name or regular expression."""
-    use_rslora: bool = False
-    """Scale by alpha / √rank (rsLoRA, arXiv:2312.03732), which keeps large ranks stable."""
-    use_dora: bool = False
-    """Train each weight's magnitude apart from its direction (DoRA, arXiv:2402.09353). Only HFRollout samples it."""
-    modules_to_save: list[str] | None = None
-    """Modules to train whole beside the adapters."""
-    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
-    """How adapters begin: true gives the base model exactly, as gaussian does."""
-
-    def __post_init__(self) -> None:
-        # rank 0 is not allowed: without adapters, lora is None
-        check_ranges(self, {"rank": "[1, inf)", "alpha": "(0, inf)", "dropout": "[0, 1)"}, prefix="lora.")
-        for pattern, interval in (("rank_pattern", "[1, inf)"), ("alpha_pattern", "(0, inf)")):
-            values = getattr(self, pattern)
-            check_ranges(values, dict.fromkeys(values, interval), prefix=f"lora.{pattern}.")
-        layers: dict[Any, int] = dict(enumerate(self.layers_to_transform or ()))
-        check_ranges(layers, dict.fromkeys(layers, "[0, inf)"), prefix="lora.layers_to_transform.")
-        if self.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
-            raise UserError(
-                f"lora.init_lora_weights is {self.init_lora_weights!r}; set true, false, gaussian or orthogonal: other "
-                "ways change the base model's weights, which checkpoints and engines don't hold"
-            )
 
 
 def load_tokenizer(model: str | Pretrained) -> PreTrainedTokenizerBase:
@@ -235,33 +189,6 @@ def _errors_named(model: str, attn_implementation: str) -> Iterator[None]:
         raise UserError(
             f"model.model.kwargs has {unknown[1]}, which neither the configuration of {model} nor from_pretrained has; "
             "remove it"
-        ) from error
-
-
-def with_adapters(policy: PreTrainedModel, lora: LoRA) -> PeftModel:
-    """Add new adapters to ``policy``.
-
-    Raises:
-        UserError: ``lora.target_modules`` names no layers.
-    """
-    options = asdict(lora)
-    try:
-        config = LoraConfig(
-            r=options.pop("rank"),
-            lora_alpha=options.pop("alpha"),
-            lora_dropout=options.pop("dropout"),
-            task_type="CAUSAL_LM",
-            **options,  # these have PEFT's own names
-        )
-    except ValueError as error:
-        raise UserError(f"lora: PEFT refuses this combination of options: {error}") from error
-    try:
-        return get_peft_model(policy, config)
-    except (ValueError, re.error) as error:
-        linears = {name.rpartition(".")[2] for name, module in policy.named_modules() if isinstance(module, nn.Linear)}
-        raise UserError(
-            f"lora.target_modules is {lora.target_modules!r}: {error}; set it to all-linear, or to names among "
-            f"{', '.join(sorted(linears))}"
         ) from error
 
 

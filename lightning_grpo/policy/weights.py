@@ -6,6 +6,8 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -29,7 +31,7 @@ def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
         share the policy's storage: copy it before writing to it.
 
     Raises:
-        UserError: the adapter does more than add to the weight (DoRA, LoRA with a bias, or another method than LoRA).
+        UserError: the adapter does more than change a weight (LoRA with a bias, or another method than LoRA).
     """
     if isinstance(policy, PeftModel):
         if policy.active_peft_config.is_prompt_learning or policy.active_peft_config.peft_type != "LORA":
@@ -136,13 +138,24 @@ def _merged(policy: nn.Module, prefix: str, name: str, parameter: Tensor) -> Ten
         return value
     for adapter in parent.active_adapters:
         if adapter in parent.scaling:
-            value = value + _lora_delta(parent, prefix, adapter).to(value)
+            value = _with_adapter(value, parent, prefix, adapter)
     return value
 
 
-def _lora_delta(layer: LoraLayer, name: str, adapter: str) -> Tensor:
-    """scaling · B·A in float32 (LoRA, Hu et al. 2021, equation 3)."""
-    _require_plain(layer, name, adapter)
+def _with_adapter(weight: Tensor, layer: LoraLayer, name: str, adapter: str) -> Tensor:
+    """The weight W with the adapter: W + scaling · B·A (LoRA, Hu et al. 2021, equation 3), in which each row has the
+    norm in the magnitude vector if the adapter has one (DoRA, arXiv:2402.09353, equation 5)."""
+    if type(layer.lora_variant.get(adapter)) is not DoraLinearVariant:  # not a subclass, such as for embeddings
+        _require_plain(layer, name, adapter)
+        return weight + _lora_delta(layer, adapter).to(weight)
+    merged = weight.float() + _lora_delta(layer, adapter)
+    rows = 0 if cast(Any, layer).fan_in_fan_out else 1
+    magnitude = whole(cast(Tensor, layer.lora_magnitude_vector[adapter].weight).detach()).float()
+    return (merged * (magnitude.unsqueeze(rows) / merged.norm(dim=rows, keepdim=True))).to(weight)
+
+
+def _lora_delta(layer: LoraLayer, adapter: str) -> Tensor:
+    """scaling · B·A in float32, in the layout of the layer's weight."""
     if adapter in layer.lora_embedding_A:
         A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
         return (whole(B.detach()).float() @ whole(A.detach()).float()).T * layer.scaling[adapter]
@@ -152,5 +165,8 @@ def _lora_delta(layer: LoraLayer, name: str, adapter: str) -> Tensor:
 
 
 def _require_plain(layer: LoraLayer, name: str, adapter: str) -> None:
-    if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
-        raise UserError(f"adapter {adapter!r} on {name} is not plain LoRA (it uses DoRA or a bias)")
+    if adapter in layer.lora_variant or layer.lora_bias.get(adapter) or isinstance(layer, ParamWrapper):
+        raise UserError(
+            f"adapter {adapter!r} on {name} is no plain LoRA of a layer's weight (DoRA of an embedding, a bias of its "
+            "own, …), and an engine can't get it; set the rollout to HFRollout"
+        )

@@ -12,7 +12,8 @@ import torch
 from lightning import Trainer
 from torch import Tensor, nn
 
-from lightning_grpo.policy import full_precision_buffers
+from lightning_grpo.policy import LoRA, Policy, full_precision_buffers
+from lightning_grpo.policy.adapters import trained_values, with_values
 from lightning_grpo.policy.logprobs import completion_logprobs
 from lightning_grpo.rollout import Rollout
 from lightning_grpo.rollout.seeds import rollout_seeds
@@ -34,6 +35,13 @@ class Scorer:
         self.reference: nn.Module | None = None
         """The frozen reference of full training. It is not part of the module tree, so that it is neither trained,
         saved nor sharded with the policy. With LoRA, the policy without its adapter takes its place."""
+        self.initial: dict[str, Tensor] | None = None
+        """The trained weights before training, if the reference is not the policy without its adapter."""
+
+    def remember(self, policy: Policy, lora: LoRA | None) -> None:
+        """Keep what is needed to compute the reference of a policy that has not been trained yet."""
+        if lora is not None and not lora.begins_at_base:
+            self.initial = trained_values(policy)
 
     def logprobs(
         self, model: nn.Module, rows: Rollout, *, entropy_grad: bool = False, coefficient: Tensor | None = None
@@ -103,6 +111,9 @@ class Scorer:
         trainer: Trainer,
     ) -> Tensor:
         """`score` by ``policy`` as it was before training."""
+        if self.initial is not None:
+            with with_values(policy, self.initial):
+                return self.score(policy, rollout, micro_batches, number, trainer)
         if self.reference is None:
             adapted = cast(Any, policy)  # a PeftModel, whose type this package does not import
             with adapted.disable_adapter():

@@ -35,6 +35,9 @@ CHANGES_DISTRIBUTION = {
 }
 """Arguments of vLLM's SamplingParams that make the sampled distribution differ from softmax(logits / temperature)."""
 
+MERGED_OPTIONS = {"bias", "fan_in_fan_out", "layers_pattern"}
+"""Those fields of ``lora.options`` whose effect is in the weights that a sync sends."""
+
 
 class VLLMRollout(RolloutCallback):
     """Samples with a vLLM engine that shares the trainer's process and device.
@@ -243,17 +246,20 @@ def require_sendable(pl_module: PolicyModule, mode: str) -> None:
     lora = getattr(pl_module, "lora", None)
     if lora is None:
         return
-    if lora.use_dora:
+    if unmerged := sorted(lora.options.keys() - MERGED_OPTIONS):
         raise UserError(
-            "lora.use_dora is true, and vLLM takes neither DoRA nor weights that it is merged into here; set it to "
-            "false, or the rollout to HFRollout"
+            f"lora.options has {', '.join(unmerged)}, and no weights that an engine has could express this; remove it, "
+            "or set the rollout to HFRollout"
         )
-    for name in ("modules_to_save", "rank_pattern"):
-        if mode == "adapter" and getattr(lora, name):
-            raise UserError(
-                f"rollout lora is adapter, which sends low-rank adapters of one rank alone, and lora.{name} is "
-                f"{getattr(lora, name)}; set rollout lora: merged"
-            )
+    if mode == "merged":
+        return
+    others = {name: getattr(lora, name) for name in ("use_dora", "modules_to_save", "rank_pattern")}
+    others |= {f"options.{name}": value for name, value in lora.options.items() if value not in (False, "none")}
+    if named := next((f"lora.{name} is {value}" for name, value in others.items() if value), None):
+        raise UserError(
+            f"rollout lora is adapter, which sends low-rank adapters of one rank alone, and {named}; set rollout lora: "
+            "merged"
+        )
 
 
 def loading_args(pl_module: PolicyModule) -> dict[str, Any]:
