@@ -145,13 +145,17 @@ def test_lengths_have_exact_percentiles():
 
 def test_repetition_counts_what_occurred_earlier():
     window = Window()
-    # of five 4-grams none is new after the first; all distinct; too short to have any
-    observe_repetition(window, [torch.full((8,), 7), torch.arange(9), torch.tensor([1, 1, 1])])
+    ids = torch.stack([torch.full((9,), 7), torch.arange(9), torch.ones(9, dtype=torch.long)])
+    mask = torch.arange(9) < torch.tensor([[8], [9], [3]])
+    # of five 4-grams four are the first one again; all distinct; too short to have any
+    observe_repetition(window, ids, mask)
     assert window.reduce()["completions/repetition"] == pytest.approx((4 / 5 + 0) / 2)
-    ids = torch.randint(0, 3, (200,), generator=torch.Generator().manual_seed(0))
-    grams = [tuple(ids[i : i + 4].tolist()) for i in range(197)]
-    observe_repetition(window, [ids])
+    ids = torch.randint(0, 3, (1, 200), generator=torch.Generator().manual_seed(0))
+    grams = [tuple(ids[0, i : i + 4].tolist()) for i in range(197)]
+    observe_repetition(window, ids, torch.ones_like(ids).bool())
     assert window.reduce()["completions/repetition"] == pytest.approx(1 - len(set(grams)) / 197)
+    observe_repetition(window, ids[:, :3], torch.ones(1, 3).bool())
+    assert window.reduce() == {}
 
 
 def test_variance_shares_of_weighted_rewards():

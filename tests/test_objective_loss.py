@@ -466,3 +466,19 @@ def test_sequence_level_metrics_count_completions():
     inputs = batch()
     _, metrics = policy_loss(ObjectiveConfig(loss_type="gspo"), **inputs)
     assert metrics["clip_ratio/region_mean"].count == N - 1, "the completion without tokens doesn't count"
+
+
+def test_the_ratio_of_trainer_and_engine_in_closed_form():
+    """Two tokens of weights 2 and 1/2, and one that the engine could not score."""
+    old = torch.tensor([[-1.0, -2.0, -1.0, 5.0]])
+    engine = old - torch.tensor([[2.0, 0.5, 1.0, 1.0]]).log()
+    engine[0, 2] = torch.nan
+    mask = torch.tensor([[True, True, True, False]])
+    _, metrics = policy_loss(
+        ObjectiveConfig(max_completion_length=4),
+        logprobs=old, advantages=torch.ones(1), mask=mask, rollout_logprobs=engine,
+    )  # fmt: skip
+    values = {name: float(metric.compute()) for name, metric in metrics.items() if name.startswith("sampling/")}
+    expected = {"ratio/min": 0.5, "ratio/max": 2, "ratio/mean": 1.25, "ratio/std": 1.5 / 2**0.5}
+    expected |= {"ess": 2.5**2 / (2 * 4.25), "chi2": 4.25 / 2 - 1, "k1": 0.0}
+    assert {name: values[f"sampling/{name}"] for name in expected} == pytest.approx(expected, abs=1e-6)

@@ -3,7 +3,9 @@
 Shapes: n completions, B groups of G, R rewards.
 """
 
+import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from math import comb
 
 import psutil
@@ -18,10 +20,13 @@ from lightning_grpo.objective.advantages import std
 def memory_in_use(device: torch.device) -> float:
     """Return the peak of GPU memory allocated since the last call, or this process's resident memory, in GiB."""
     if device.type != "cuda":
-        return psutil.Process().memory_info().rss / 2**30
+        return _process(os.getpid()).memory_info().rss / 2**30
     peak = torch.cuda.max_memory_allocated(device) / 2**30
     torch.cuda.reset_peak_memory_stats(device)
     return peak
+
+
+_process = cache(psutil.Process)  # takes longer than reading from it
 
 
 def observe_completions(window: Window, lengths: Tensor, truncated: Tensor) -> None:
@@ -58,24 +63,25 @@ def variance_shares(values: Mapping[str, float], weights: Mapping[str, float]) -
     return {f"rewards/{name}/variance_share": variance / total for name, variance in variances.items()}
 
 
-def observe_repetition(window: Window, completion_ids: Sequence[Tensor], length: int = 4) -> None:
+def observe_repetition(window: Window, ids: Tensor, mask: Tensor, length: int = 4) -> None:
     """Add ``completions/repetition``: the share of a completion's n-grams of ``length`` tokens that occurred earlier in
     it, as a mean over the completions that have at least one.
 
     Args:
-        completion_ids: for each completion the token ids [t] that the policy sampled.
+        ids: [n, T], tokens of the completions.
+        mask: [n, T] bool, tokens that the policy sampled.
     """
-    shares = []
-    for ids in completion_ids:
-        if len(ids) >= length:
-            # a hash of 64 bits, since finding distinct rows takes much longer than finding distinct numbers
-            grams = ids.unfold(0, length, 1) @ (_ODD ** torch.arange(length))
-            shares.append(1 - len(grams.unique()) / len(grams))
-    window.mean("completions/repetition", torch.tensor(shares, dtype=torch.float64))
-
-
-_ODD = 0x5851F42D4C957F2D
-"""Multiplier of the hash of n-grams; products overflow, which mixes all bits."""
+    if ids.shape[1] < length:
+        return
+    valid = mask.unfold(1, length, 1).all(2)
+    # a hash of 64 bits in place of each n-gram: products overflow, which mixes all bits
+    grams = ids.unfold(1, length, 1) @ (0x5851F42D4C957F2D ** torch.arange(length))
+    padding = torch.iinfo(grams.dtype).max
+    ordered = grams.masked_fill(~valid, padding).sort(1).values
+    differs = torch.ones_like(valid)
+    differs[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    distinct = (differs & (ordered != padding)).sum(1)
+    window.mean("completions/repetition", 1 - distinct / valid.sum(1))
 
 
 def observe_groups(window: Window, totals: Tensor, right: Tensor) -> None:

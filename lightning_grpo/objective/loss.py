@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.metrics import EffectiveShare, Metric, Percentile99, Spread
+from lightning_grpo.metrics import EffectiveShare, Mean, Metric, Percentile99, Spread
 from lightning_grpo.objective.aggregation import aggregate
 from lightning_grpo.objective.config import ObjectiveConfig
 from lightning_grpo.objective.kl import kl_divergence
@@ -171,13 +171,14 @@ def sampling_ratio_metrics(log_ratio: Tensor, mask: Tensor) -> dict[str, Metric]
     """The distribution of w = π_trainer/π_engine over tokens, before any bound, from log w [N, T]."""
     ratio = log_ratio.double().clamp(-LOG_LIMIT, LOG_LIMIT).exp()
     lowest, highest = extremes(ratio, mask)
+    moments = Spread.masked(ratio, mask)
     return {
         "sampling/ratio/min": lowest,
-        "sampling/ratio/mean": mean_metric(ratio, mask),
+        "sampling/ratio/mean": Mean(moments.value, moments.count),
         "sampling/ratio/max": highest,
-        "sampling/ratio/std": Spread.masked(ratio, mask),
-        "sampling/ess": EffectiveShare.masked(ratio, mask),
-        "sampling/chi2": mean_metric(ratio**2 - 1, mask),
+        "sampling/ratio/std": moments,
+        "sampling/ess": EffectiveShare(*moments),
+        "sampling/chi2": Mean(moments.square - moments.count, moments.count),
         "sampling/k1": mean_metric(-log_ratio, mask),
     }
 

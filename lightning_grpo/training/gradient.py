@@ -23,7 +23,7 @@ PARTS = {
 """Parts of a transformer by the names of transformers' modules. The first that matches counts: post_attention_layernorm
 is a norm. An adapter's name contains that of the module that it adapts."""
 
-SAMPLE = 2**18
+SAMPLE = 2**15
 """Number of weights that estimate the size of a step."""
 
 

@@ -74,7 +74,7 @@ class StepMonitor:
         """Log the ``rows`` of the optimizer step, and count their tokens over all ranks."""
         mask, truncated = experience.completion_mask[rows], experience.truncated[rows]
         observe_completions(self.window, mask.sum(1), truncated)
-        observe_repetition(self.window, [x[m] for x, m in zip(experience.completion_ids[rows], mask, strict=True)])
+        observe_repetition(self.window, experience.completion_ids[rows], mask)
         observe_rewards(self.window, experience.rewards[rows], reward_names, reward_weights)
         totals = total_rewards(experience.rewards, reward_weights)
         self.window.mean("completions/truncated_reward", totals[rows][truncated])
