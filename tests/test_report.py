@@ -1,20 +1,25 @@
 """The report: grouping of runs, comparison, sections, and the command."""
 
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fitting import fit, module
+from lightning.pytorch.loggers import CSVLogger
 from runs import FINDING, change, metrics, write_run
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.record.reader import read_run
 from lightning_grpo.report import command, comparison, curves, findings, header, page, phases, plan
 from lightning_grpo.report.arms import arms, run_names
+from lightning_grpo.report.callback import Report
 from lightning_grpo.report.markup import duration, number, script_json
 from lightning_grpo.report.series import POINTS, curve, smooth
 from lightning_grpo.report.statistics import paired_interval
@@ -193,7 +198,7 @@ def test_the_prediction_is_compared_with_the_measurement(tmp_path):
 def test_a_finding_shows_its_evidence_its_remedy_and_its_samples(tmp_path):
     folder = write_run(tmp_path / "run")
     assert findings.render([read_run(folder)]) == ""
-    (folder / "findings.jsonl").write_text("")
+    (folder / "config.yaml").write_text("diagnosis: {enabled: true}")
     assert "The diagnosis found nothing." in findings.render([read_run(folder)])
     (folder / "findings.jsonl").write_text(json.dumps(FINDING) + "\n")
     html = findings.render([read_run(folder)])
@@ -315,6 +320,32 @@ def test_the_command_writes_beside_the_logs_or_where_it_is_asked_to(tmp_path, ca
     command.main([str(folder), "--out", str(tmp_path / "new" / "x.html")])
     assert (tmp_path / "new" / "x.html").exists()
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_fit_writes_the_report_and_prints_its_path(tmp_path, tiny_model_path, capsys):
+    settings = {"logger": CSVLogger(tmp_path, "logs"), "callbacks": [Report()], "log_every_n_steps": 1}
+    fit(tmp_path, module(tiny_model_path), steps=2, **settings)
+    path = tmp_path / "logs" / "version_0" / "report.html"
+    assert f"report: {path}\n" in capsys.readouterr().out
+    assert figures(path.read_text())[0]["data"][0]["x"] == [1, 2]
+
+
+def test_without_plotly_or_if_it_is_not_wanted_fit_writes_no_report(tmp_path, monkeypatch, capsys):
+    trainer = SimpleNamespace(is_global_zero=True, fast_dev_run=False)
+    Report(enabled=False).on_fit_end(trainer, None)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("lightning_grpo.report.callback.find_spec", lambda name: None)
+    Report().on_fit_end(trainer, None)
+    assert "pip install 'lightning-grpo[report]'" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    trainer = SimpleNamespace(is_global_zero=True, fast_dev_run=False, loggers=[], log_dir=str(tmp_path))
+    report = Report()
+    report.on_fit_start(trainer, None)
+    with caplog.at_level(logging.WARNING, logger="lightning_grpo"):
+        report.on_fit_end(trainer, None)
+    assert "no report was written" in caplog.text
 
 
 def test_wrong_arguments_are_named(tmp_path):

@@ -34,6 +34,7 @@ from lightning_grpo.monitor.stop import StopOnSignal
 from lightning_grpo.monitor.terminal import RunSummary, StepProgressBar, TerminalHandler, run_folder
 from lightning_grpo.processor import keep_threads_to_cores
 from lightning_grpo.record import Record
+from lightning_grpo.report.callback import Report
 from lightning_grpo.rollout import RolloutCallback
 from lightning_grpo.trainer import GRPOTrainer, resolved
 
@@ -55,13 +56,14 @@ class GRPOCommand(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add callbacks that stay whatever ``trainer.callbacks`` holds: ``prediction``, ``rollout``, ``checkpoint``,
-        ``record``, ``export``, ``diagnosis``."""
+        ``record``, ``export``, ``report``, ``diagnosis``."""
         add_short_help(parser)
         parser.add_lightning_class_args(Prediction, "prediction")
         parser.add_lightning_class_args(RolloutCallback, "rollout", subclass_mode=True, required=False)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(Record, "record")
         parser.add_lightning_class_args(Export, "export")
+        parser.add_lightning_class_args(Report, "report")
         parser.add_lightning_class_args(Diagnosis, "diagnosis")
         parser.set_defaults(
             {
@@ -142,10 +144,10 @@ class GRPOCommand(LightningCLI):
             callbacks.append(StepProgressBar())
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
-        # Export prints the next command, below the summary
-        exports = [callback for callback in callbacks if isinstance(callback, Export)]
-        others = [callback for callback in callbacks if not isinstance(callback, Export)]
-        callbacks = [StopOnSignal(), *others, RunSummary(), *exports]
+        # these print the next command and the path of the report, below the summary
+        last = [callback for callback in callbacks if isinstance(callback, Export | Report)]
+        others = [callback for callback in callbacks if not isinstance(callback, Export | Report)]
+        callbacks = [StopOnSignal(), *others, RunSummary(), *last]
         try:
             return super()._instantiate_trainer(config, callbacks)
         except (ValueError, TypeError, RuntimeError) as error:  # only options of the trainer can cause it here

@@ -6,7 +6,6 @@ from typing import Any
 import yaml
 
 from lightning_grpo.record.reader import Run
-from lightning_grpo.record.schema import FINDINGS
 from lightning_grpo.report.arms import run_names
 from lightning_grpo.report.charts import chart, color, grid
 from lightning_grpo.report.markup import details, escape, number, section
@@ -22,7 +21,7 @@ def render(runs: Sequence[Run]) -> str:
     diagnosed = [
         (i, name, run)
         for i, (name, run) in enumerate(zip(run_names(runs), runs, strict=True))
-        if run.findings or any((folder / FINDINGS).exists() for folder, _ in run.folders)
+        if run.findings or _was_diagnosed(run)
     ]
     parts = []
     for i, name, run in diagnosed:
@@ -35,6 +34,11 @@ def render(runs: Sequence[Run]) -> str:
         else:
             parts.append(f'{title}<p class="lead">The diagnosis found nothing.</p>')
     return section("findings", "Findings", *parts)
+
+
+def _was_diagnosed(run: Run) -> bool:
+    options = run.config.get("diagnosis")
+    return isinstance(options, dict) and bool(options.get("enabled", True))
 
 
 def _severity(finding: Mapping[str, Any]) -> int:

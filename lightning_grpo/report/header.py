@@ -56,7 +56,10 @@ def facts(run: Run) -> dict[str, str]:
 def machine(run: Run) -> str:
     """Return the machine in words."""
     found = run.info.get("machine") or ""
-    return ", ".join(str(value) for value in found.values()) if isinstance(found, dict) else str(found)
+    if not isinstance(found, dict):
+        return str(found)
+    units = {"device": "", "cores": " cores", "memory_gib": " GiB", "ranks": " ranks"}
+    return ", ".join(f"{found[name]}{unit}" for name, unit in units.items() if found.get(name) not in (None, 1))
 
 
 def change(lines: Sequence[Mapping[str, Any]], name: str) -> str:
