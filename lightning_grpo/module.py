@@ -53,6 +53,7 @@ from lightning_grpo.policy import (
     load_policy,
     load_tokenizer,
     shard,
+    source_of,
 )
 from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.policy.checks import require_context, require_end_token
@@ -80,7 +81,7 @@ class GRPOModule(LightningModule):
 
     Args:
         model: The policy's checkpoint: a local folder or a name on the Hugging Face Hub, or name, revision,
-            trust_remote_code and kwargs.
+            trust_remote_code and kwargs. In Python also a PreTrainedModel or PeftModel, which is trained in place.
         rewards: Reward functions. A completion's reward is the weighted sum of their values.
         objective: Loss function
         advantage: Advantage estimation
@@ -144,7 +145,7 @@ class GRPOModule(LightningModule):
 
     def __init__(
         self,
-        model: str | Pretrained,
+        model: str | Pretrained,  # or an object, which has no form on a command line
         rewards: list[Reward],
         *,
         objective: ObjectiveConfig = ObjectiveConfig(),
@@ -186,7 +187,7 @@ class GRPOModule(LightningModule):
             in_flight_updates=in_flight_updates,
             objective=objective,
         )
-        self.pretrained = Pretrained.of(model)
+        self.pretrained, self.lora = source_of(model, lora)
         self.rewards = as_rewards(rewards)
         if objective.max_completion_length is None:
             objective = replace(objective, max_completion_length=max_completion_length)
@@ -200,7 +201,6 @@ class GRPOModule(LightningModule):
         self.sampling = sampling
         self.validation_sampling = validation_sampling or replace(sampling, cutoff=1.0)
         self.rollout_ahead = rollout_ahead
-        self.lora = lora
         self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.share_prompt = share_prompt and not gradient_checkpointing
@@ -214,7 +214,7 @@ class GRPOModule(LightningModule):
             decay_norms_and_biases=decay_norms_and_biases,
         )
         self.seed = seed_of_run(seed)
-        if lora is not None:
+        if self.lora is not None:
             # checkpoints contain the adapter alone; `adapters.check` requires all of it
             self.strict_loading = False
         self.policy: Policy | None = None

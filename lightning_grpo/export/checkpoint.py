@@ -18,7 +18,7 @@ from lightning_grpo.errors import UserError
 from lightning_grpo.monitor.checkpoint_files import readable, require_checkpoint_file, require_own_checkpoint
 from lightning_grpo.monitor.checkpoint_folder import newest, newest_file
 from lightning_grpo.policy.lora import LoRA
-from lightning_grpo.policy.pretrained import Pretrained
+from lightning_grpo.policy.pretrained import InMemory, Pretrained
 
 PREFIX = "policy."
 """What the names of the policy's tensors begin with in a checkpoint."""
@@ -33,17 +33,18 @@ def describe_policy(
     """What `fit` records in a checkpoint so that `read_checkpoint` can rebuild the policy.
 
     Args:
-        model: the base model. A folder is recorded by its absolute path; whether its code may run is not recorded.
+        model: the base model. A folder is recorded by its absolute path, and a model in memory not at all; neither is
+            whether its code may run.
         dtype: of the parameters.
         from_scratch: whether the base model's weights are random.
         seed: of the random weights.
         chat_template: a Jinja template in place of the tokenizer's own, or a file that holds one.
     """
+    name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
+    source = {} if isinstance(model, InMemory) else {"model": name, "revision": model.revision, "kwargs": model.kwargs}
     return {
-        "base": {
-            "model": os.path.abspath(model.name) if os.path.isdir(model.name) else model.name,
-            "revision": model.revision,
-            "kwargs": model.kwargs,
+        "base": source
+        | {
             "dtype": dtype,
             "from_scratch": from_scratch,
             "seed": seed,
@@ -149,8 +150,9 @@ def read_checkpoint(
     base, from_scratch = policy.get("base", {}), False
     if model is None and "model" not in base:
         raise UserError(
-            f"the checkpoint {path} doesn't record its base model: it was saved by an earlier version; name the model "
-            "that it was trained from (command line: --model, Python: model=)"
+            f"the checkpoint {path} doesn't record its base model: it was an object in Python, or the checkpoint was "
+            "saved by an earlier version; name the model that it was trained from (command line: --model, Python: "
+            "model=)"
         )
     if model is None:
         recorded = {"revision": base.get("revision"), "kwargs": base.get("kwargs", {})}

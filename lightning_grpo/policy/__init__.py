@@ -11,9 +11,11 @@ from lightning_grpo.policy.load import (
     shard,
 )
 from lightning_grpo.policy.lora import LoRA
-from lightning_grpo.policy.pretrained import Pretrained
+from lightning_grpo.policy.objects import source_of
+from lightning_grpo.policy.pretrained import InMemory, Pretrained
 
 __all__ = [
+    "InMemory",
     "LoRA",
     "Policy",
     "Pretrained",
@@ -24,4 +26,5 @@ __all__ = [
     "load_policy",
     "load_tokenizer",
     "shard",
+    "source_of",
 ]

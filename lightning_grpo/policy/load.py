@@ -32,7 +32,7 @@ from lightning_grpo.policy.attention import attention_for
 from lightning_grpo.policy.checks import require_causal, require_complete, require_finite
 from lightning_grpo.policy.files import read_json, unreadable
 from lightning_grpo.policy.lora import LoRA, with_adapters
-from lightning_grpo.policy.pretrained import Pretrained
+from lightning_grpo.policy.pretrained import InMemory, Pretrained
 
 log = logging.getLogger(__name__)
 
@@ -145,11 +145,19 @@ def load_policy(
     generation_config = load_generation_config(model, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        options = {"dtype": DTYPES[dtype], "attn_implementation": attention_for(config, attn_implementation)}
+        options: dict[str, Any] = {
+            "dtype": DTYPES[dtype],
+            "attn_implementation": attention_for(config, attn_implementation),
+        }
         options |= {name: value for name, value in model.kwargs.items() if not hasattr(config, name)}
         with _errors_named(model.name, attn_implementation):
-            build = build_model if from_scratch else _load_weights
-            base = build(config, model, **options)
+            if isinstance(model, InMemory):
+                if from_scratch:
+                    raise UserError("from_scratch is true, but model is an object that has weights; leave it unset")
+                base = _taken(model, **options)
+            else:
+                build = build_model if from_scratch else _load_weights
+                base = build(config, model, **options)
         base.generation_config = generation_config
         if head_in_float32:
             compute_head_in_float32(model.name, base)
@@ -157,6 +165,25 @@ def load_policy(
     if gradient_checkpointing:
         enable_gradient_checkpointing(policy)
     return policy.train()
+
+
+def _taken(model: InMemory, *, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
+    """Return a model in memory as `_load_weights` returns one: without dropout, and with this dtype and attention."""
+    policy = model.take()
+    _refuse_quantized("an object", policy)
+    require_finite("an object", policy)
+    _switch_off_dropout(policy.config)
+    for module in policy.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and name.endswith("dropout"):
+                setattr(module, name, 0.0)
+    if attn_implementation is not None:
+        policy.set_attn_implementation(attn_implementation)
+    with full_precision_buffers(policy):
+        cast(nn.Module, policy).to(dtype)  # whose type a decorator of transformers hides
+    return policy
 
 
 def build_model(config: PreTrainedConfig, model: Pretrained, **options: Any) -> PreTrainedModel:
@@ -206,13 +233,15 @@ def _load_weights(config: PreTrainedConfig, model: Pretrained, **options: Any) -
         policy, info = loaded
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if getattr(policy, "is_quantized", False):
-        raise UserError(
-            f"model is {model.name!r}: its weights are quantized; set a checkpoint in float32, bfloat16 or float16"
-        )
+    _refuse_quantized(model.name, policy)
     require_complete(model.name, info)
     require_finite(model.name, policy)
     return policy
+
+
+def _refuse_quantized(model: str, policy: PreTrainedModel) -> None:
+    if getattr(policy, "is_quantized", False):
+        raise UserError(f"model is {model!r}: its weights are quantized; set one in float32, bfloat16 or float16")
 
 
 def frozen_copy(policy: nn.Module) -> nn.Module:

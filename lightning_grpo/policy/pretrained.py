@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.policy.files import REMEDY, hub_reachable
@@ -71,3 +71,20 @@ class Pretrained:
     def configured(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Return those of ``kwargs`` that are values of the model's configuration."""
         return {name: value for name, value in self.kwargs.items() if hasattr(config, name)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InMemory(Pretrained):
+    """A model that is in memory. ``name`` is a temporary folder with its configuration and tokenizer only."""
+
+    objects: list[PreTrainedModel] = field(repr=False)
+    """The model, until it is taken to be trained."""
+
+    def take(self) -> PreTrainedModel:
+        """Return the model, once: it is trained, and not copied."""
+        if not self.objects:
+            raise UserError(
+                "model is an object, which was used before, and its weights before training are needed again for "
+                "objective.beta; call fit before other stages, or set model to a folder"
+            )
+        return self.objects.pop()

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from lightning_grpo.errors import OutOfMemoryError, UserError
+from lightning_grpo.policy import InMemory
 from lightning_grpo.policy.weights import adapter_weights, require_untied_adapters
 from lightning_grpo.rollout.callback import (
     PolicyModule,
@@ -196,7 +197,7 @@ class VLLMRollout(RolloutCallback):
             settings["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, self.max_num_seqs, settings["max_model_len"])
         if self.lora == "adapter":
             settings |= adapter_engine_args(pl_module)
-        if getattr(pl_module, "from_scratch", False):
+        if getattr(pl_module, "from_scratch", False) or isinstance(pl_module.pretrained, InMemory):
             settings.setdefault("load_format", "dummy")
         return settings
 
@@ -289,6 +290,11 @@ def adapter_engine_args(pl_module: PolicyModule) -> dict[str, Any]:
         raise UserError(
             "rollout lora is adapter, but with from_scratch the policy's weights are random and the engine cannot load "
             "them from a checkpoint; set rollout lora: merged"
+        )
+    if isinstance(pl_module.pretrained, InMemory):
+        raise UserError(
+            "rollout lora is adapter, but model is an object in memory, which the engine cannot load; set rollout "
+            "lora: merged, or model to a folder"
         )
     policy = cast(Any, pl_module.policy)  # a PeftModel, since there are adapters
     return adapter_settings(pl_module.lora.rank, policy.base_model.targeted_module_names)
