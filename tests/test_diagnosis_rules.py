@@ -28,11 +28,20 @@ FAULTS = {
         {"reward": lambda n: 0.3 + 0.03 * NOISE[n], "entropy": lambda n: 0.6 + 0.005 * NOISE[n + 200]},
         {},
     ),
+    "LearningRateLow, lost to rounding": (
+        {"reward": lambda n: 0.3 + 0.03 * NOISE[n], "entropy": lambda n: 0.6 + 0.005 * NOISE[n + 200],
+         "update_ratio": 1e-5},
+        {"model.dtype": "bfloat16"},
+    ),
     "Clipping": ({"clip_ratio/region_mean": 0.5}, {}),
     "GradientSpikes": ({"grad_norm": lambda n: 60.0 if n % 5 == 0 else 1.0}, {}),
     "SmallBatch": (
         {"noise_scale/signal": lambda n: 1e-4 * NOISE[n], "reward": lambda n: 0.3 + 0.03 * NOISE[n]},
         {},
+    ),
+    "SmallBatch, a single prompt": (
+        {"reward": lambda n: 0.3 + 0.1 * NOISE[n]},
+        {"model.num_generations": 256},
     ),
     "EntropyCollapse": ({"entropy": lambda n: 0.5 * 0.8**n, "reward": lambda n: 0.28 + 0.03 * NOISE[n]}, {}),
     "EntropyExplosion": ({"entropy": lambda n: 0.6 + 0.1 * n, "reward": lambda n: 0.25 + 0.03 * NOISE[n]}, {}),
@@ -106,6 +115,7 @@ HARMLESS = {
         {},
     ),
     "SlowerSteps, other work on the machine": ({"step_time": lambda n: 8.0 if n % 20 < 6 else 4.0}, {}),
+    "MemoryGrowth, a small process": ({"memory/gib": lambda n: 0.5 + 0.003 * n}, {}),
     "MemoryGrowth, a plateau": ({"memory/gib": lambda n: 11.5 + 1.5 * (1 - 0.7**n)}, {}),
 }
 
@@ -117,7 +127,8 @@ def rule(case: str):
 @pytest.mark.parametrize("case", FAULTS)
 def test_a_rule_recognizes_its_fault_within_twenty_steps(case):
     changes, options = FAULTS[case]
-    slow = {"LearningRateLow": 1, "HeldOutFalls": 60, "SmallBatch": 30}
+    slow = {"HeldOutFalls": 60, "SmallBatch": 30}
+    slow |= dict.fromkeys(("LearningRateLow", "LearningRateLow, lost to rounding", "SmallBatch, a single prompt"), 1)
     at = slow.get(case, 30)
     findings, _ = run({"LearningRateLow": 120, "HeldOutFalls": 160}.get(case, at + 30), rules=only(rule(case)), at=at,
                       changes=changes, options=options)  # fmt: skip

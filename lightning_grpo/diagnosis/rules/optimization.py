@@ -184,6 +184,7 @@ class LearningRateLow(Rule):
     ranges: ClassVar[dict[str, str]] = {
         "patience": "[1, inf)",
         "tiny_update": "[0, inf)",
+        "lost_update": "[0, inf)",
         "mixed": "(0, 1]",
         "change": "[0, inf)",
     }
@@ -191,8 +192,11 @@ class LearningRateLow(Rule):
     after: int = 15
     patience: int = 50
     """Steps without a change after which it is reported, if the size of the updates is not known to be tiny."""
-    tiny_update: float = 3e-6
-    """Size of an update relative to the weights that changes nothing within some tens of steps."""
+    tiny_update: float = 1.5e-6
+    """Size of an update relative to the weights that changes nothing within some tens of steps. It is 5e-6 to 2e-5 with
+    Adam at learning rates of 5e-7 to 1e-6."""
+    lost_update: float = 1e-4
+    """The same for weights in bfloat16, whose neighboring values are 4e-3 to 8e-3 apart: most weights do not move."""
     mixed: float = 0.3
     """Smallest share of groups with different rewards."""
     change: float = 0.03
@@ -201,7 +205,8 @@ class LearningRateLow(Rule):
     def check(self, history: History) -> Finding | None:
         steps = history.count("reward")
         update = history.last("update_ratio", 10)
-        tiny = len(update) > 0 and update.median < self.tiny_update
+        is_low = history.option("model.dtype") in ("bfloat16", "float16")
+        tiny = len(update) > 0 and update.median < (self.lost_update if is_low else self.tiny_update)
         if history.last(DEAD, 20).median > 1 - self.mixed or (steps < self.patience and not tiny):
             return None
         count = min(20, steps // 2)
@@ -215,7 +220,6 @@ class LearningRateLow(Rule):
             and abs(shift(entropy_before.values, entropy_now.values)) > 2.5
         ):
             return None
-        is_low = history.option("model.dtype") in ("bfloat16", "float16")
         return self.finding(
             history,
             f"the reward has not changed in {steps} steps ({np.median(before):.3g} → {np.median(now):.3g}), although "
@@ -299,12 +303,12 @@ class GradientSpikes(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class SmallBatch(Rule):
-    """The gradient of a step is almost only noise: its noise scale, the batch at which signal and noise are equal, is
-    many times the batch, and the reward does not rise."""
+    """The gradient of a step is almost only noise, and the reward does not rise: it comes from the completions of a
+    single prompt, or its noise scale, the batch at which signal and noise are equal, is many times the batch."""
 
     name: ClassVar[str] = "small_batch"
     source: ClassVar[str] = "McCandlish et al. 2018 (arXiv:1812.06162)"
-    needs: ClassVar[tuple[str, ...]] = ("noise_scale/noise", "noise_scale/signal")
+    needs: ClassVar[tuple[str, ...]] = ("reward",)
     ranges: ClassVar[dict[str, str]] = {"factor": "(1, inf)"}
 
     after: int = 20
@@ -312,10 +316,19 @@ class SmallBatch(Rule):
     """Noise scale relative to the batch."""
 
     def check(self, history: History) -> Finding | None:
-        batch = history.info.get("completions_per_step")
+        batch, group = history.info.get("completions_per_step"), history.option("model.num_generations")
+        if not batch or trend(history.last("reward", 30).values) > 2:
+            return None
+        if group and batch < 2 * group:
+            return self.finding(
+                history,
+                f"the {batch} completions of a step belong to a single prompt, so that its gradient is mostly noise",
+                evidence=["reward", "grad_norm", DEAD],
+                change=larger_batch(history, 8),
+                advice="use more prompts per step",
+            )
         noises, signals = history.last("noise_scale/noise", 30).values, history.last("noise_scale/signal", 30).values
-        reward = history.last("reward", 30).values
-        if not batch or noises.mean() <= 0 or trend(reward) > 2 or history.last(DEAD, 20).median > 0.75:
+        if len(noises) < self.after or noises.mean() <= 0 or history.last(DEAD, 20).median > 0.75:
             return None
         # the estimate of the signal may be negative: it is then too small to be measured with these steps
         smallest = signals.std() / math.sqrt(len(signals))

@@ -79,11 +79,13 @@ class MemoryGrowth(Rule):
     name: ClassVar[str] = "memory_growth"
     source: ClassVar[str] = "ms-swift#9991"
     needs: ClassVar[tuple[str, ...]] = ("memory/gib",)
-    ranges: ClassVar[dict[str, str]] = {"growth": "(0, inf)", "window": "[8, inf)"}
+    ranges: ClassVar[dict[str, str]] = {"growth": "(0, inf)", "least": "[0, inf)", "window": "[8, inf)"}
 
     after: int = 20
     growth: float = 0.1
     """Growth within the window, relative to its beginning."""
+    least: float = 0.1
+    """Smallest growth within the window that counts, in GiB: small processes grow by buffers of their libraries."""
     window: int = 15
     """Latest steps, in both halves of which it must grow alike."""
 
@@ -92,7 +94,7 @@ class MemoryGrowth(Rule):
         x, half = recent.values, self.window // 2
         first, second = x[half] - x[0], x[-1] - x[half]
         is_steady = second >= 0.5 * first > 0 and float((np.diff(x) > 0).mean()) >= 0.8
-        if x[-1] - x[0] < self.growth * x[0] or not is_steady or trend(x) < 3.3:
+        if x[-1] - x[0] < max(self.least, self.growth * x[0]) or not is_steady or trend(x) < 3.3:
             return None
         rate = float(x[-1] - x[0]) / (recent.steps[-1] - recent.steps[0])
         return self.finding(
