@@ -29,8 +29,11 @@ FAULTS = {
         {},
     ),
     "LearningRateLow, lost to rounding": (
-        {"reward": lambda n: 0.3 + 0.03 * NOISE[n], "entropy": lambda n: 0.6 + 0.005 * NOISE[n + 200],
-         "update_ratio": 1e-5},
+        {
+            "reward": lambda n: 0.3 + 0.03 * NOISE[n],
+            "entropy": lambda n: 0.6 + 0.005 * NOISE[n + 200],
+            "update_ratio": 1e-5,
+        },
         {"model.dtype": "bfloat16"},
     ),
     "Clipping": ({"clip_ratio/region_mean": 0.5}, {}),
