@@ -38,10 +38,10 @@ def chart(
     )
 
 
-def grid(charts: Sequence[str]) -> str:
-    """Return charts side by side, as many per row as fit."""
+def grid(charts: Sequence[str], *, wide: bool = False) -> str:
+    """Return charts side by side, as many per row as fit; wide ones are two per row on a large screen."""
     content = "".join(charts)
-    return f'<div class="grid">{content}</div>' if content else ""
+    return f'<div class="grid{" wide" if wide else ""}">{content}</div>' if content else ""
 
 
 def color(series: int, opacity: float = 1.0) -> str:
@@ -84,6 +84,12 @@ def lines(curve: Curve, name: str, series: int, *, dash: int = 0, noisy: bool = 
         }
     )
     return traces
+
+
+def marks(steps: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
+    """Return vertical lines at steps, each with a color, for a chart's ``shapes``."""
+    line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1}
+    return [line | {"x0": step, "x1": step, "line": {"color": name, "width": 1, "dash": "dot"}} for step, name in steps]
 
 
 def _digits(values: Array) -> list[float]:

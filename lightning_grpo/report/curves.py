@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from lightning_grpo.record.reader import Run
+from lightning_grpo.record.schema import HELD_OUT
 from lightning_grpo.report.arms import Arm, arms
-from lightning_grpo.report.charts import chart, grid, lines
-from lightning_grpo.report.markup import details, section
-from lightning_grpo.report.series import curve, names
+from lightning_grpo.report.charts import Trace, chart, grid, lines, marks
+from lightning_grpo.report.markup import details, escape, section
+from lightning_grpo.report.series import column, curve, names
 
 MISMATCH = "sampling/sampling_logp_difference/"
 
@@ -36,8 +40,8 @@ FEATURED = (
         "tokens",
         {
             "completions/mean_length": "mean",
-            "completions/p10_length": "10 %",
-            "completions/p90_length": "90 %",
+            "completions/p10_length": "10th percentile",
+            "completions/p90_length": "90th percentile",
         },
     ),
     Featured("Truncated completions", "share", {"completions/clipped_ratio": "truncated"}),
@@ -51,7 +55,7 @@ FEATURED = (
     Featured(
         "Engine and trainer",
         "nats per token",
-        {f"{MISMATCH}mean": "mean", f"{MISMATCH}p99": "99 %"},
+        {f"{MISMATCH}mean": "mean", f"{MISMATCH}p99": "99th percentile"},
         "Difference between the log-probs of engine and trainer for sampled tokens.",
     ),
     Featured("Effective sample size", "share of the tokens", {"sampling/ess": "effective sample size"}),
@@ -59,21 +63,36 @@ FEATURED = (
     Featured("Staleness", "optimizer steps", {"staleness": "mean", "staleness_max": "maximum"}),
     Featured("Learning rate", "", {"learning_rate": "learning rate"}),
 )
-ELSEWHERE = ("time/", "memory/", "step_time")
+ELSEWHERE = ("time/", "memory/", "step_time", "tokens_per_second", "mfu")
 """Prefixes of metrics that another section shows."""
+ALWAYS_DRAWN = 3
+"""The first charts are drawn even if their metric is constant."""
+MOST_MARKS = 20
 
 
 def render(runs: Sequence[Run]) -> str:
     """Return the section."""
     found = arms(runs)
-    known = sorted({name for run in runs for name in (*names(run.metrics), *names(run.held_out))})
-    charts = [_chart(found, each) for each in FEATURED]
+    known = {name for run in runs for name in (*names(run.metrics), *names(run.held_out))}
+    charts, constant = [], []
+    for i, featured in enumerate(FEATURED):
+        values = {value for name in featured.metrics for value in _values(runs, name)}
+        if len(values) == 1 and i >= ALWAYS_DRAWN:
+            constant.append(f"{featured.title.lower()} {values.pop():.4g}")
+        else:
+            charts.append(_chart(found, featured))
+    note = f'<p class="muted">Constant: {escape("; ".join(constant))}.</p>' if constant else ""
+    return section("metrics", "Metrics", _legend(found), grid(charts), note, *_others(found, known))
+
+
+def _others(found: Sequence[Arm], known: set[str]) -> list[str]:
+    """Return the charts of metrics that are not featured, by the first part of their names, to be opened."""
     shown = {name for each in FEATURED for name in each.metrics}
     parts: dict[str, list[str]] = {}
-    for name in known:
-        if name not in shown and not name.startswith(ELSEWHERE):
+    for name in sorted(known - shown, key=lambda name: ("/" not in name, name)):
+        if not name.startswith(ELSEWHERE):
             parts.setdefault(name.partition("/")[0] if "/" in name else "others", []).append(name)
-    others = [
+    return [
         details(
             f"{part} ({len(metrics)})",
             grid([_chart(found, Featured(name, "", {name: name})) for name in metrics]),
@@ -81,40 +100,56 @@ def render(runs: Sequence[Run]) -> str:
         )
         for part, metrics in parts.items()
     ]
-    return section("metrics", "Metrics", _legend(found), grid(charts), *others)
+
+
+def _values(runs: Sequence[Run], name: str) -> set[float]:
+    columns = [column(_lines(run, name), name) for run in runs]
+    return {float(value) for values in columns for value in np.unique(values[np.isfinite(values)])}
 
 
 def _chart(found: Sequence[Arm], featured: Featured) -> str:
     """Return a chart: one color per arm and one dash per metric or, for one arm, one color per metric."""
-    traces = []
-    present = [
-        (arm, name, label)
-        for name, label in featured.metrics.items()
-        for arm in found
-        if any(name in line for run in arm.runs for line in _lines(run, name))
-    ]
-    metrics = list(dict.fromkeys(name for _, name, _ in present))
-    for arm, name, label in present:
-        drawn = curve([_lines(run, name) for run in arm.runs], name)
-        if drawn is None:
-            continue
-        number = metrics.index(name) if len(found) == 1 else list(found).index(arm)
-        legend = label if len(found) == 1 else arm.name if len(metrics) == 1 else f"{arm.name}, {label}"
-        dash = 0 if len(found) == 1 else metrics.index(name)
-        is_held_out = name.startswith("val/")
+    drawn = {
+        (name, i): each
+        for name in featured.metrics
+        for i, arm in enumerate(found)
+        if (each := curve([_lines(run, name) for run in arm.runs], name)) is not None
+    }
+    if not drawn:
+        return ""
+    metrics = list(dict.fromkeys(name for name, _ in drawn))
+    traces: list[Trace] = []
+    for (name, i), each in drawn.items():
+        label, number = featured.metrics[name], metrics.index(name)
+        series, dash = (number, 0) if len(found) == 1 else (i, number)
+        if len(found) > 1:
+            label = found[i].name if len(metrics) == 1 else f"{found[i].name}, {label}"
         # bands of several metrics of one run would cover each other
-        traces += lines(drawn, legend, number, dash=dash, noisy=not is_held_out, band=len(metrics) == 1)
-    return chart(featured.title, traces, unit=featured.unit, note=featured.note) if traces else ""
+        noisy, band = not name.startswith(HELD_OUT), len(metrics) == 1
+        traces += lines(each, label, series, dash=dash, noisy=noisy, band=band)
+    runs = [run for arm in found for run in arm.runs]
+    last = max(line["step"] for run in runs for line in (*run.metrics[-1:], *run.held_out[-1:]))
+    layout: dict[str, Any] = {"xaxis": {"range": [0, last]}}
+    if len(runs) == 1:
+        layout["shapes"] = _marks(runs[0])
+    return chart(featured.title, traces, unit=featured.unit, note=featured.note, **layout)
+
+
+def _marks(run: Run) -> list[dict[str, Any]]:
+    """Return marks at the steps of findings that are more than a note."""
+    severe = [(each["step"], f"--{each.get('severity')}") for each in run.findings]
+    return marks([(step, name) for step, name in severe if name in ("--critical", "--warning")][:MOST_MARKS])
 
 
 def _lines(run: Run, name: str) -> Sequence[dict]:
-    return run.held_out if name.startswith(("val/", "test/")) else run.metrics
+    return run.held_out if name.startswith(HELD_OUT) else run.metrics
 
 
 def _legend(found: Sequence[Arm]) -> str:
-    bands = any(len(arm.runs) > 1 for arm in found)
     text = "Lines are moving averages; the values themselves are drawn behind them."
-    if bands:
+    if len(found) == 1 and any(run.findings for run in found[0].runs):
+        text += " Dotted lines mark findings."
+    if any(len(arm.runs) > 1 for arm in found):
         text = "Lines are means over the runs of a configuration, which differ in their seed; bands reach from the "
         text += "lowest to the highest run."
     return f'<p class="lead muted">{text} Drag to zoom, double-click to zoom out.</p>'

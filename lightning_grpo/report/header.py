@@ -58,6 +58,8 @@ def machine(run: Run) -> str:
     found = run.info.get("machine") or ""
     if not isinstance(found, dict):
         return str(found)
+    if found.get("device") == "cpu":
+        found = found | {"device": "CPU"}
     units = {"device": "", "cores": " cores", "memory_gib": " GiB", "ranks": " ranks"}
     return ", ".join(f"{found[name]}{unit}" for name, unit in units.items() if found.get(name) not in (None, 1))
 

@@ -25,6 +25,14 @@
     return out;
   }
 
+  // plotly centers a constant line, with negative numbers below it
+  function range(data) {
+    const values = data.flatMap((trace) => (trace.orientation === "h" ? [] : trace.y ?? [])).filter(Number.isFinite);
+    const [first] = values;
+    if (!values.length || values.some((value) => value !== first)) return {};
+    return { range: first === 0 ? [-0.02, 1] : [Math.min(0, 2 * first), Math.max(0, 2 * first)] };
+  }
+
   function draw(figure) {
     const plot = figure.querySelector(".plot");
     const { data, layout } = JSON.parse(figure.querySelector("script").textContent);
@@ -42,7 +50,7 @@
       hovermode: "x unified", hoverlabel: { bgcolor: "--card", bordercolor: "--line", font: { color: "--text" } },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
       xaxis: merged(axis, { title: { text: "step" }, showgrid: false }),
-      yaxis: merged(axis, { nticks: 6 }),
+      yaxis: merged(axis, { nticks: 6, exponentformat: "e", ...range(data) }),
     };
     Plotly.react(plot, colored(data, style), colored(merged(base, layout), style), {
       displayModeBar: false, responsive: true,

@@ -8,7 +8,7 @@ import numpy as np
 from lightning_grpo.record.reader import Run
 from lightning_grpo.report.arms import arms, run_names
 from lightning_grpo.report.charts import Trace, chart, color, grid, lines
-from lightning_grpo.report.markup import details, number, section, table
+from lightning_grpo.report.markup import details, section, table
 from lightning_grpo.report.series import column, curve
 
 PHASES = ("rollout", "sync", "reward", "score", "update")
@@ -17,8 +17,10 @@ PHASES = ("rollout", "sync", "reward", "score", "update")
 def render(runs: Sequence[Run]) -> str:
     """Return the section."""
     if len(runs) == 1:
-        return section("time", "Time and memory", grid([_stack(runs[0]), *_over_time(runs)]), _table(runs))
-    return section("time", "Time and memory", grid(_over_time(runs)), _bars(runs), details("Seconds", _table(runs)))
+        return section("time", "Time and memory", grid([_stack(runs[0]), *_over_time(runs)], wide=True), _table(runs))
+    return section(
+        "time", "Time and memory", grid(_over_time(runs), wide=True), _bars(runs), details("Seconds", _table(runs))
+    )
 
 
 def mean_seconds(run: Run) -> dict[str, float]:
@@ -97,7 +99,7 @@ def _table(runs: Sequence[Run]) -> str:
         means = mean_seconds(run)
         total = sum(means.values())
         if total > 0:
-            shares = [f"{number(means[p])} s ({means[p] / total:.0%})" if p in means else "–" for p in PHASES]
-            rows.append(([name] if len(runs) > 1 else []) + [f"{number(total)} s", *shares])
+            shares = [f"{means[p]:.2f} s ({means[p] / total:.0%})" if p in means else "–" for p in PHASES]
+            rows.append(([name] if len(runs) > 1 else []) + [f"{total:.2f} s", *shares])
     head = (["run"] if len(runs) > 1 else []) + ["mean per step", *PHASES]
     return table(head, rows) if rows else ""
