@@ -186,7 +186,12 @@ def _forest(base: Arm, others: Sequence[Arm], level: float) -> str:
         return ""
     layout: dict[str, Any] = {
         "hovermode": "closest",
-        "xaxis": {"title": {"text": f"difference from {base.name}"}, "zeroline": True, "zerolinecolor": "--muted"},
+        "xaxis": {
+            "title": {"text": f"difference from {base.name}"},
+            "rangemode": "tozero",
+            "zeroline": True,
+            "zerolinecolor": "--muted",
+        },
         "yaxis": {"type": "category", "nticks": len(names), "showgrid": False},
     }
     title = f"Difference in {names[0]}"
@@ -202,4 +207,4 @@ def _percent(level: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return ("+" if value >= 0 else "−") + number(abs(float(value)))
+    return ("+" if value >= 0 else "−") + number(abs(float(value)), 2)
