@@ -10,16 +10,19 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.diagnosis.finding import SEVERITIES, Finding, Severity, at_least
-from lightning_grpo.diagnosis.history import History, Row
+from lightning_grpo.diagnosis.history import History, Row, by_step
 from lightning_grpo.diagnosis.live import info_of, options_of, rows_of
+from lightning_grpo.diagnosis.nonfinite import find_origin, save_batch
 from lightning_grpo.diagnosis.rule import Rule
-from lightning_grpo.diagnosis.ruleset import RuleSet
+from lightning_grpo.diagnosis.rules import NonFinite
+from lightning_grpo.diagnosis.ruleset import RuleSet, keys
 from lightning_grpo.diagnosis.text import describe
-from lightning_grpo.errors import RunError, UserError
+from lightning_grpo.errors import NonFiniteError, RunError, UserError
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.monitor.terminal import run_folder
-from lightning_grpo.record.schema import FINDINGS
+from lightning_grpo.record.reader import read_run
+from lightning_grpo.record.schema import FINDINGS, HELD_OUT
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +68,15 @@ class Diagnosis(Callback):
         """Begin a history."""
         module = cast(GRPOModule, pl_module)
         self._folder, self._step = run_folder(trainer), trainer.global_step
+        self._continues = trainer.global_step > 0
         options, info = options_of(trainer, module), info_of(trainer, module)
         self.history = History(options=options, info=info, samples=lambda step: self._rows(trainer, step))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
         """Remember the completions of the step, which the module may forget after it."""
         progress, accumulate = cast(GRPOModule, pl_module).progress, trainer.accumulate_grad_batches
-        start = (progress.micro_step - accumulate) * progress.micro_batch_size % len(progress.experience)
-        self._trained = progress.experience, range(start, start + accumulate * progress.micro_batch_size)
+        rows = progress.rows_of_step(accumulate, begun=accumulate)
+        self._trained = progress.experience, range(rows.start, rows.stop)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Check the rules after an optimizer step."""
@@ -81,16 +85,62 @@ class Diagnosis(Callback):
         self._step = trainer.global_step
         severe = None
         if trainer.is_global_zero:
-            values = {name: float(x) for name, x in trainer.callback_metrics.items() if not name.startswith("val/")}
+            if self._continues:
+                self._continues = False
+                self._read_earlier_steps()
+            values = {name: float(x) for name, x in trainer.callback_metrics.items() if not name.startswith(HELD_OUT)}
             self.history.append(self._step, values)
             severe = self._report(self.rules.check(self.history))
         if self.halt_on is not None:
             self._halt(trainer, trainer.strategy.broadcast(severe))
 
+    def _read_earlier_steps(self) -> None:
+        """Fill the history of a resumed run with what `Record` wrote before."""
+        try:
+            run = read_run(self._folder)
+        except UserError:  # the run is not recorded
+            return
+        for step, metrics, held_out in by_step([*run.metrics, *run.held_out]):
+            if metrics and step < self._step:
+                self.history.append(step, metrics)
+            self.history.add_held_out(step, held_out)
+        self.rules.remember(run.findings)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add held-out metrics to the history."""
         if not trainer.sanity_checking:
             self.history.add_held_out(trainer.global_step, cast(GRPOModule, pl_module).held_out)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """If a loss or gradient is not finite, save the batch, and name the first such tensor and its completion."""
+        if not self.enabled or not isinstance(exception, NonFiniteError):
+            return
+        try:
+            self._report_nonfinite(trainer, cast(GRPOModule, pl_module), exception)
+        except Exception as error:  # the run ends with the error that is examined here
+            log.warning("the cause of the error was not found: %s: %s", type(error).__name__, error)
+
+    def _report_nonfinite(self, trainer: Trainer, module: GRPOModule, exception: NonFiniteError) -> None:
+        experience, places = self._trained
+        step, rank = trainer.global_step + 1, trainer.global_rank
+        origin = find_origin(module, experience, places, trainer)
+        path = self._folder / f"nonfinite-step{step}{f'-rank{rank}' if rank else ''}.pt"
+        save_batch(path, experience, places, self.history.latest, origin)
+        place = None if origin is None else origin.place
+        rows = rows_of(experience, [] if place is None else [place], step, trainer)
+        message = str(exception).split(":")[0] + (f", first in {origin.tensor}" if origin else "")
+        exception.add_note(f"{message}; the batch was saved to {path}")
+        if trainer.is_global_zero:
+            finding = NonFinite().finding(
+                self.history,
+                message,
+                evidence=["loss", "grad_norm", "entropy", "kl"],
+                since=step,
+                change=NonFinite.change(self.history),
+                advice=NonFinite.advice,
+            )
+            finding.step, finding.samples = step, [keys(row) for row in rows]
+            self._report([finding])
 
     def _rows(self, trainer: Trainer, step: int) -> list[Row]:
         return rows_of(*self._trained, step, trainer) if step == self._step else []

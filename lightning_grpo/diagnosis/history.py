@@ -1,11 +1,13 @@
 """What rules read: the metrics of a run up to a step, its options, and the samples of a step."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from lightning_grpo.record.schema import HELD_OUT
 
 Row = dict[str, Any]
 """A completion, by the names of the columns in the samples' files: step, rollout, group, index, completion_ids, …"""
@@ -32,6 +34,17 @@ class Series:
         """The values of the steps from ``first`` to ``last``."""
         kept = (self.steps >= first) & (self.steps <= last)
         return Series(self.steps[kept], self.values[kept])
+
+
+def by_step(lines: Iterable[Mapping[str, float]]) -> Iterator[tuple[int, dict[str, float], dict[str, float]]]:
+    """Merge lines of metrics, and yield each step with its metrics and those of held-out prompts."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in lines:
+        values = {name: float(x) for name, x in line.items() if name not in ("step", "time", "epoch")}
+        steps.setdefault(int(line["step"]), {}).update(values)
+    for step, values in sorted(steps.items()):
+        held_out = {name: x for name, x in values.items() if name.startswith(HELD_OUT)}
+        yield step, {name: x for name, x in values.items() if name not in held_out}, held_out
 
 
 class History:

@@ -3,18 +3,17 @@
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lightning_grpo.diagnosis.finding import Finding
-from lightning_grpo.diagnosis.history import History, Row
+from lightning_grpo.diagnosis.history import History, Row, by_step
 from lightning_grpo.diagnosis.ruleset import RuleSet
 from lightning_grpo.errors import UserError
 from lightning_grpo.record.reader import Run, read_run
-from lightning_grpo.record.schema import HELD_OUT
 
 STEP_NAMES = ("step", "Step", "_step", "global_step", "train/global_step", "training/global_step")
 VERL_NAMES = {
@@ -72,12 +71,11 @@ class Log:
     def replay(self, rules: RuleSet) -> tuple[list[Finding], History]:
         """Check ``rules`` after every step, as during training."""
         history, findings = self._history(), []
-        for step, metrics in self._steps():
-            trained = {name: x for name, x in metrics.items() if not name.startswith(HELD_OUT)}
-            if trained:
-                history.append(step, trained)
+        for step, metrics, held_out in by_step(self.lines):
+            if metrics:
+                history.append(step, metrics)
                 findings += rules.check(history)
-            history.add_held_out(step, {name: x for name, x in metrics.items() if name not in trained})
+            history.add_held_out(step, held_out)
         return findings, history
 
     def in_own_terms(self, change: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,14 +83,6 @@ class Log:
         if self.run is not None:
             return dict(change)
         return {TRL_OPTIONS[path]: value for path, value in change.items() if path in TRL_OPTIONS}
-
-    def _steps(self) -> Iterator[tuple[int, dict[str, float]]]:
-        merged: dict[int, dict[str, float]] = {}
-        for line in self.lines:
-            merged.setdefault(int(line["step"]), {}).update(
-                {name: float(x) for name, x in line.items() if name not in ("step", "time", "epoch")}
-            )
-        yield from sorted(merged.items())
 
     def _history(self) -> History:
         run = self.run

@@ -1,10 +1,11 @@
 """Applies rules to a history, and reports each problem once."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lightning_grpo.diagnosis.finding import Finding
-from lightning_grpo.diagnosis.history import History
+from lightning_grpo.diagnosis.history import History, Row
 from lightning_grpo.diagnosis.rule import Rule
 from lightning_grpo.diagnosis.rules import RULES
 from lightning_grpo.errors import UserError
@@ -15,7 +16,11 @@ CLEARED = 20
 """Checks without a problem after which it is reported again if it recurs."""
 SAMPLES = 4
 """Completions that are stored with a finding."""
-KEY = ("step", "rollout", "group", "index")
+
+
+def keys(row: Row) -> dict[str, int]:
+    """What identifies a completion."""
+    return {name: int(row[name]) for name in ("step", "rollout", "group", "index")}
 
 
 class RuleSet:
@@ -53,6 +58,14 @@ class RuleSet:
                 found.append(finding)
         return found
 
+    def remember(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Count the findings of an earlier start of the run, lines of findings.jsonl, as reported."""
+        for line in lines:
+            if line.keys() >= {"rule", "severity", "step"}:
+                self.reported[line["rule"]] = Finding(
+                    rule=line["rule"], severity=line["severity"], step=line["step"], since=line["step"], message=""
+                )
+
     def _check(self, rule: Rule, history: History) -> Finding | None:
         if rule.why_not(history) or not rule.is_due(history):
             return None
@@ -65,8 +78,7 @@ class RuleSet:
         self._clear[rule.name] = 0
         if earlier is not None and not finding.worse_than(earlier):
             return None
-        rows = list(rule.choose(history.samples(finding.step)))[:SAMPLES]
-        finding.samples = [{name: int(row[name]) for name in KEY} for row in rows]
+        finding.samples = [keys(row) for row in list(rule.choose(history.samples(finding.step)))[:SAMPLES]]
         self.reported[rule.name] = finding
         return finding
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +23,9 @@ class NonFinite(Rule):
     name: ClassVar[str] = "nonfinite"
     severity: ClassVar[Severity] = "critical"
     source: ClassVar[str] = "verl#747, unsloth#3006"
+    advice: ClassVar[str] = (
+        "resume from the last checkpoint with a lower learning rate and a clipped gradient; use bf16-mixed for 16-mixed"
+    )
 
     after: int = 0
     metrics: tuple[str, ...] = ("loss", "grad_norm", "kl", "entropy", "reward")
@@ -46,10 +49,15 @@ class NonFinite(Rule):
             history,
             f"{listed} at step {history.step}",
             evidence=[name for name in self.metrics if name in history],
-            change={**learning_rate(history, 1 / 3), "trainer.gradient_clip_val": 1.0},
-            advice="resume from the last checkpoint with a lower learning rate and a clipped gradient; with float16, "
-            "use bf16-mixed",
+            change=self.change(history),
+            advice=self.advice,
         )
+
+    @staticmethod
+    def change(history: History) -> dict[str, Any]:
+        """A lower learning rate, and a clipped gradient."""
+        is_clipped = history.option("trainer.gradient_clip_val")
+        return learning_rate(history, 1 / 3) | ({} if is_clipped else {"trainer.gradient_clip_val": 1.0})
 
 
 @dataclass(frozen=True, kw_only=True)

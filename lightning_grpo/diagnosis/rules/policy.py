@@ -180,18 +180,21 @@ class Truncation(Rule):
     name: ClassVar[str] = "truncation"
     source: ClassVar[str] = "DAPO (arXiv:2503.14476, overlong), trl#5697; limits of rldoctor 0.2"
     needs: ClassVar[tuple[str, ...]] = ("completions/clipped_ratio",)
-    ranges: ClassVar[dict[str, str]] = {"share": "(0, 1]", "jump": "(0, 1]"}
+    ranges: ClassVar[dict[str, str]] = {"share": "(0, 1]", "jump": "(0, 1]", "patience": "[0, inf)"}
 
     share: float = 0.15
     """Share of truncated completions that counts."""
     jump: float = 0.3
     """Increase of the share over the run's own start that counts in any case."""
+    patience: int = 20
+    """Steps before a share that is not falling is reported, as many policies learn to write shorter answers first."""
 
     def check(self, history: History) -> Finding | None:
         start, recent = history.start("completions/clipped_ratio"), history.last("completions/clipped_ratio", 10)
         now = float(np.median(recent.values[-5:]))
         jumped = now > start.median + self.jump and reward_shift(history) < 3
-        harmful = now >= self.share and now >= 0.9 * start.median and self._is_harmful(history)
+        falls = now < 0.9 * start.median or trend(recent.values) < -1.0
+        harmful = now >= self.share and not falls and len(history.steps) >= self.patience and self._is_harmful(history)
         if not (jumped or harmful):
             return None
         cost = history.last("completions/truncated_reward", 5)
