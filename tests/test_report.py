@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -23,6 +24,7 @@ from lightning_grpo.report.callback import Report
 from lightning_grpo.report.markup import duration, number, script_json
 from lightning_grpo.report.series import POINTS, curve, smooth
 from lightning_grpo.report.statistics import paired_interval
+from lightning_grpo.stopping import Stopped
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028"
 
@@ -370,6 +372,17 @@ def test_a_live_report_follows_the_run_until_its_end(tmp_path, monkeypatch):
     html = (folder / "report.html").read_text()
     assert "data-reload" not in html[:1000]
     assert "11 of 11" in html
+
+
+def test_ctrl_c_ends_a_live_report_with_a_page_that_is_not_reloaded(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run", steps=10, max_steps=11)
+
+    def sleep(seconds: float) -> None:
+        raise Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    command.main([str(folder), "--live", "2"])
+    assert "data-reload" not in (folder / "report.html").read_text()[:1000]
 
 
 def test_a_run_that_writes_nothing_for_long_has_ended(tmp_path):

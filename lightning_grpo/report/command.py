@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_grpo.errors import UserError, optional
+from lightning_grpo.stopping import Stopped
 
 if TYPE_CHECKING:
     from lightning_grpo.record.reader import Run
@@ -90,9 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = out / "report.html"
     write(runs, out, most_samples=arguments.samples, reload_seconds=live)
     print(f"report: {out}", flush=True)
-    while live is not None:
-        time.sleep(live)
-        runs = [read_run(folder) for folder in arguments.runs]
-        if all(has_ended(run, PATIENCE) for run in runs):
-            live = None
-        write(runs, out, most_samples=arguments.samples, reload_seconds=live)
+    if live is None:
+        return
+    try:
+        while not all(has_ended(run, PATIENCE) for run in runs):
+            write(runs, out, most_samples=arguments.samples, reload_seconds=live)
+            time.sleep(live)
+            runs = [read_run(folder) for folder in arguments.runs]
+    except Stopped:
+        pass  # Ctrl-C is how the user ends it
+    write(runs, out, most_samples=arguments.samples)
