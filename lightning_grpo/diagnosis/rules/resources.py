@@ -50,16 +50,26 @@ class SlowerSteps(Rule):
             return None
         phases = {name: _growth(history, f"time/{name}") for name in PHASES if f"time/{name}" in history}
         slowest = max(phases, key=phases.__getitem__, default=None)
+        everywhere = slowest is not None and self._is_everywhere(history, slowest, before, now)
+        where = "all phases are" if everywhere else f"{slowest} is {phases[slowest]:.3g} s" if slowest else ""
         return self.finding(
             history,
             f"a step takes {now:.3g} s, {before:.3g} s at the start, and completions are {longer:.1f} times as long"
-            + (f"; {slowest} takes {phases[slowest]:.3g} s longer" if slowest else ""),
+            + (f"; {where} slower" if where else ""),
             evidence=["step_time", *(f"time/{name}" for name in phases), "completions/mean_length"],
-            advice=_ADVICE.get(slowest, "look for other work on the machine and for growing caches"),
+            advice=_ADVICE.get(None if everywhere else slowest, _ELSEWHERE),
+            severity="note" if everywhere else None,
             extent=growth,
         )
 
+    @staticmethod
+    def _is_everywhere(history: History, slowest: str, before: float, now: float) -> bool:
+        """Whether all phases have slowed down alike, so that the cause is outside of the run."""
+        name = f"time/{slowest}"
+        return now - _now(history, name) > (1 + now / before) / 2 * (before - _before(history, name))
 
+
+_ELSEWHERE = "look for other work on the machine, a processor that throttles, and growing caches"
 _ADVICE = {
     "rollout": "look at the engine: fewer sequences at once (max_num_seqs), a full cache, or single long completions",
     "reward": "measure the reward: it may collect state, or wait for something that gets slower",
@@ -67,9 +77,18 @@ _ADVICE = {
 }
 
 
+def _before(history: History, name: str) -> float:
+    """Seconds of a phase at the start; the first steps allocate and compile."""
+    return float(np.median(history.start(name, 13).values[3:]))
+
+
+def _now(history: History, name: str) -> float:
+    return history.last(name, 5).median
+
+
 def _growth(history: History, name: str) -> float:
     """By how many seconds a phase has grown since the start."""
-    return history.last(name, 5).median - float(np.median(history.start(name, 13).values[3:]))
+    return _now(history, name) - _before(history, name)
 
 
 @dataclass(frozen=True, kw_only=True)

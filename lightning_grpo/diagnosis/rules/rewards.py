@@ -124,7 +124,7 @@ class DominatingReward(Rule):
     ranges: ClassVar[dict[str, str]] = {"share": "(0.5, 1]"}
 
     share: float = 0.95
-    """Share of the variance, as a median over ten steps."""
+    """Share of the variance in eight of the latest ten steps. In single steps a nearly saturated reward has none."""
 
     def check(self, history: History) -> Finding | None:
         shares = {name: history.last(f"rewards/{name}/variance_share", 10) for name in history.reward_names}
@@ -132,9 +132,9 @@ class DominatingReward(Rule):
         if len(shares) < 2:
             return None
         largest = max(shares, key=lambda name: shares[name].median)
-        now = shares[largest].median
+        now, least = shares[largest].median, float(np.quantile(shares[largest].values, 0.2))
         others = [name for name in shares if name != largest]
-        if now < self.share or all(history.last(f"rewards/{name}/std", 10).median < 1e-6 for name in others):
+        if least < self.share or all(history.last(f"rewards/{name}/std", 10).median < 1e-6 for name in others):
             return None
         return self.finding(
             history,
