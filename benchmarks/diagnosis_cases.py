@@ -196,7 +196,7 @@ CLEAN = [
     *clean("0/1 reward, saturates", 2, model="strong", lr=1e-3, steps=120),
     *clean("0/1 reward, long", 1, steps=200),
     *clean("dense reward", 2, rewards=(similar,)),
-    *clean("dense reward, untrained model", 2, rewards=(similar,), model="untrained", lr=1e-3, steps=120),
+    *clean("dense reward, barely trained model", 2, rewards=(similar,), model="barely trained", lr=1e-3),
     *clean("sparse reward, groups of 16", 2, model="weak", options={"num_generations": 16}, prompts=4),
     *clean("noisy reward", 2, rewards=(noisy,)),
     *clean("reward of ±100", 1, rewards=(plus_minus,), options={"advantage": AdvantageConfig(scale_rewards="group")}),

@@ -91,7 +91,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "rambling": {"noise": 0.12, "rambles": 0.3},
     "weak": {"noise": 0.35},
     "strong": {"noise": 0.03},
-    "untrained": {"noise": 0.5, "steps": 20},
+    "barely trained": {"noise": 0.4, "steps": 100},
 }
 
 
