@@ -159,7 +159,7 @@ class DataSetReader:
             chosen = self._held_out(len(rows))
             validation = select(rows, chosen)
         held_out = {tuple(prompt.ids) for prompt in validation}
-        duplicates = [i for i, prompt in enumerate(rows) if tuple(prompt.ids) in held_out]
+        duplicates = [i for i, ids in enumerate(token_ids(rows)) if tuple(ids) in held_out]
         kept = np.setdiff1d(np.arange(len(rows)), [*chosen, *duplicates])
         if dropped := len(rows) - len(chosen) - len(kept):
             remarks.append(f"dropped {dropped} training prompts that are also held-out prompts")
@@ -247,6 +247,11 @@ def select(prompts: Sequence[Prompt], rows: np.ndarray) -> Sequence[Prompt]:
     if isinstance(prompts, PromptTable):
         return PromptTable(prompts.table, rows)
     return [prompts[i] for i in rows]
+
+
+def token_ids(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+    """The token ids of each prompt."""
+    return prompts.ids() if isinstance(prompts, PromptTable) else (prompt.ids for prompt in prompts)
 
 
 def _save(dataset: DataSet, folder: Path, train: np.ndarray, validation: np.ndarray | None) -> None:

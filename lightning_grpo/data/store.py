@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from lightning_grpo.errors import UserError
 
 STORED_FROM = 2_000
 """Number of prompts from which they are stored."""
+BATCH = 1000
+"""Number of prompts to decode at once."""
 KEPT_DAYS = 30
 """Days after their last use for which prompts are kept."""
 SCHEMA = pa.schema(
@@ -87,9 +88,17 @@ class PromptTable(Sequence[Prompt]):
         return _prompt(self.table.slice(self.rows[i], 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[Prompt]:
-        for start in range(0, len(self.rows), 1000):
-            for row in self.table.take(pa.array(self.rows[start : start + 1000])).to_pylist():
-                yield _prompt(row)
+        for batch in self._batches(self.table):
+            yield from map(_prompt, batch.to_pylist())
+
+    def ids(self) -> Iterator[list[int]]:
+        """The token ids of each prompt, which need no decoding."""
+        for batch in self._batches(self.table.select(["ids"])):
+            yield from batch.column("ids").to_pylist()
+
+    def _batches(self, table: pa.Table) -> Iterator[pa.Table]:
+        for start in range(0, len(self.rows), BATCH):
+            yield table.take(pa.array(self.rows[start : start + BATCH]))
 
 
 def _prompt(row: dict[str, Any]) -> Prompt:
@@ -116,7 +125,7 @@ class PromptWriter:
             self._write(self.file)
 
     def _write(self, file: Path) -> None:
-        rows = [asdict(prompt) for prompt in self.prompts]
+        rows = [dict(vars(prompt)) for prompt in self.prompts]
         try:
             for row in rows:
                 row |= {name: json.dumps(row[name]) for name in ("messages", "columns")}
