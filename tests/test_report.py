@@ -201,7 +201,7 @@ def test_a_finding_shows_its_evidence_its_remedy_and_its_samples(tmp_path):
     folder = write_run(tmp_path / "run")
     assert findings.render([read_run(folder)]) == ""
     (folder / "config.yaml").write_text("diagnosis: {enabled: true}")
-    assert "The diagnosis found nothing." in findings.render([read_run(folder)])
+    assert "The diagnosis has found nothing." in findings.render([read_run(folder)])
     (folder / "findings.jsonl").write_text(json.dumps(FINDING) + "\n")
     html = findings.render([read_run(folder)])
     assert "step 30, since step 20" in html

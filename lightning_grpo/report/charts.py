@@ -81,6 +81,7 @@ def lines(curve: Curve, name: str, series: int, *, dash: int = 0, noisy: bool = 
             "mode": "lines+markers" if curve.steps.size < 20 else "lines",
             "line": {"color": color(series), "width": 2, "dash": DASHES[dash % len(DASHES)]},
             "marker": {"size": 5},
+            "cliponaxis": False,
         }
     )
     return traces

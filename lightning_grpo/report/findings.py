@@ -32,7 +32,7 @@ def render(runs: Sequence[Run]) -> str:
             cards = "".join(_card(finding, prefix) for finding in found)
             parts.append(f"{title}{_timeline(run)}{cards}")
         else:
-            parts.append(f'{title}<p class="lead">The diagnosis found nothing.</p>')
+            parts.append(f'{title}<p class="lead">The diagnosis has found nothing.</p>')
     return section("findings", "Findings", *parts)
 
 
