@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fitting import fit, module
+from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
 from runs import FINDING, change, metrics, write_run
 
-from lightning_grpo.errors import UserError
+from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.record.reader import read_run
 from lightning_grpo.report import command, comparison, curves, findings, header, page, phases, plan
 from lightning_grpo.report.arms import arms, run_names
@@ -330,6 +331,21 @@ def test_fit_writes_the_report_and_prints_its_path(tmp_path, tiny_model_path, ca
     path = tmp_path / "logs" / "version_0" / "report.html"
     assert f"report: {path}\n" in capsys.readouterr().out
     assert figures(path.read_text())[0]["data"][0]["x"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "written"), [(RunError("halted"), True), (Stopped(15), False)], ids=["error", "stop"]
+)
+def test_a_run_that_ends_with_an_error_has_a_report_unless_a_signal_stops_it(tmp_path, tiny_model_path, error, written):
+    class Fail(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 2:
+                raise error
+
+    settings = {"logger": CSVLogger(tmp_path, "logs"), "callbacks": [Fail(), Report()], "log_every_n_steps": 1}
+    with pytest.raises(type(error)):
+        fit(tmp_path, module(tiny_model_path), steps=3, **settings)
+    assert (tmp_path / "logs" / "version_0" / "report.html").exists() is written
 
 
 def test_without_plotly_or_if_it_is_not_wanted_fit_writes_no_report(tmp_path, monkeypatch, capsys):

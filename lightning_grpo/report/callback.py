@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 
 
 class Report(Callback):
-    """Writes report.html beside the logs when training ends: metrics, findings, samples, and predicted beside measured
-    time and memory (docs/report.md). `lightning-grpo report` writes it at any time.
+    """Writes report.html beside the logs when training ends, also if it ends with an error: metrics, findings, samples,
+    and predicted beside measured time and memory (docs/report.md). `lightning-grpo report` writes it at any time.
 
     Args:
         enabled: whether to write it. Without plotly, which the extra ``report`` installs, there is none.
@@ -32,6 +32,14 @@ class Report(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the report, and print its path. A report that can't be written is a warning."""
+        self._write(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do the same if the run can't go on. A run that a signal stops must end soon, and has no report."""
+        if isinstance(exception, ReportedError) and trainer.global_step > 0:
+            self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
         if not self.enabled or not trainer.is_global_zero or trainer.fast_dev_run:
             return
         if find_spec("plotly") is None:
@@ -44,7 +52,7 @@ class Report(Callback):
         path = self._folder / "report.html"
         try:
             write([read_run(self._folder)], path)
-        except (ReportedError, OSError) as error:
-            log.warning("no report was written: %s", error)
+        except Exception as error:  # whatever it is, the run itself is not concerned
+            log.warning("no report was written: %s", str(error) or repr(error))
         else:
             print(f"report: {path}")
