@@ -119,6 +119,7 @@ HARMLESS = {
     ),
     "SlowerSteps, other work on the machine": ({"step_time": lambda n: 8.0 if n % 20 < 6 else 4.0}, {}),
     "MemoryGrowth, a small process": ({"memory/gib": lambda n: 0.5 + 0.003 * n}, {}),
+    "MemoryGrowth, jumps": ({"memory/gib": lambda n: 11.5 + 0.5 * (n // 4) + 0.001 * n}, {}),
     "MemoryGrowth, a plateau": ({"memory/gib": lambda n: 11.5 + 1.5 * (1 - 0.7**n)}, {}),
 }
 
