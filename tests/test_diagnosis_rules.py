@@ -165,6 +165,45 @@ def test_a_healthy_run_raises_nothing_in_400_steps(seed):
     assert findings == []
 
 
+@pytest.mark.parametrize("start", [0.08, 0.3, 0.9, 4.0])
+def test_an_entropy_collapse_is_recognized_wherever_the_entropy_starts(start):
+    flat = {"reward": lambda n: 0.2 + 0.03 * NOISE[n], "groups/all_wrong": 0.6}
+    stays = flat | {"entropy": lambda n: start * (1 + 0.05 * NOISE[n])}
+    falls = flat | {"entropy": lambda n: start * (1 if n < 30 else 0.8 ** (n - 30))}
+    assert run(80, rules=only(built_in.EntropyCollapse), at=1, changes=stays)[0] == []
+    findings, _ = run(80, rules=only(built_in.EntropyCollapse), at=1, changes=falls)
+    assert 31 < findings[0].step < 51
+    assert [finding.severity for finding in findings[:2]] == ["warning", "critical"]
+
+
+def test_rules_wait_for_the_end_of_the_warm_up():
+    def learning_rate(n: int) -> float:
+        return 1e-6 * min(n, 25)
+
+    changes = {"frac_reward_zero_std": 1.0, "groups/all_wrong": 1.0, "learning_rate": learning_rate}
+    findings, history = run(60, rules=only(built_in.DeadGroups, after=10), at=1, changes=changes)
+    assert history.warmup_end == 26
+    assert [finding.step for finding in findings] == [36]
+
+
+class Level(built_in.Clipping):
+    """Finds what the metric says: 0 nothing, 1 and more a warning, 10 something critical."""
+
+    name = "level"
+
+    def check(self, history):
+        level = history.latest["clip_ratio/region_mean"]
+        severity = "critical" if level >= 10 else "warning"
+        return self.finding(history, "a level", severity=severity, extent=level) if level else None
+
+
+def test_a_finding_is_repeated_only_if_it_worsens_or_recurs():
+    levels = [1] * 5 + [1.5] * 5 + [3] * 5 + [0] * 5 + [3] * 5 + [0] * 25 + [1] * 5 + [10] * 5
+    findings, _ = run(60, rules=only(Level, after=0), at=1, changes={"clip_ratio/region_mean": lambda n: levels[n]})
+    # new; doubled; recurred after it had cleared for more than 20 steps; critical. Not after five clear steps
+    assert [finding.step for finding in findings] == [1, 11, 51, 56]
+
+
 def test_dead_groups_of_a_solved_task_are_only_noted():
     findings, _ = run(90, rules=only(built_in.DeadGroups), at=60, changes={
         "frac_reward_zero_std": 0.9, "groups/all_right": 0.9, "reward": 0.98,

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,8 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = [diagnose(log, RuleSet(ignore=arguments.ignore)) for log in logs]
     except UserError as error:
         raise UserError(str(error).replace("diagnosis.ignore", "--ignore")) from error
-    for result in results:
-        print(json.dumps(result, ensure_ascii=False) if arguments.json else "\n".join(text(result)))
+    try:
+        for result in results:
+            print(json.dumps(result, ensure_ascii=False) if arguments.json else "\n".join(text(result)))
+        sys.stdout.flush()
+    except BrokenPipeError:  # a pager or `head` was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(any(f["severity"] == "critical" for result in results for f in result["findings"]))
 
 

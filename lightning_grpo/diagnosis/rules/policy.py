@@ -58,6 +58,15 @@ class EntropyCollapse(Rule):
             extent=start / max(now, 1e-9),
         )
 
+    def choose(self, rows: Sequence[Row]) -> Iterable[Row]:
+        """Completions that are copies of others in their group."""
+        seen: set[tuple[int, ...]] = set()
+        for row in rows:
+            key = (row["rollout"], row["group"], *row["completion_ids"])
+            if key in seen:
+                yield row
+            seen.add(key)
+
     def _succeeded(self, history: History) -> bool:
         """Whether the reward has risen, and few groups are unsolved as far as is known."""
         wrong = history.last("groups/all_wrong", 5)
