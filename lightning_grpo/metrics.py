@@ -1,13 +1,15 @@
 """Metrics that merge over micro-batches and ranks, and `Window`, which collects them over an optimizer step."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, distributed
 
+LOGGED = "logged/"
+"""Prefix of what rewards logged, until it is reported."""
 BINS_PER_DECADE = 100
 BINS = 10 * BINS_PER_DECADE + 1
 
@@ -224,6 +226,12 @@ class Window:
         applies = ~values.isnan()
         self.add({name: Mean(values.where(applies, 0.0).sum(), applies.sum())})
 
+    def log(self, metrics: Mapping[str, Sequence[float]]) -> None:
+        """Add values that rewards logged to the means of their names. A metric of the trainer with the same name stays
+        as it is, and the values are left out."""
+        for name, values in metrics.items():
+            self.mean(LOGGED + name, torch.tensor(values))
+
     def seconds(self, name: str, seconds: float) -> None:
         """Add to ``time/{name}``. The value of the slowest rank is reported."""
         earlier = self.metrics.get(f"time/{name}")
@@ -268,7 +276,9 @@ class Window:
         for rank in ranks:
             self.add(rank)
         merged, self.metrics = self.metrics, {}
-        return {name: metric for name, metric in merged.items() if not _empty(metric)}
+        found = {name: metric for name, metric in merged.items() if not _empty(metric)}
+        logged = {name.removeprefix(LOGGED): found.pop(name) for name in list(found) if name.startswith(LOGGED)}
+        return logged | found
 
 
 def _empty(metric: Metric) -> bool:

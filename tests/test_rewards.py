@@ -52,6 +52,8 @@ def test_arguments_are_those_of_trl():
 
     columns = [{"answer": "4", "level": 1}, {"answer": "5", "level": 2}]
     evaluate(spy, prompts=["2 + 2 =", CHAT], columns=columns, trainer_state="state")
+    assert callable(seen.pop("log_metric"))
+    assert callable(seen.pop("log_extra"))
     assert seen == {
         "prompts": ["2 + 2 =", CHAT],
         "completions": ["so 4", [{"role": "assistant", "content": "five"}]],

@@ -73,17 +73,12 @@ def test_exit_in_a_reward_is_an_error_of_the_run(asynchronous):
 
 
 def test_a_missing_argument_is_found_before_training():
-    def needs(completions, level, log_metric=None):
-        return [0]
-
-    def logs(completions, log_metric, **columns):
+    def needs(completions, level, log_metric):
         return [0]
 
     FunctionReward(function=needs).check([{"level": 1}])
     with pytest.raises(ReportedError, match="the reward function 'needs' can't be called: it requires 'level'"):
         FunctionReward(function=needs).check([{"answer": 1}])
-    with pytest.raises(ReportedError, match="TRL's log_metric and log_extra are not supported"):
-        FunctionReward(function=logs).check([{"answer": 1}])
 
 
 def test_a_column_named_self():

@@ -208,30 +208,32 @@ def describe(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """What ``run.json`` contains of a run that starts."""
     module = cast(Any, pl_module)
     predictions = (callback.record() for callback in trainer.callbacks if hasattr(callback, "record"))
-    device = trainer.strategy.root_device
     return {
         "format": FORMAT,
         "id": uuid.uuid4().hex,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "lightning-grpo"), *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | {name: v for name in PACKAGES if (v := _version(name))},
-        "machine": {
-            "host": platform.node(),
-            "system": platform.platform(terse=True),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "cores": os.cpu_count(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "ranks": trainer.world_size,
-        },
+        "machine": machine(trainer),
         "model": str(module.model_path),
         "reward_names": module.reward_names,
         "reward_weights": module.reward_weights.tolist(),
         "num_generations": module.num_generations,
+        "completions_per_step": module.micro_batch_size * trainer.accumulate_grad_batches * module.data_ranks,
         "max_steps": trainer.max_steps,
         "seed": module.seed,
         "pass_threshold": module.evaluation.pass_threshold,
         "prediction": next(predictions, None),
     }
+
+
+def machine(trainer: Trainer) -> str:
+    """The machine of the first rank in words."""
+    device, ranks = trainer.strategy.root_device, trainer.world_size
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    memory = psutil.virtual_memory().total / 2**30
+    devices = f"{ranks} × {name}" if ranks > 1 else name
+    return f"{devices}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {platform.system()}"
 
 
 def _version(package: str) -> str | None:

@@ -5,7 +5,7 @@ import inspect
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +16,22 @@ Completion = str | list[dict[str, Any]]
 
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state")
 """Arguments of every reward besides the columns of the data set."""
+LOGS = ("log_metric", "log_extra")
+"""Functions that log a metric and a column of the samples, as in TRL. A function that takes ``**columns`` gets them,
+and a `Reward` if its signature names them."""
 OFFERED = ("openings",)
 """Further arguments, passed only to rewards whose signature names them."""
 
 
-def call_with(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+def call_with(function: Callable[..., Any], arguments: Mapping[str, Any], *, offered: Collection[str] = OFFERED) -> Any:
     """Call the function with the arguments that its signature names, or with all of them if it takes ``**columns``.
 
-    `OFFERED` arguments are passed only to functions whose signature names them.
+    Arguments that are only ``offered`` are passed to functions whose signature names them.
     """
     parameters = inspect.signature(function).parameters
     require_arguments(function, arguments)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return function(**{k: value for k, value in arguments.items() if k in parameters or k not in OFFERED})
+        return function(**{k: value for k, value in arguments.items() if k in parameters or k not in offered})
     return function(**{name: arguments[name] for name in parameters if name in arguments})
 
 
@@ -42,8 +45,7 @@ def require_arguments(function: Callable[..., Any], arguments: Iterable[str]) ->
                 f"its argument {name!r} is positional-only, but rewards are called with keyword arguments; remove the /"
             )
         if named and name not in arguments and parameter.default is parameter.empty:
-            hint = "; TRL's log_metric and log_extra are not supported" if name in ("log_metric", "log_extra") else ""
-            raise UserError(f"it requires {name!r}, but the arguments are {', '.join(arguments)}{hint}")
+            raise UserError(f"it requires {name!r}, but the arguments are {', '.join(arguments)}")
 
 
 def completion_text(completion: Completion) -> str:
@@ -99,7 +101,8 @@ class Reward(ABC):
             completion_ids: N lists of token ids, without padding.
             columns: each further column of the data set, as a list of N values, and ``trainer_state``. If the signature
                 names ``openings``, also N texts: the tag, such as ``<think>``, that the chat template appended to the
-                prompt, so that the completion lacks it, or an empty text.
+                prompt, so that the completion lacks it, or an empty text. If it names ``log_metric`` or ``log_extra``,
+                these functions; see `RewardLogs`.
         """
 
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027  most rewards can score any row
@@ -124,7 +127,9 @@ class FunctionReward(Reward):
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
         """Raise `UserError` if the function requires an argument that the data set has no column for."""
         try:
-            require_arguments(self.function, [*ARGUMENTS, *OFFERED, *dict.fromkeys(k for row in columns for k in row)])
+            require_arguments(
+                self.function, [*ARGUMENTS, *LOGS, *OFFERED, *dict.fromkeys(k for row in columns for k in row)]
+            )
         except UserError as error:
             raise UserError(f"the reward function {self.name!r} can't be called: {error}") from None
 

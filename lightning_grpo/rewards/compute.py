@@ -21,7 +21,8 @@ import lightning_grpo.rewards.code
 import lightning_grpo.rewards.format
 import lightning_grpo.rewards.reasoning_gym  # noqa: F401
 from lightning_grpo.errors import RunError, UserError
-from lightning_grpo.rewards.base import FunctionReward, Reward, Scores, call_with
+from lightning_grpo.rewards.base import LOGS, OFFERED, FunctionReward, Reward, Scores, call_with
+from lightning_grpo.rewards.logs import RewardLogs
 from lightning_grpo.rewards.time_limit import call_with_timeout, completion_in_frame, timeout_error
 
 
@@ -34,6 +35,7 @@ def compute_rewards(
     trainer_state: Any = None,
     openings: Sequence[str] | None = None,
     applicable: Sequence[Collection[str] | None] | None = None,
+    logs: RewardLogs | None = None,
 ) -> Tensor:
     """Score N completions with R rewards: [N, R] float32, NaN if a reward does not apply (it returned None).
 
@@ -49,6 +51,7 @@ def compute_rewards(
         openings: N tags, such as ``<think>``, that the prompts end with and the completions therefore lack; None if
             there are none.
         applicable: for each completion the names of the rewards that apply, or None if all do. None: all apply to all.
+        logs: collects what the rewards log.
 
     Raises:
         UserError: a reward returned the wrong number of values, or one that is not a finite number.
@@ -73,7 +76,8 @@ def compute_rewards(
     }
     rows = [_rows(reward, applicable or [None] * N) for reward in rewards]
     called = [i for i, chosen in enumerate(rows) if chosen]
-    given = [_select(arguments, rows[i], N) for i in called]
+    logs = logs or RewardLogs(N)
+    given = [_select(arguments, rows[i], N) | logs.arguments(rows[i]) for i in called]
     table = torch.full((N, len(rewards)), torch.nan)
     for i, scores in zip(called, _call_all([rewards[i] for i in called], given), strict=True):
         texts = [completions[row] for row in rows[i]]
@@ -114,13 +118,14 @@ def _call(reward: Reward, arguments: Mapping[str, Any]) -> Any:
         if isinstance(reward, FunctionReward):
             return call_with(reward.function, arguments)
         # a column named self would collide with the method's first argument
-        return call_with(reward, {name: values for name, values in arguments.items() if name != "self"})
+        given = {name: values for name, values in arguments.items() if name != "self"}
+        return call_with(reward, given, offered=(*OFFERED, *LOGS))
 
 
 def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A copy for one reward, whose changes to its arguments must not affect other rewards."""
-    state = arguments["trainer_state"]
-    return copy.deepcopy({**arguments, "trainer_state": None}) | {"trainer_state": state}
+    shared = {name: arguments[name] for name in ("trainer_state", *LOGS)}
+    return copy.deepcopy({name: values for name, values in arguments.items() if name not in shared}) | shared
 
 
 def _call_all(rewards: Sequence[Reward], arguments: Sequence[Mapping[str, Any]]) -> list[Any]:

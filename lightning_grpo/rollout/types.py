@@ -5,7 +5,7 @@ completion length.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
@@ -161,7 +161,8 @@ class Rollout:
     early_rewards       [N, R]     float32, of the R rewards that are computed during sampling; None if there are none
     sources             [N]        list of `Prompt.source`; None in a checkpoint of an earlier version
     seeds               [N]        list of the seeds with which the completions were sampled; None if unknown
-    extras              [N]        list of {name: value} that rewards logged with ``log_extra``; None if none did
+    extras              [N]        list of {name: value} that rewards logged with ``log_extra``; None if unknown
+    reward_metrics      –          {name: values} that rewards logged with ``log_metric``, until they are in the metrics
     ==================  =========  ==================================================================
     """
 
@@ -176,6 +177,7 @@ class Rollout:
     sources: list[str] | None = None
     seeds: list[int] | None = None
     extras: list[dict[str, Any]] | None = None
+    reward_metrics: dict[str, list[float]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -183,6 +185,13 @@ class Rollout:
     def written_ids(self) -> list[list[int]]:
         """For each completion, the token ids that the policy wrote."""
         return [ids[mask].tolist() for ids, mask in zip(self.completion_ids, self.completion_mask, strict=True)]
+
+    def keep_logs(self, extras: Sequence[Mapping[str, Any]], *metrics: Mapping[str, Sequence[float]]) -> None:
+        """Add to ``extras`` [N] and ``reward_metrics``."""
+        self.extras = [{**earlier, **row} for earlier, row in zip(self.extras or [{}] * len(self), extras, strict=True)]
+        for logged in metrics:
+            for name, values in logged.items():
+                self.reward_metrics.setdefault(name, []).extend(values)
 
     def rows(self, index: Sequence[int], device: torch.device | str | None = None) -> Self:
         """Return the rows ``index`` on ``device``, without the positions that are padding in all of them."""
@@ -194,7 +203,8 @@ class Rollout:
             if name in columns and columns[name].dim() > 1:
                 columns[name] = columns[name][:, kept[side]]
         taken: dict[str, Any] = {name: x.to(device) for name, x in columns.items()}
-        return replace(self, **taken, **{name: [x[i] for i in index] for name, x in self._lists().items()})
+        taken |= {name: [x[i] for i in index] for name, x in self._lists().items()}
+        return replace(self, **taken)
 
     def join(self, *others: Self) -> Self:
         """Return the rows of this rollout and then those of ``others``, padded to a common width.

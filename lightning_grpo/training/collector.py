@@ -100,6 +100,8 @@ class Collector:
         with window.timed("reward"), abandonable(trainer):
             rewards = module.compute_rewards(rollout, batch)
         rollout.early_rewards = None  # ``rewards`` contains them
+        window.log(rollout.reward_metrics)
+        rollout.reward_metrics = {}
         window.add({"rollout_tokens": Total(rollout.completion_mask.sum())})
         trainer.datamodule.observe(batch.prompt_indices, self._totals(rewards).view(len(batch), -1).nanmean(1))
         return rollout, rewards

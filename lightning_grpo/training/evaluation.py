@@ -52,6 +52,7 @@ class Evaluation:
         # prompts that only fill up a rank's last batch are not counted
         real = torch.tensor(batch.real).repeat_interleave(k)
         observe_rewards(self._metrics, rewards[real], names, weights)
+        self._metrics.log(rollout.reward_metrics)
         observe_completions(self._metrics, rollout.completion_mask[real].sum(1), rollout.truncated[real])
         correct = (rewards[real, 0] >= self.pass_threshold).view(-1, k)
         self._metrics.mean("pass@1", correct)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.data import Prompt, PromptBatch
 from lightning_grpo.rewards import EarlyRewards, Reward, compute_rewards, decode_completions, template_opening
+from lightning_grpo.rewards.logs import RewardLogs
 from lightning_grpo.rollout import Completion, Rollout, SampleRequest, Sampling, SyncedEngine
 from lightning_grpo.rollout.seeds import rollout_seeds
 
@@ -72,7 +73,7 @@ class Generation:
         )
         early = [reward for reward in self.rewards if reward.early]
 
-        def score_group(prompt: int, group: list[Completion]) -> Tensor:
+        def score_group(prompt: int, group: list[Completion]) -> tuple[Tensor, RewardLogs]:
             return self._score(early, [completion.token_ids for completion in group], [batch.rows[prompt]] * len(group))
 
         with EarlyRewards(score_group) as scores:
@@ -80,7 +81,9 @@ class Generation:
             rollout = Rollout.collate(batch.prompts, completions, self.pad_id)
             rollout.seeds = [seed for seeds in request.seeds for seed in seeds]
             if early:
-                rollout.early_rewards = torch.cat(scores.gather())
+                values, logs = zip(*scores.gather(), strict=True)
+                rollout.early_rewards = torch.cat(values)
+                rollout.keep_logs([extras for group in logs for extras in group.extras], *(x.metrics for x in logs))
         return rollout
 
     def compute_rewards(self, rollout: Rollout, batch: PromptBatch) -> Tensor:
@@ -89,7 +92,8 @@ class Generation:
         is_early = torch.tensor([reward.early and rollout.early_rewards is not None for reward in self.rewards])
         late = [reward for reward, done in zip(self.rewards, is_early, strict=True) if not done]
         values = torch.empty(len(rollout), len(self.rewards), dtype=torch.float32)
-        values[:, ~is_early] = self._score(late, rollout.written_ids(), prompts)
+        values[:, ~is_early], logs = self._score(late, rollout.written_ids(), prompts)
+        rollout.keep_logs(logs.extras, logs.metrics)
         if is_early.any():
             values[:, is_early] = rollout.early_rewards
         return values
@@ -98,9 +102,12 @@ class Generation:
         """The text of each completion, without the tokens that end or pad it."""
         return decode_completions(self.tokenizer, completion_ids, self.end_ids)
 
-    def _score(self, rewards: Sequence[Reward], completion_ids: list[list[int]], prompts: list[Prompt]) -> Tensor:
-        """[n, len(rewards)] for n completions and the prompt of each."""
-        return compute_rewards(
+    def _score(
+        self, rewards: Sequence[Reward], completion_ids: list[list[int]], prompts: list[Prompt]
+    ) -> tuple[Tensor, RewardLogs]:
+        """[n, len(rewards)] for n completions and the prompt of each, and what the rewards log."""
+        logs = RewardLogs(len(prompts))
+        values = compute_rewards(
             rewards,
             [prompt.messages for prompt in prompts],
             self.decode(completion_ids),
@@ -109,4 +116,6 @@ class Generation:
             self.trainer,
             openings=[template_opening(self.tokenizer, prompt.ids) for prompt in prompts],
             applicable=[prompt.rewards for prompt in prompts],
+            logs=logs,
         )
+        return values, logs
