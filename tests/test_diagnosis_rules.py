@@ -21,6 +21,7 @@ FAULTS = {
     "StaleSamples": ({"staleness": lambda n: float(n)}, {}),
     "NonFinite": ({"loss": math.nan, "grad_norm": math.nan}, {}),
     "NonFinite, KL": ({"kl": math.inf}, {}),
+    "NonFinite, gradients": ({"grad_norm": math.inf}, {}),
     "NoUpdate": ({"grad_norm": 0.0}, {}),
     "NoUpdate, rounding": ({"update_ratio": 0.0}, {"model.dtype": "bfloat16"}),
     "LearningRateHigh": ({"reward": lambda n: 0.02, "grad_norm": 40.0, "entropy": 3.0}, {}),
@@ -77,6 +78,10 @@ HARMLESS = {
     "EngineMismatch, noisy": ({DIFFERENCE: lambda n: 0.012 * math.exp(0.3 * NOISE[n])}, {}),
     "StaleSamples, one rollout ahead": ({"staleness": 1.0, "staleness_max": 2.0}, {}),
     "NonFinite, a metric without a value": ({"kl": math.nan}, {}),
+    "NonFinite, steps that float16 training skips": (
+        {"grad_norm": lambda n: math.inf if n % 20 < 2 else 1.0},
+        {},
+    ),
     "NoUpdate, no signal": ({"grad_norm": 0.0, "frac_reward_zero_std": 1.0}, {}),
     "LearningRateHigh, a dip": ({"reward": lambda n: 0.05 if n < 3 else rising(30 + n) + 0.2, "grad_norm": 40.0}, {}),
     "LearningRateHigh, harder prompts": ({"reward": lambda n: 0.02}, {}),

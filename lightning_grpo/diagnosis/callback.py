@@ -65,10 +65,11 @@ class Diagnosis(Callback):
     # ── Following the run ─────────────────────────────────────────────────────────────────────────────────────────
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a history."""
+        """Begin a history; a run that continues reads that of its earlier steps."""
         module = cast(GRPOModule, pl_module)
         self._folder, self._step = run_folder(trainer), trainer.global_step
-        self._continues = trainer.global_step > 0
+        self._continues, self.findings = trainer.global_step > 0, []
+        self.rules.reported.clear()
         options, info = options_of(trainer, module), info_of(trainer, module)
         self.history = History(options=options, info=info, samples=lambda step: self._rows(trainer, step))
 

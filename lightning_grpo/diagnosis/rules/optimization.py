@@ -30,18 +30,21 @@ class NonFinite(Rule):
     after: int = 0
     metrics: tuple[str, ...] = ("loss", "grad_norm", "kl", "entropy", "reward")
     """Metrics that must be finite."""
+    skipped: int = 3
+    """Steps for which the gradient alone may be infinite: float16 training skips them and lowers its loss scale."""
 
     def is_due(self, history: History) -> bool:
         return True
 
     def check(self, history: History) -> Finding | None:
-        latest = {name: history.latest[name] for name in self.metrics if name in history.latest}
-        # a metric without a value in a step is NaN, so the others must show that the step was measured
+        latest = {name: x for name in self.metrics if (x := history.latest.get(name)) is not None}
+        # a metric that has no value in a step is NaN, but loss and gradient always have one
         broken = {
-            name: x
-            for name, x in latest.items()
-            if x is not None and (math.isinf(x) or (math.isnan(x) and name in ("loss", "grad_norm")))
+            name: x for name, x in latest.items() if math.isinf(x) or (math.isnan(x) and name in ("loss", "grad_norm"))
         }
+        last_finite = history.last("grad_norm", 1).steps
+        if len(last_finite) and history.step - int(last_finite[0]) < self.skipped:
+            broken.pop("grad_norm", None)
         if not broken:
             return None
         listed = ", ".join(f"{name} is {x}" for name, x in broken.items())
