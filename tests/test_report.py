@@ -164,10 +164,11 @@ def test_a_long_run_is_thinned_out_to_the_means_and_the_range_of_intervals():
     assert found.high == pytest.approx(parts.max(1))
 
 
-def test_the_moving_average_of_a_line_is_the_line():
+def test_the_moving_average_is_centred_and_shorter_at_both_ends():
     line = np.linspace(0, 1, 30)
-    assert smooth(line, 7) == pytest.approx(line)
-    assert smooth(np.array([0.0, 3.0, 0.0]), 3) == pytest.approx([0, 1, 0])
+    assert smooth(line, 7)[3:-3] == pytest.approx(line[3:-3])
+    assert smooth(np.array([0.0, 3.0, 0.0]), 3) == pytest.approx([1.5, 1, 1.5])
+    assert smooth(line, 1) == pytest.approx(line)
 
 
 def test_every_metric_is_drawn_once(tmp_path):
@@ -188,6 +189,14 @@ def test_the_time_of_the_phases_is_stacked(tmp_path):
     assert [trace["name"] for trace in stack] == ["rollout", "sync", "update"]
     assert {trace["stackgroup"] for trace in stack} == {"phases"}
     assert "2.20 s (33%)" in html
+
+
+def test_a_long_first_step_does_not_hide_the_others(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    run.metrics[0]["step_time"] = 100.0
+    html = phases.render([run])
+    assert "The first step, which includes compilation and allocation, took 2 min." in html
+    assert figures(html)[0]["layout"]["yaxis"]["range"] == pytest.approx([0, 7.15])
 
 
 def test_the_prediction_is_compared_with_the_measurement(tmp_path):

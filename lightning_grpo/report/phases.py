@@ -8,7 +8,7 @@ import numpy as np
 from lightning_grpo.record.reader import Run
 from lightning_grpo.report.arms import arms, run_names
 from lightning_grpo.report.charts import Trace, chart, color, grid, lines
-from lightning_grpo.report.markup import details, section, table
+from lightning_grpo.report.markup import details, duration, section, table
 from lightning_grpo.report.series import column, curve
 
 PHASES = ("rollout", "sync", "reward", "score", "update")
@@ -41,7 +41,15 @@ def _stack(run: Run) -> str:
             (trace,) = lines(drawn, phase, i, noisy=False, band=False)
             filled = {"stackgroup": "phases", "fillcolor": color(i, 0.55), "mode": "lines"}
             traces.append(trace | filled | {"line": {"width": 0.5, "color": color(i)}})
-    return chart("Time per step", traces, unit="seconds, by phase", height=260) if traces else ""
+    if not traces:
+        return ""
+    first, *others = column(run.metrics, "step_time")
+    top, note = 1.1 * max(others, default=np.nan), ""
+    layout: dict[str, Any] = {}
+    if first > top:
+        note = f"The first step, which includes compilation and allocation, took {duration(first)}."
+        layout["yaxis"] = {"range": [0, top]}
+    return chart("Time per step", traces, unit="seconds, by phase", note=note, height=260, **layout)
 
 
 def _bars(runs: Sequence[Run]) -> str:

@@ -66,8 +66,8 @@ def curve(runs: Sequence[Sequence[Mapping[str, Any]]], name: str) -> Curve | Non
 
 
 def smooth(values: Array, width: int) -> Array:
-    """Return the centred moving average over up to ``width`` values, fewer at both ends."""
+    """Return the centred moving average over ``width`` values, at both ends over those of them that exist."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(values.size)
-    reach = np.minimum(width // 2, np.minimum(index, values.size - 1 - index))
-    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+    first, end = np.maximum(index - width // 2, 0), np.minimum(index + width // 2 + 1, values.size)
+    return (sums[end] - sums[first]) / (end - first)
