@@ -382,6 +382,13 @@ def test_wrong_arguments_are_named(tmp_path):
         command.main([str(tmp_path), "--live", "0"])
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    folder = write_run(tmp_path / "run")
+    place = folder / "config.yaml" / "x.html"
+    with pytest.raises(UserError, match=rf"can't be written to {re.escape(str(place))} \(.*\); set another file"):
+        command.main([str(folder), "--out", str(place)])
+
+
 def test_a_live_report_follows_the_run_until_its_end(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run", steps=10, max_steps=11)
     states = []

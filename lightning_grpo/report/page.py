@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lightning_grpo.errors import optional
+from lightning_grpo.errors import UserError, optional
 from lightning_grpo.record.reader import Run
 from lightning_grpo.report import comparison, curves, findings, header, phases, plan, samples
 from lightning_grpo.report.arms import run_names
@@ -46,12 +46,21 @@ def page(runs: Sequence[Run], *, most_samples: int = samples.LIMIT, reload_secon
 
 
 def write(runs: Sequence[Run], path: Path, **options: Any) -> None:
-    """Write the `page` to ``path``, atomically: a browser that reloads it never sees half of one."""
+    """Write the `page` to ``path``, atomically: a browser that reloads it never sees half of one.
+
+    Raises:
+        UserError: if it can't be written there.
+    """
     text = page(runs, **options)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"the report can't be written to {path} ({error.strerror}); set another file (--out)"
+        ) from error
 
 
 def _assets(suffix: str) -> str:
