@@ -210,7 +210,7 @@ def test_tokens_are_marked_by_log_prob_and_ratio(show, tmp_path):
     body.press("ArrowRight")
     status = page.locator(".sample-status").inner_text()
     assert "token 2" in status and "engine −1.000, trainer −1.500, ratio 0.607" in status
-    assert tokens.nth(1).get_attribute("title") == status
+    assert tokens.nth(1).get_attribute("title") in status
 
 
 def test_the_page_follows_the_color_scheme(show, tmp_path):

@@ -201,7 +201,8 @@
   function scrollToCurrent() {
     const top = shown.indexOf(current) * ROW;
     if (top < 0) return;
-    if (top < list.scrollTop) list.scrollTop = top;
+    if (Math.abs(top - list.scrollTop) > 2 * list.clientHeight) list.scrollTop = top - list.clientHeight / 3;
+    else if (top < list.scrollTop) list.scrollTop = top;
     else if (top + ROW > list.scrollTop + list.clientHeight) list.scrollTop = top + ROW - list.clientHeight;
   }
 
@@ -329,6 +330,8 @@
         ? [["within 1 %", 0, 1], ["5 %", 1, 1], ["10 %", 2, 1], ["20 %", 3, 1], ["above", 4, 1], ["below", 4, -1]]
         : [["p ≥ 0.9", 0, 0], ["≥ 0.5", 1, 0], ["≥ 0.1", 2, 0], ["≥ 0.01", 3, 0], ["less", 4, 0]];
     const legend = line.appendChild(element("span", "sample-scale"));
+    const status = line.appendChild(element("div", "sample-status", "Point at a token, or move with ← and → in a completion."));
+    status.setAttribute("role", "status");
     legend.append(...scale.map(([text, level, sign]) => element("span", tokenClass(level, sign), text)));
     return line;
   }
@@ -355,8 +358,7 @@
 
   function appendTokens(body, sample, run) {
     const ids = run.completion_ids[sample.row] ?? [];
-    const status = element("div", "sample-status", "Point at a token, or move with ← and →.");
-    status.setAttribute("role", "status");
+    const status = detail.querySelector(".sample-status");
     const tokens = ids.slice(0, LONG).map((id, place) => {
       const value = valuesOf(run, sample.row, place)[color];
       const distance = color === "ratio" ? Math.abs(Math.log(value)) : -value;
@@ -372,7 +374,7 @@
       tokens[at]?.classList.remove("sample-at");
       at = place;
       tokens[at].classList.add("sample-at");
-      status.textContent = tokens[at].title;
+      status.textContent = `Completion ${sample.index}, ${tokens[at].title}`;
     };
     body.append(...tokens);
     if (ids.length > LONG) body.append(element("span", "muted", ` and ${plural(ids.length - LONG, "token")} more`));
@@ -387,7 +389,6 @@
       point(Math.max(0, Math.min(tokens.length - 1, at + move)));
       tokens[at].scrollIntoView({ block: "nearest" });
     });
-    body.after(status);
   }
 
   // ── Start ────────────────────────────────────────────────────────────────────────────────────────────────────────
