@@ -15,7 +15,7 @@ import pytest
 from fitting import fit, module
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
-from runs import FINDING, change, metrics, write_run
+from run_folders import FINDING, change, metrics, write_run
 
 from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.record.reader import read_run

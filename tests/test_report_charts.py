@@ -5,7 +5,7 @@ import json
 import pytest
 from chromium import chromium
 from playwright.sync_api import expect
-from runs import FINDING, write_run
+from run_folders import FINDING, write_run
 
 from lightning_grpo.record import read_run
 from lightning_grpo.report.page import write
