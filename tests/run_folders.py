@@ -25,11 +25,11 @@ FINDING = {
     "severity": "critical",
     "step": 30,
     "since": 20,
-    "message": "The entropy fell from 1.9 to 0.05 nats per token.",
+    "message": "the entropy fell from 1.9 to 0.05 nats per token",
     "evidence": {"entropy": [[20, 0.4], [25, 0.1], [30, 0.05]]},
     "samples": [{"step": 30, "rollout": 30, "group": 2, "index": 1}],
     "change": {"model.objective.entropy_coef": 0.01},
-    "advice": "Add an entropy bonus.",
+    "advice": "add an entropy bonus",
     "source": "Cui et al. 2025, arXiv:2505.22617",
 }
 

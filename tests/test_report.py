@@ -215,6 +215,8 @@ def test_a_finding_shows_its_evidence_its_remedy_and_its_samples(tmp_path):
     (folder / "findings.jsonl").write_text(json.dumps(FINDING) + "\n")
     html = findings.render([read_run(folder)])
     assert "step 30, since step 20" in html
+    assert "<p>The entropy fell from 1.9 to 0.05 nats per token.</p>" in html
+    assert "<p><b>What to do:</b> Add an entropy bonus.</p>" in html
     assert "model:\n  objective:\n    entropy_coef: 0.01" in html
     assert '<a href="#sample-30-2-1">' in html
     timeline, evidence = figures(html)

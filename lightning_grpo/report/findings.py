@@ -80,7 +80,11 @@ def _card(finding: Mapping[str, Any], prefix: str) -> str:
     severity = SEVERITIES[_severity(finding)]
     step, since = finding["step"], _since(finding)
     when = f"step {step:,}" + (f", since step {since:,}" if since < step else "")
-    text = "".join(f"<p>{escape(finding[name])}</p>" for name in ("message", "advice") if _is_text(finding.get(name)))
+    text = "".join(
+        f"<p>{label}{escape(_sentence(finding[name]))}</p>"
+        for name, label in (("message", ""), ("advice", "<b>What to do:</b> "))
+        if _is_text(finding.get(name))
+    )
     change = finding.get("change")
     patch = ""
     if isinstance(change, dict) and change:
@@ -156,6 +160,12 @@ def _since(finding: Mapping[str, Any]) -> int:
 
 def _value(value: object) -> str:
     return number(float(value)) if isinstance(value, int | float) else str(value)
+
+
+def _sentence(text: str) -> str:
+    """Return a message with a capital letter and a full stop, unless it begins with a name such as ``sampling/kl``."""
+    text = text[0].upper() + text[1:] if text.partition(" ")[0].isalpha() else text
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _is_text(value: object) -> bool:
