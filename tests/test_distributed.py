@@ -9,6 +9,7 @@ import torch
 from launching import ROOT, on_two_ranks
 
 from lightning_grpo.cli import main
+from lightning_grpo.record import read_run
 
 AHEAD = [
     "--rollout", "engines.CopyRollout", "--model.rollout_ahead", "1",
@@ -83,6 +84,15 @@ def test_two_ranks_end_where_one_process_ends(tmp_path, monkeypatch, two_ranks, 
                 name
             )
     assert len({row["reward"] for row in rows_of_one}) == 4
+
+    # each rank has recorded its samples, and the resumed run those of its steps
+    what = ["step", "rollout", "group", "index", "prompt", "completion", "reward", "seed"]
+    samples_of_one = read_run(tmp_path).samples(what).to_pylist()
+    assert len(samples_of_one) == 4 * 192
+    for version in (0, 1):
+        run = read_run(two_ranks / case / f"logs/version_{version}")
+        assert {path.name[:5] for path in run.sample_files()} == {"rank0", "rank1"}
+        assert run.samples(what).to_pylist() == samples_of_one
 
     _, rows = result(two_ranks / case, version=1)
     resumed = torch.load(two_ranks / case / "resumed" / "last.ckpt", weights_only=True)["state_dict"]
