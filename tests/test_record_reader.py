@@ -138,6 +138,19 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     assert read_run(tmp_path).folder.name == read_run(tmp_path / "logs").folder.name == "version_10"
 
 
+def test_a_folder_above_several_runs_names_them(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name / "logs" / "version_0", [1])
+    with pytest.raises(UserError, match=r"contains several runs; name \S+/a or \S+/b$"):
+        read_run(tmp_path)
+
+
+def test_a_folder_of_trl_names_the_command_that_reads_it(tmp_path):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match="`lightning-grpo diagnose` reads"):
+        read_run(tmp_path)
+
+
 def test_reading_needs_no_torch():
     code = "import sys, lightning_grpo.record.reader; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -106,9 +106,18 @@ def find_run(folder: Path) -> Path:
         return folder
     versions = [path for path in (*folder.glob("version_*"), *folder.glob("logs/version_*")) if _is_run(path)]
     if not versions:
-        what = "has no metrics.jsonl, metrics.csv or run.json" if folder.is_dir() else "is not a folder"
-        raise UserError(f"{folder} {what}; name the folder of a run, such as runs/logs/version_0")
+        raise UserError(f"{folder} {_why_no_run(folder)}")
     return max(versions, key=lambda path: (_number(path), path))
+
+
+def _why_no_run(folder: Path) -> str:
+    inner = sorted({str(path.parents[1]) for path in folder.glob("*/logs/version_*") if _is_run(path)})
+    if inner:
+        return f"contains several runs; name {' or '.join(inner[:3])}" + (" or another" if len(inner) > 3 else "")
+    if (folder / "trainer_state.json").exists():
+        return "was written by transformers or TRL, whose runs only `lightning-grpo diagnose` reads"
+    what = "has no metrics.jsonl, metrics.csv or run.json" if folder.is_dir() else "is not a folder"
+    return f"{what}; name the folder of a run, such as runs/NAME/logs/version_0"
 
 
 def _number(path: Path) -> int:
