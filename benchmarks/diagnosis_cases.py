@@ -135,7 +135,7 @@ def fault(name: str, inject: Callable | None, *names: str, **changes: Any) -> Ru
     return Run(name=name, inject=inject, names=frozenset(names), **{"steps": 60} | changes)
 
 
-FAULTS = [
+_FAULTS = [
     fault("weights stop reaching the engine, verified", stop_updates, "stale_weights", rollout=SeparateRollout),
     fault("weights stop reaching the engine", stop_updates, "stale_weights", rollout=separate),
     fault("corrupted weights in the engine, verified", corrupt_weights, "engine_mismatch", rollout=SeparateRollout),
@@ -169,6 +169,9 @@ FAULTS = [
     fault("memory leaks", leak, "memory_growth"),
     fault("batch too small", None, "small_batch", at=1, prompts=1, options={"num_generations": 4}),
 ]  # fmt: skip
+
+
+FAULTS = [replace(run, seed=seed) for run in _FAULTS for seed in range(2)]
 
 
 # ── Healthy runs ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -52,8 +52,9 @@ def rldoctor(records: Records, config: dict[str, Any]) -> Reports:
 
     merged: dict[int, dict[str, Any]] = {}
     for record in records:  # held-out metrics have lines of their own, which it would count as steps
-        renamed = {f"eval/{name.removeprefix('val/')}" if name.startswith("val/") else name: x
-                   for name, x in record.items()}  # fmt: skip
+        # it would take sampling/kl for the KL to the reference
+        kept = {name: x for name, x in record.items() if not name.startswith("sampling/")}
+        renamed = {name.replace("val/", "eval/", 1): x for name, x in kept.items()}
         merged.setdefault(record["step"], {}).update(renamed)
     known = {name.rpartition(".")[2]: value for name, value in config.items()}
     reports: Reports = []
