@@ -31,7 +31,7 @@ import torch
 from diagnosis_cases import CLEAN, FAULTS
 from diagnosis_runs import READ, Run, execute, prepare, quietly
 
-from lightning_grpo.diagnosis.history import History
+from lightning_grpo.diagnosis.history import History, by_step
 from lightning_grpo.diagnosis.ruleset import RuleSet
 from lightning_grpo.record.reader import read_run
 
@@ -166,20 +166,20 @@ def diagnose(run: Run, where: Path) -> Report:
     """Apply the rules after each optimizer step of a recorded run."""
     record = read_run(where)
     history = History(**json.loads((where / READ).read_text()))
-    rules, held_out = RuleSet(), list(record.held_out)
-    found = []
-    for metrics in record.metrics:
-        # held-out prompts are evaluated after the step that they are logged with
-        while held_out and held_out[0]["step"] < metrics["step"]:
-            history.add_held_out(held_out[0]["step"], held_out.pop(0))
-        history.append(metrics["step"], metrics)
-        found += rules.check(history)
+    rules, found = RuleSet(), []
+    for step, metrics, held_out in by_step([*record.metrics, *record.held_out]):
+        if metrics:
+            history.append(step, metrics)
+            found += [(f.rule, f.severity, f.step) for f in rules.check(history)]
+        history.add_held_out(step, held_out)
     if rules.broken:
         sys.exit(f"{run.name}: rules failed: {rules.broken}")
-    error = json.loads((where / OUTCOME).read_text())["error"]
-    # a run is refused in the step after the last one that was recorded
-    refused = None if error is None else record.metrics[-1]["step"] + 1
-    return Report(run=run, findings=[(f.rule, f.severity, f.step) for f in found], refused=refused)
+    refused = None
+    if json.loads((where / OUTCOME).read_text())["error"]:
+        refused = record.metrics[-1]["step"] + 1
+        # the metrics of a step that was not taken are not recorded, so that only the callback could find its problem
+        found += [(f["rule"], f["severity"], f["step"]) for f in record.findings if f["step"] == refused]
+    return Report(run=run, findings=found, refused=refused)
 
 
 def by_peers(environment: Path, reports: Sequence[Report], root: Path) -> dict[str, list[Report]]:

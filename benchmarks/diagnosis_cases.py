@@ -65,9 +65,9 @@ def scale_learning_rate(module: GRPOModule, n: int, *, factor: float) -> None:
 
 
 def collapse(module: GRPOModule, n: int) -> None:
-    """A penalty on the entropy, and ten times the learning rate."""
-    entropy_bonus(module, n, value=-2.0)
-    scale_learning_rate(module, n, factor=10)
+    """A penalty on the entropy, and twenty times the learning rate."""
+    entropy_bonus(module, n, value=-5.0)
+    scale_learning_rate(module, n, factor=20)
 
 
 def set_answers(module: GRPOModule, n: int, *, answer: str) -> None:
@@ -199,7 +199,7 @@ CLEAN = [
     *clean("0/1 reward, saturates", 2, model="strong", lr=1e-3, steps=120),
     *clean("0/1 reward, long", 1, steps=200),
     *clean("dense reward", 2, rewards=(similar,)),
-    *clean("dense reward, barely trained model", 2, rewards=(similar,), model="barely trained", lr=1e-3),
+    *clean("dense reward, few are right", 2, rewards=(similar,), model="weak"),
     *clean("sparse reward, groups of 16", 2, model="weak", options={"num_generations": 16}, prompts=4),
     *clean("noisy reward", 2, rewards=(noisy,)),
     *clean("reward of ±100", 1, rewards=(plus_minus,), options={"advantage": AdvantageConfig(scale_rewards="group")}),

@@ -7,9 +7,7 @@ tenths of the prompts right, as the models that GRPO starts from do.
 
 import json
 import logging
-import math
 import random
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,10 +23,10 @@ from lightning import Callback, LightningModule, Trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_grpo import GRPOModule, PromptDataModule
-from lightning_grpo.diagnosis.live import info_of, options_of
+from lightning_grpo.diagnosis import Diagnosis
 from lightning_grpo.errors import ReportedError
 from lightning_grpo.policy import load_tokenizer
-from lightning_grpo.record.schema import METRICS
+from lightning_grpo.record import Record
 from lightning_grpo.rollout import HFRollout
 from lightning_grpo.rollout.hf.engine import HFEngine
 
@@ -91,7 +89,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "rambling": {"noise": 0.12, "rambles": 0.3},
     "weak": {"noise": 0.35},
     "strong": {"noise": 0.03},
-    "barely trained": {"noise": 0.4, "steps": 100},
 }
 
 
@@ -222,35 +219,8 @@ class Injection(Callback):
             self.run.inject(pl_module, trainer.global_step + 1 - self.run.at)
 
 
-class Record(Callback):
-    """Writes what the diagnosis reads: the metrics of each optimizer step, and once the options and facts."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.step = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.file = (self.folder / METRICS).open("w")
-        read = {"options": options_of(trainer, pl_module), "info": info_of(trainer, pl_module)}
-        (self.folder / READ).write_text(json.dumps(read, default=str))
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step > self.step:
-            self.step = trainer.global_step
-            metrics = trainer.callback_metrics.items()
-            self._write({name: float(x) for name, x in metrics if not name.startswith("val/")})
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(pl_module.held_out)
-
-    def _write(self, values: dict[str, float]) -> None:
-        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        self.file.write(json.dumps({"step": self.step, "time": time.time()} | finite) + "\n")
-        self.file.flush()
-
-
 def execute(run: Run, models: Path, folder: Path) -> str | None:
-    """Train; returns the error that ended the run early, if one did."""
+    """Train with the callbacks that record and diagnose a run; return the error that ended it early, if one did."""
     folder.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {
         "num_generations": 8,
@@ -285,7 +255,8 @@ def execute(run: Run, models: Path, folder: Path) -> str | None:
         "devices": 1,
         "default_root_dir": folder,
     }
-    callbacks: list[Callback] = [run.rollout(), Record(folder)]
+    diagnosis = Diagnosis()
+    callbacks: list[Callback] = [run.rollout(), Record(print_every=0), diagnosis]
     if run.inject is not None:
         callbacks.append(Injection(run))
     trainer = Trainer(**settings | run.trainer, callbacks=callbacks)
@@ -294,6 +265,9 @@ def execute(run: Run, models: Path, folder: Path) -> str | None:
             trainer.fit(module, datamodule=data)
         except ReportedError as error:
             return f"{type(error).__name__}: {error}"
+        finally:
+            read = {"options": diagnosis.history.options, "info": diagnosis.history.info}
+            (folder / READ).write_text(json.dumps(read, default=str))
     return None
 
 

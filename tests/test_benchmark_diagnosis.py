@@ -26,7 +26,7 @@ def models(benchmark, tmp_path_factory) -> Path:
     *_, runs = benchmark
     path = tmp_path_factory.mktemp("models")
     runs.write_prompts(path)
-    runs.pretrain(path / "base", noise=0.12, steps=150)
+    runs.pretrain(path / "base", noise=0.12, steps=100)
     return path
 
 
@@ -44,9 +44,10 @@ def test_a_fault_that_the_rules_name(benchmark, models, tmp_path):
     assert found.steps(run.names) <= 10
 
 
-def test_a_fault_that_the_framework_refuses(benchmark, models, tmp_path):
+def test_a_fault_that_ends_the_run(benchmark, models, tmp_path):
     run, found = report(benchmark, models, tmp_path, "FAULTS", "NaN in a gradient", at=4, steps=8)
-    assert found.named(run.names) == ("refused", 4)
+    assert found.named(run.names) == ("nonfinite", 4)
+    assert found.refused == 4
 
 
 def test_a_healthy_run(benchmark, models, tmp_path):
