@@ -23,8 +23,8 @@ critical dead_groups, step 39: in 100% of the groups all rewards are equal, whic
 ```
 
 `set` is computed from the run's own values and can be pasted into the command line. The completions named are rows of
-the samples' files. A problem is reported once, and again if its severity increases or its extent doubles, or if it
-recurs after it had cleared for 20 steps.
+the samples' files. A problem is reported once, and again if it becomes more severe or four times as large, or if
+it recurs after it had cleared for 20 steps.
 
 Rules compare a run with its own start, and are silent until the learning rate's warm-up has ended and enough steps have
 passed. A rule whose metrics are missing is skipped. An error in a rule turns it off with a warning; the run goes on.

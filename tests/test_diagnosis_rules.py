@@ -203,9 +203,9 @@ class Level(built_in.Clipping):
 
 
 def test_a_finding_is_repeated_only_if_it_worsens_or_recurs():
-    levels = [1] * 5 + [1.5] * 5 + [3] * 5 + [0] * 5 + [3] * 5 + [0] * 25 + [1] * 5 + [10] * 5
+    levels = [1] * 5 + [3] * 5 + [5] * 5 + [0] * 5 + [5] * 5 + [0] * 25 + [1] * 5 + [10] * 5
     findings, _ = run(60, rules=only(Level, after=0), at=1, changes={"clip_ratio/region_mean": lambda n: levels[n]})
-    # new; doubled; recurred after it had cleared for more than 20 steps; critical. Not after five clear steps
+    # new; five times as large; recurred after more than 20 steps, not after five; critical
     assert [finding.step for finding in findings] == [1, 11, 51, 56]
 
 

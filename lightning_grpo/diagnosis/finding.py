@@ -33,13 +33,13 @@ class Finding:
     source: str = ""
     """Paper or project that the rule is from."""
     extent: float = 0.0
-    """How large the problem is, in a unit of the rule. A finding is reported again if this has doubled."""
+    """How large the problem is, in a unit of the rule. A finding is reported again if this is four times as large."""
 
     def worse_than(self, earlier: "Finding") -> bool:
         """Whether this is a reason to report a problem again that was reported before."""
         if self.severity != earlier.severity:
             return SEVERITIES.index(self.severity) > SEVERITIES.index(earlier.severity)
-        return self.extent > 2 * earlier.extent > 0
+        return self.extent > 4 * earlier.extent > 0
 
     def line(self) -> str:
         """The finding as one line of JSON. Values that are not finite are null."""

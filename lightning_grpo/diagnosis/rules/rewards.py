@@ -12,7 +12,7 @@ from lightning_grpo.diagnosis.finding import Finding, Severity
 from lightning_grpo.diagnosis.history import History, Row
 from lightning_grpo.diagnosis.remedies import larger_groups, raised_beta
 from lightning_grpo.diagnosis.rule import Rule
-from lightning_grpo.diagnosis.statistics import shift, trend
+from lightning_grpo.diagnosis.statistics import noise, shift, trend
 
 DEAD = "frac_reward_zero_std"
 
@@ -165,7 +165,8 @@ class HeldOutFalls(Rule):
     after: int = 4
     """Number of evaluations before the rule is checked."""
     errors: float = 3.0
-    """Fall below the best evaluations, in standard errors."""
+    """Fall below the best evaluations, in standard errors, by the number of samples and by the changes between
+    evaluations."""
     share: float = 0.05
     """Fall relative to the best evaluations."""
 
@@ -178,6 +179,7 @@ class HeldOutFalls(Rule):
         top, now, step = float(pairs[best]), float(pairs[-1]), int(held_out.steps[best + 1])
         samples = history.option("data.validation_size", 0) * history.option("model.validation_generations", 1)
         error = math.sqrt(max(top * (1 - top), 0.0) / samples) if samples and name == "val/pass@1" else 0.0
+        error = max(error, noise(held_out.values))
         at_best, recent = train.between(step - 5, step + 5).values, train.values[-10:]
         if top - now <= max(self.errors * error, self.share * abs(top)) or len(at_best) < 3:
             return None
