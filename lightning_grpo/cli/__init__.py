@@ -24,6 +24,7 @@ Group Relative Policy Optimization of language models.
   export      write the policy of a checkpoint as a Hugging Face model or a PEFT adapter
   diagnose    check the metrics of a run, and print what is wrong and what to set
   report      write one HTML file about runs: metrics, findings, samples, and how runs compare
+  convert-trl print the configuration of a TRL run as one for fit
   configure   choose hyperparameters for a task, a model and a GPU; predict memory, time and cost
 
   lightning-grpo fit --config configs/smoke.yaml       train a tiny model for half a minute
@@ -70,6 +71,10 @@ def _run(args: list[str]) -> None:
         from lightning_grpo.configure import command as configure
 
         raise SystemExit(configure.main(args[1:]))
+    if args[:1] == ["convert-trl"]:
+        from lightning_grpo.cli import convert
+
+        return convert.main(args[1:])
     if args[:1] == ["export"]:
         from lightning_grpo.cli import export
 

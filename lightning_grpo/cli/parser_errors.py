@@ -53,7 +53,7 @@ TRL_NAMES = {
     "temperature": "model.sampling.temperature",
 }
 """Options named as in TRL, and the options here that correspond to them."""
-SUBCOMMANDS = ["fit", "validate", "test", "predict", "export", "report", "diagnose", "configure"]
+SUBCOMMANDS = ["fit", "validate", "test", "predict", "export", "report", "diagnose", "convert-trl", "configure"]
 
 
 class OneLineParser(LightningArgumentParser):
