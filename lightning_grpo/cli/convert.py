@@ -33,7 +33,7 @@ LOGGERS = {
     "comet_ml": "lightning.pytorch.loggers.CometLogger",
 }
 BOXED = r"\\boxed\{(.+?)\}"
-REWARDS = {
+REWARDS: dict[str, tuple[dict[str, Any], str]] = {
     "accuracy_reward": (
         {"class_path": "lightning_grpo.rewards.ExactMatch", "init_args": {"extract": BOXED, "answer": "solution"}},
         "accuracy_reward compares with math-verify, ExactMatch compares numbers and text",
@@ -356,7 +356,8 @@ class Conversion:
         weights = self["reward_weights"] or [1.0] * len(functions)
         if functions and len(weights) != len(functions):
             raise UserError(f"reward_weights has {len(weights)} values for {len(functions)} reward_funcs")
-        rewards, notes = [], []
+        rewards: list[dict[str, Any]] = []
+        notes: list[str] = []
         for name, weight in zip(functions, weights, strict=False):
             reward, note = REWARDS.get(name, ({"class_path": "lightning_grpo.rewards.FunctionReward"}, ""))
             options = dict(reward.get("init_args", {})) | ({} if name in REWARDS else {"function": name})

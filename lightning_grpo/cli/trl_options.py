@@ -100,6 +100,26 @@ GRPO_CONFIG = [
 ]  # fmt: skip
 """All fields of ``GRPOConfig`` in TRL 1.16 with their defaults."""
 
+WITHOUT_EQUIVALENT: dict[str, Any] = {
+    "average_tokens_across_devices": True, "label_smoothing_factor": 0.0, "optim_target_modules": None,
+    "bf16_full_eval": False, "fp16_full_eval": False, "tf32": None, "torch_compile_backend": None,
+    "torch_compile_mode": None, "liger_kernel_config": None, "use_cache": False, "neftune_noise_alpha": None,
+    "torch_empty_cache_steps": None, "auto_find_batch_size": False, "logging_strategy": "steps",
+    "logging_first_step": False, "log_on_each_node": True, "logging_nan_inf_filter": True, "log_level": "passive",
+    "log_level_replica": "warning", "trackio_space_id": None, "trackio_bucket_id": None,
+    "trackio_static_space_id": None, "prediction_loss_only": False, "eval_do_concat_batches": True,
+    "eval_use_gather_object": False, "eval_accumulation_steps": None, "include_for_metrics": [],
+    "batch_eval_metrics": False, "save_on_each_node": False, "enable_jit_checkpoint": False,
+    "hub_private_repo": None, "hub_strategy": "every_save", "hub_always_push": False, "hub_revision": None,
+    "ignore_data_skip": False, "restore_callback_states_from_checkpoint": False, "accelerator_config": None,
+    "dataloader_drop_last": False, "dataloader_num_workers": 0, "dataloader_pin_memory": True,
+    "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
+    "dataloader_multiprocessing_context": None, "dataloader_in_order": True, "label_names": None,
+    "train_sampling_strategy": "random", "length_column_name": "length", "debug": "", "skip_memory_metrics": True,
+    "do_train": False, "do_eval": False, "do_predict": False, "local_rank": -1,
+}  # fmt: skip
+"""Fields of ``TrainingArguments`` that need no explanation, and their defaults."""
+
 TRAINING_ARGUMENTS = [
     Row("output_dir", None, "trainer.default_root_dir", "trainer_output in TRL, runs here"),
     Row("per_device_train_batch_size", 8, "model.micro_batch_size", "completions"),
@@ -159,24 +179,7 @@ TRAINING_ARGUMENTS = [
     Row("torch_compile", False, "", "layers are not compiled"),
     Row("include_num_input_tokens_seen", "no", "", "num_tokens is always logged"),
     Row("disable_tqdm", None, "trainer.enable_progress_bar", "the opposite"),
-    *(Row(name, default) for name, default in {
-        "average_tokens_across_devices": True, "label_smoothing_factor": 0.0, "optim_target_modules": None,
-        "bf16_full_eval": False, "fp16_full_eval": False, "tf32": None, "torch_compile_backend": None,
-        "torch_compile_mode": None, "liger_kernel_config": None, "use_cache": False, "neftune_noise_alpha": None,
-        "torch_empty_cache_steps": None, "auto_find_batch_size": False, "logging_strategy": "steps",
-        "logging_first_step": False, "log_on_each_node": True, "logging_nan_inf_filter": True, "log_level": "passive",
-        "log_level_replica": "warning", "trackio_space_id": None, "trackio_bucket_id": None,
-        "trackio_static_space_id": None, "prediction_loss_only": False, "eval_do_concat_batches": True,
-        "eval_use_gather_object": False, "eval_accumulation_steps": None, "include_for_metrics": [],
-        "batch_eval_metrics": False, "save_on_each_node": False, "enable_jit_checkpoint": False,
-        "hub_private_repo": None, "hub_strategy": "every_save", "hub_always_push": False, "hub_revision": None,
-        "ignore_data_skip": False, "restore_callback_states_from_checkpoint": False, "accelerator_config": None,
-        "dataloader_drop_last": False, "dataloader_num_workers": 0, "dataloader_pin_memory": True,
-        "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
-        "dataloader_multiprocessing_context": None, "dataloader_in_order": True, "label_names": None,
-        "train_sampling_strategy": "random", "length_column_name": "length", "debug": "", "skip_memory_metrics": True,
-        "do_train": False, "do_eval": False, "do_predict": False, "local_rank": -1,
-    }.items()),
+    *(Row(name, default) for name, default in WITHOUT_EQUIVALENT.items()),
 ]  # fmt: skip
 """The fields that ``GRPOConfig`` inherits from ``transformers.TrainingArguments``, with its defaults."""
 
