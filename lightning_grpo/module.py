@@ -100,6 +100,7 @@ class GRPOModule(LightningModule):
             except that no completion is cut off early (cutoff: 1).
         validation_generations: Completions sampled per held-out prompt (k in pass@k).
         pass_threshold: A completion counts as correct if its first reward is at least this value.
+        eval_rewards: Further rewards of held-out completions, which are logged and never trained on.
         resampling_rounds: How many times per rollout to replace groups whose rewards are all equal, and which therefore
             carry no gradient, with groups of new prompts (dynamic sampling, DAPO, arXiv:2503.14476). 0 keeps these
             groups; their fraction is logged as frac_reward_zero_std.
@@ -159,6 +160,7 @@ class GRPOModule(LightningModule):
         validation_sampling: Sampling | None = None,
         validation_generations: int = 1,
         pass_threshold: float = 1.0,
+        eval_rewards: list[Reward] = [],  # noqa: B006  never changed
         resampling_rounds: int = 0,
         rollout_ahead: int = 0,
         in_flight_updates: bool = False,
@@ -188,7 +190,8 @@ class GRPOModule(LightningModule):
             objective=objective,
         )
         self.pretrained, self.lora = source_of(model, lora)
-        self.rewards = as_rewards(rewards)
+        named = as_rewards([*rewards, *eval_rewards])
+        self.rewards, self.eval_rewards = named[: len(rewards)], named[len(rewards) :]
         if objective.max_completion_length is None:
             objective = replace(objective, max_completion_length=max_completion_length)
         self.objective = objective
@@ -489,16 +492,20 @@ class GRPOModule(LightningModule):
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def sample_held_out(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
-        """k completions of each held-out prompt, and their rewards [N, R]."""
+        """k completions of each held-out prompt, and their rewards, followed by those of evaluations only."""
         k = self.evaluation.num_generations
         with abandonable(self.trainer):
             rollout = self.generate(batch, k, self.validation_sampling, number=evaluation.ROLLOUT_NUMBER)
-            return rollout, self.compute_rewards(rollout, batch)
+            rewards = self.compute_rewards(rollout, batch)
+            if self.eval_rewards:
+                rewards = torch.cat([rewards, self.generation.score(self.eval_rewards, rollout, batch)], 1)
+            return rollout, rewards
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample completions of held-out prompts and collect their metrics."""
         rollout, rewards = self.sample_held_out(batch)
-        self.evaluation.observe(batch, rollout, rewards, self.reward_names, self.reward_weights)
+        answers = self.generation.final_answers(rollout)
+        self.evaluation.observe(batch, rollout, rewards, self._held_out_names, self.reward_weights, answers)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """As `validation_step`."""
@@ -508,7 +515,11 @@ class GRPOModule(LightningModule):
         """One record per completion; see `Evaluation.records`."""
         rollout, rewards = self.sample_held_out(batch)
         texts = self.generation.decode(rollout.written_ids())
-        return self.evaluation.records(batch, rollout, rewards, self.reward_names, texts)
+        return self.evaluation.records(batch, rollout, rewards, self._held_out_names, texts)
+
+    @property
+    def _held_out_names(self) -> list[str]:
+        return [*self.reward_names, *(reward.name for reward in self.eval_rewards)]
 
     def on_validation_start(self) -> None:
         """Exclude a validation within an optimizer step from the time of that step."""
@@ -518,7 +529,7 @@ class GRPOModule(LightningModule):
         self.window.go_on()
 
     def on_validation_epoch_start(self) -> None:
-        self.evaluation.reset()
+        self.evaluation.reset(getattr(self.trainer.datamodule, "validation", ()))
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -563,8 +574,8 @@ class GRPOModule(LightningModule):
                 num_iterations=self.num_iterations,
                 ranks=self.data_ranks,
             )
-        prompts = [*(data.train if stage == "fit" else ()), *getattr(data, "validation", ())]
-        check_rows(self.rewards, prompts)
+        check_rows(self.rewards, data.train if stage == "fit" else ())
+        check_rows([*self.rewards, *self.eval_rewards], getattr(data, "validation", ()))
         if stage == "fit":
             self._begin_fit()
 

@@ -158,6 +158,21 @@ def test_repetition_counts_what_occurred_earlier():
     assert window.reduce() == {}
 
 
+def test_figures_of_tokens_are_not_rounded_to_the_default_type():
+    """Lightning's precision bf16-true makes it bfloat16."""
+    lengths, ids = torch.tensor([1000, 1003]), torch.ones(1, 3010, dtype=torch.long)
+    window, default = Window(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        observe_completions(window, lengths, torch.tensor([False, True]))
+        observe_repetition(window, ids, ids.bool())
+    finally:
+        torch.set_default_dtype(default)
+    values = window.reduce()
+    assert values["completions/p90_length"] == pytest.approx(1002.7, abs=1e-9)
+    assert values["completions/repetition"] == pytest.approx(3006 / 3007, abs=1e-12)
+
+
 def test_variance_shares_of_weighted_rewards():
     values = {"rewards/a/std": 1.0, "rewards/b/std": 2.0, "rewards/c/std": 0.0}
     shares = variance_shares(values, {"a": 2.0, "b": -0.5, "c": 1.0, "never": 1.0})

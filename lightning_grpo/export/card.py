@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from lightning_grpo.export.checkpoint import SavedPolicy
-from lightning_grpo.monitor.terminal import held_out_figures
+from lightning_grpo.monitor.terminal import held_out_figures, with_interval
 
 MODEL_OPTIONS = (
     *("num_generations", "num_iterations", "micro_batch_size", "max_prompt_length", "max_completion_length"),
@@ -145,9 +145,10 @@ def _rewards(saved: SavedPolicy) -> Iterator[tuple[str, str, str]]:
 
 def _held_out(saved: SavedPolicy) -> Iterator[tuple[str, str, str]]:
     before, after = (saved.summary.get(when) or {} for when in ("before", "after"))
-    for name, value in held_out_figures(after).items():
-        first = f"{before[name]:.3f}" if name in before else "–"
-        yield f"held-out {name.removeprefix('val/')}, after step {saved.summary['step']}", first, f"{value:.3f}"
+    for name in held_out_figures(after):
+        first = with_interval(before, name) if name in before else "–"
+        last = with_interval(after, name)
+        yield f"held-out {name.removeprefix('val/')}, after step {saved.summary['step']}", first, last
 
 
 def _yaml(value: Any) -> str:

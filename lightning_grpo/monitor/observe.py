@@ -37,7 +37,9 @@ def observe_completions(window: Window, lengths: Tensor, truncated: Tensor) -> N
     window.mean("completions/clipped_ratio", truncated)
     window.add({"completions/min_length": Min(lengths.min()), "completions/max_length": Max(lengths.max())})
     for percent in (10, 50, 90, 99):
-        window.add({f"completions/p{percent}_length": Percentile(lengths, torch.tensor(percent / 100))})
+        window.add(
+            {f"completions/p{percent}_length": Percentile(lengths, torch.tensor(percent / 100, dtype=torch.float64))}
+        )
     if len(terminated := lengths[~truncated]):
         window.mean("completions/mean_terminated_length", terminated)
         window.add({"completions/min_terminated_length": Min(terminated.min())})
@@ -81,7 +83,7 @@ def observe_repetition(window: Window, ids: Tensor, mask: Tensor, length: int = 
     differs = torch.ones_like(valid)
     differs[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     distinct = (differs & (ordered != padding)).sum(1)
-    window.mean("completions/repetition", 1 - distinct / valid.sum(1))
+    window.mean("completions/repetition", 1 - distinct.double() / valid.sum(1))
 
 
 def observe_groups(window: Window, totals: Tensor, right: Tensor) -> None:

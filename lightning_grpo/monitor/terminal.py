@@ -1,6 +1,7 @@
 """Terminal output: one line of metrics per optimizer step, and a summary at the end."""
 
 import logging
+import re
 import sys
 import time
 from pathlib import Path
@@ -22,15 +23,21 @@ FIGURES = {
 PHASES = ("rollout", "sync", "reward", "score", "update")
 
 
-HELD_OUT = ("reward", "completions/mean_length")
+HELD_OUT = re.compile(r"reward|completions/mean_length|(.+/)?pass@1|majority@\d+")
 
 
 def held_out_figures(metrics: dict[str, float]) -> dict[str, float]:
     """The held-out metrics to show in the terminal; the logs contain all of them."""
     short_names = {name: name.split("/", 1)[1] for name in metrics}
-    return {
-        name: metrics[name] for name, short in short_names.items() if short in HELD_OUT or short.startswith("pass@")
-    }
+    passes = [short for short in short_names.values() if re.fullmatch(r"pass@\d+", short)]
+    most = max(passes, key=lambda short: int(short.removeprefix("pass@")), default=None)
+    return {name: metrics[name] for name, short in short_names.items() if short == most or HELD_OUT.fullmatch(short)}
+
+
+def with_interval(metrics: dict[str, float], name: str) -> str:
+    """A held-out figure, with ± half the width of its 95 % interval if that is known."""
+    limits = [metrics[limit] for limit in (f"{name}/low", f"{name}/high") if limit in metrics]
+    return f"{metrics[name]:.3f}" + (f" ± {(limits[1] - limits[0]) / 2:.3f}" if len(limits) == 2 else "")
 
 
 def figures(metrics: dict[str, Any]) -> str:
@@ -112,7 +119,8 @@ class StepProgressBar(ProgressBar):
         if self._enabled and (held_out := getattr(pl_module, "held_out", None)):
             when = "before training" if trainer.sanity_checking else f"step {trainer.global_step}"
             self.print(
-                f"{when}: " + "  ".join(f"{name} {value:.3f}" for name, value in held_out_figures(held_out).items())
+                f"{when}: "
+                + "  ".join(f"{name} {with_interval(held_out, name)}" for name in held_out_figures(held_out))
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -172,9 +180,9 @@ class RunSummary(Callback):
             return
         tokens = cast(Any, pl_module).progress.completion_tokens
         lines = [f"{trainer.global_step} optimizer steps, {tokens:,} completion tokens"]
-        for name, after in held_out_figures(self._after).items():
-            before = f"{self._before[name]:.3f} → " if name in self._before else ""
-            lines.append(f"held-out {name.removeprefix('val/')}: {before}{after:.3f}")
+        for name in held_out_figures(self._after):
+            before = f"{with_interval(self._before, name)} → " if name in self._before else ""
+            lines.append(f"held-out {name.removeprefix('val/')}: {before}{with_interval(self._after, name)}")
         checkpoint = trainer.checkpoint_callback
         if checkpoint is not None and (path := checkpoint.last_model_path or checkpoint.best_model_path):
             lines.append(f"checkpoint: {path}")

@@ -62,8 +62,18 @@ def same_answer(given: str, expected: str) -> bool:
     values = number_value(given), number_value(expected)
     if None not in values:
         return values[0] == values[1]
-    given, expected = (" ".join(text.split()).removesuffix(".").casefold() for text in (given, expected))
-    return given == expected
+    return _plain(given) == _plain(expected)
+
+
+def _same_form(answer: str) -> str:
+    """Text that is equal for answers that `same_answer` compares as equal."""
+    value = number_value(answer)
+    return _plain(answer) if value is None else str(value)
+
+
+def _plain(text: str) -> str:
+    """A text without what `same_answer` ignores."""
+    return " ".join(text.split()).removesuffix(".").casefold()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -134,6 +144,10 @@ class ExactMatch(Reward):
             right = given is not None and expected is not None and same_answer(given, expected)
             scores.append(None if expected is None else float(right))
         return scores
+
+    def final_answers(self, completions: Sequence[str]) -> list[str | None]:
+        answers = [extract(completion, self.extract) for completion in completions]
+        return [None if answer is None else _same_form(answer) for answer in answers]
 
 
 @dataclass(kw_only=True, eq=False)

@@ -105,6 +105,14 @@ class Reward(ABC):
                 these functions; see `RewardLogs`.
         """
 
+    def final_answers(self, completions: Sequence[str]) -> list[str | None] | None:
+        """The final answer in each completion, equal answers in the same form; None for a completion without one.
+
+        Override it for ``majority@k`` in evaluations, which votes on the answers of a prompt. The default, None, is for
+        rewards that do not look for answers.
+        """
+        return None
+
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027  most rewards can score any row
         """Raise ValueError for rows of the data set that can't be scored. Called once, before training."""
 

@@ -78,7 +78,7 @@ def compute_rewards(
     called = [i for i, chosen in enumerate(rows) if chosen]
     logs = logs or RewardLogs(N)
     given = [_select(arguments, rows[i], N) | logs.arguments(rows[i]) for i in called]
-    table = torch.full((N, len(rewards)), torch.nan)
+    table = torch.full((N, len(rewards)), torch.nan, dtype=torch.float32)
     for i, scores in zip(called, _call_all([rewards[i] for i in called], given), strict=True):
         texts = [completions[row] for row in rows[i]]
         table[rows[i], i] = torch.tensor(_checked(rewards[i], scores, texts), dtype=torch.float32)

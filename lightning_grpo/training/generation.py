@@ -98,6 +98,17 @@ class Generation:
             values[:, is_early] = rollout.early_rewards
         return values
 
+    def score(self, rewards: Sequence[Reward], rollout: Rollout, batch: PromptBatch) -> Tensor:
+        """[N, len(rewards)] float32: further ``rewards`` of the completions, such as those of evaluations."""
+        prompts = [row for row in batch.rows for _ in range(len(rollout) // len(batch))]
+        values, logs = self._score(rewards, rollout.written_ids(), prompts)
+        rollout.keep_logs(logs.extras, logs.metrics)
+        return values
+
+    def final_answers(self, rollout: Rollout) -> list[str | None] | None:
+        """The answer in each completion that the first reward finds; None if it does not look for answers."""
+        return self.rewards[0].final_answers(self.decode(rollout.written_ids()))
+
     def decode(self, completion_ids: Sequence[Sequence[int]]) -> list[str]:
         """The text of each completion, without the tokens that end or pad it."""
         return decode_completions(self.tokenizer, completion_ids, self.end_ids)

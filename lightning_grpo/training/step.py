@@ -112,10 +112,10 @@ class StepMonitor:
         """Log the share of padding in the update on ``micro_batches``, and count its floating-point operations."""
         shares = share_prompt and not isinstance(policy, FSDPModule)
         work = work_of(experience, micro_batches, self.num_generations, shares)
-        padding, computed = (torch.tensor(float(n)) for n in (work.computed - work.real, work.computed))
+        padding, computed = (torch.tensor(n) for n in (work.computed - work.real, work.computed))
         self.window.add({"padding_share": Mean(padding, computed)})
         if (flops := model_flops(policy, work)) is not None:
-            self.window.mean("model_flops", torch.tensor(flops))
+            self.window.mean("model_flops", torch.tensor(flops, dtype=torch.float64))
 
     def observe_loss(self, loss: Tensor, metrics: Mapping[str, Metric]) -> None:
         """Log the loss of one micro-batch, and metrics of it."""
@@ -128,7 +128,8 @@ class StepMonitor:
         It is not measured if losses are scaled (16-mixed) or gradients sharded.
         """
         is_first = int(cast(Mean, self.window.metrics["loss"]).count) == 1
-        if is_first and trainer.accumulate_grad_batches > 1 and not hasattr(trainer.precision_plugin, "scaler"):
+        is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if is_first and trainer.accumulate_grad_batches > 1 and not is_scaled:
             self._first_gradient = square_norm(parameters)
 
     def measure_gradient(self, parameters: Iterable[tuple[str, nn.Parameter]], trainer: Trainer) -> None:
