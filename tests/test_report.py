@@ -94,6 +94,7 @@ def test_runs_without_a_configuration_are_arms_of_their_own(tmp_path):
     for run in runs:
         run.config = {}
     assert [arm.name for arm in arms(runs)] == ["seed0", "seed1"]
+    assert "model.optimizer.lr" not in comparison.render([*runs, read_run(write_run(tmp_path / "b"))])
 
 
 def test_names_are_short_and_distinct(tmp_path):
@@ -360,11 +361,15 @@ def test_a_run_that_ends_with_an_error_has_a_report_unless_a_signal_stops_it(tmp
 
 
 def test_without_plotly_or_if_it_is_not_wanted_fit_writes_no_report(tmp_path, monkeypatch, capsys):
-    trainer = SimpleNamespace(is_global_zero=True, fast_dev_run=False)
-    Report(enabled=False).on_fit_end(trainer, None)
-    assert capsys.readouterr().out == ""
+    trainer = SimpleNamespace(
+        is_global_zero=True, fast_dev_run=False, log_dir=str(write_run(tmp_path / "run")), loggers=[]
+    )
     monkeypatch.setattr("lightning_grpo.report.callback.find_spec", lambda name: None)
-    Report().on_fit_end(trainer, None)
+    for report in (Report(enabled=False), Report()):
+        assert capsys.readouterr().out == ""
+        report.on_fit_start(trainer, None)
+        report.on_fit_end(trainer, None)
+        assert not (tmp_path / "run" / "report.html").exists()
     assert "pip install 'lightning-grpo[report]'" in capsys.readouterr().out
 
 

@@ -33,21 +33,19 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 def arms(runs: Sequence[Run]) -> list[Arm]:
     """Return the arms, in the order of their first runs. A run without a configuration is an arm of its own."""
-    names = run_names(runs)
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, list[Run]] = {}
     for i, run in enumerate(runs):
-        groups.setdefault(json.dumps(options(run), sort_keys=True, default=str) if run.config else f"#{i}", []).append(
-            i
-        )
-    members = list(groups.values())
-    differing = differences([runs[group[0]] for group in members])
-    titles = [names[group[0]] for group in members]
-    if len(differing) == 1 and all(runs[group[0]].config for group in members):
+        key = json.dumps(options(run), sort_keys=True, default=str) if run.config else str(i)
+        groups.setdefault(key, []).append(run)
+    firsts = [group[0] for group in groups.values()]
+    names = dict(zip(map(id, runs), run_names(runs), strict=True))
+    titles = [names[id(run)] for run in firsts]
+    differing = differences(firsts)
+    if len(differing) == 1:
         ((option, values),) = differing.items()
-        titles = [f"{option.rpartition('.')[2]} {value}" for value in values]
-    if len(set(titles)) < len(titles):
-        titles = [names[group[0]] for group in members]
-    return [Arm(title, tuple(runs[i] for i in group)) for title, group in zip(titles, members, strict=True)]
+        by_value = [f"{option.rpartition('.')[2]} {value}" for value in values]
+        titles = by_value if len(set(by_value)) == len(by_value) else titles
+    return [Arm(title, tuple(group)) for title, group in zip(titles, groups.values(), strict=True)]
 
 
 def options(run: Run) -> dict[str, Any]:
@@ -61,7 +59,12 @@ def options(run: Run) -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Return the options in which ``runs`` differ, each with its value in every run (None if it is not set)."""
+    """Return the options in which ``runs`` differ, each with its value in every run (None if it is not set).
+
+    Empty if the configuration of a run is missing.
+    """
+    if not all(run.config for run in runs):
+        return {}
     found = [options(run) for run in runs]
     names = sorted({name for each in found for name in each})
     values = {name: [each.get(name) for each in found] for name in names}

@@ -24,7 +24,7 @@ class Report(Callback):
 
     def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled
-        self._folder = Path()
+        self._folder: Path | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the folder of the logs, which is computed on every rank."""
@@ -40,7 +40,7 @@ class Report(Callback):
             self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
-        if not self.enabled or not trainer.is_global_zero or trainer.fast_dev_run:
+        if not self.enabled or self._folder is None or not trainer.is_global_zero or trainer.fast_dev_run:
             return
         if find_spec("plotly") is None:
             print("report: none without plotly; run pip install 'lightning-grpo[report]'")
