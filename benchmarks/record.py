@@ -1,6 +1,8 @@
-"""What recording costs: step time with and without it, and how long the training thread waits for it.
+"""What recording costs: processor time per step with and without it, and how long the training thread waits for it.
 
-Claim: `Record` makes a step less than 1 % longer, and its hooks block for less than 5 ms per step. Two measurements:
+Claim: `Record` adds less than 20 ms of processor time to a step of 416 short completions, most of it in another thread,
+and its hooks block for less than 5 ms. Processor time depends less than wall time on other work on the machine. Two
+measurements:
 
 - steps of the smoke run, which are short and have 416 completions, alternately recorded and not. A recorded step is
   written during the next one, whose time is compared with that of the next step after one that was not recorded.
@@ -29,7 +31,7 @@ from lightning_grpo.rollout import HFRollout
 from lightning_grpo.training.experience import Experience
 
 ROOT = Path(__file__).parent.parent
-GOAL_RATIO, GOAL_BLOCKED = 1.01, 0.005
+GOAL_ADDED, GOAL_BLOCKED = 0.02, 0.005
 
 
 class Alternately(Record):
@@ -39,6 +41,7 @@ class Alternately(Record):
         super().__init__(print_every=0)
         self.blocked: list[float] = []
         self.seconds: dict[bool, list[float]] = {True: [], False: []}
+        self.ended = time.process_time()
 
     def on_before_optimizer_step(self, *args: object) -> None:
         start = time.perf_counter()
@@ -49,8 +52,9 @@ class Alternately(Record):
         step = trainer.global_step
         if step == self._recorded:
             return
-        self.seconds[step % 2 == 0].append(float(trainer.logged_metrics["step_time"]))
-        start = time.perf_counter()
+        start, now = time.perf_counter(), time.process_time()
+        self.seconds[step % 2 == 0].append(now - self.ended)
+        self.ended = now
         if step % 2:
             super().on_train_batch_end(trainer, pl_module, *args)
             self.blocked[-1] += time.perf_counter() - start
@@ -60,7 +64,7 @@ class Alternately(Record):
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps")
-    parser.add_argument("--check", action="store_true", help="fail if steps get 1 %% longer, or hooks block for 5 ms")
+    parser.add_argument("--check", action="store_true", help="fail if the claim is wrong")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--tokenizer", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
     return parser.parse_args()
@@ -74,9 +78,11 @@ def main() -> None:
         print(f"{name:45}{value:12.5g}")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
-    ratio, blocked = figures["recorded / not recorded"], figures["hooks block, s per step"]
-    print(f"record: steps take {ratio:.3f}x as long, and the hooks block for {1e3 * blocked:.2f} ms per step (median)")
-    if args.check and (ratio > GOAL_RATIO or blocked > GOAL_BLOCKED):
+    ratio, added, blocked = (figures[f"short steps: {name}"] for name in ("recorded / not", "added CPU-s", "s blocked"))
+    print(
+        f"record: steps take {ratio:.3f}x the processor time, {1e3 * added:.1f} ms more; {1e3 * blocked:.1f} ms block"
+    )
+    if args.check and (added > GOAL_ADDED or blocked > GOAL_BLOCKED):
         sys.exit(1)
 
 
@@ -96,11 +102,11 @@ def short_steps(steps: int) -> dict[str, float]:
         trainer.fit(module, datamodule=PromptDataModule("letters", size=26, prompts_per_rollout=26))
     after, others = (statistics.median(record.seconds[is_after][2:]) for is_after in (True, False))
     return {
-        "short steps: seconds, not recorded": others,
-        "short steps: seconds, recorded": after,
-        "recorded / not recorded": after / others,
-        "hooks block, s per step": statistics.median(record.blocked[4::2]),
-        "hooks block, s, longest": max(record.blocked[4:]),
+        "short steps: CPU-s, not recorded": others,
+        "short steps: CPU-s, recorded": after,
+        "short steps: recorded / not": after / others,
+        "short steps: added CPU-s": after - others,
+        "short steps: s blocked": statistics.median(record.blocked[4::2]),
     }
 
 
