@@ -92,6 +92,7 @@ def test_every_option_of_ours_in_the_table_exists(capsys, tmp_path):
             "init_args": {
                 "model": {"name": "x"},
                 "lora": {},
+                "optimizer": {"class_path": "torch.optim.AdamW"},
                 "objective": {"rollout_correction": {}, "adaptive_entropy": {}},
             }
         },
@@ -107,6 +108,10 @@ def test_every_option_of_ours_in_the_table_exists(capsys, tmp_path):
     for row in ROWS.values():
         for option in filter(None, row.ours.split(", ")):
             assert option in known, (row.name, option)
+    for name in ("verl", "unsloth"):
+        rows = re.findall(r"^\| .*? \| (.*?) \|", (ROOT / "docs" / f"coming-from-{name}.md").read_text(), re.M)
+        options = {option for cell in rows for option in re.findall(r"`([^`]+)`", cell)}
+        assert len(options) > 5 and options - known == set(), name
 
 
 def names(config: dict, prefix: str = ""):

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_grpo.cli.trl_options import ROWS
 from lightning_grpo.errors import UserError
 
 KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
@@ -26,32 +27,7 @@ NOISE = re.compile(
 VALUE = re.compile(r"Got value: (.*)$|Given value: (.*)$|NestedArg\(key='[^']*', val=(.*)\)$")
 NEAR = 0.6
 """Similarity from which a name is suggested."""
-TRL_NAMES = {
-    "learning_rate": "model.optimizer.lr",
-    "per_device_train_batch_size": "model.micro_batch_size",
-    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
-    "generation_batch_size": "data.prompts_per_rollout",
-    "max_grad_norm": "trainer.gradient_clip_val",
-    "max_steps": "trainer.max_steps",
-    "num_train_epochs": "trainer.max_epochs",
-    "logging_steps": "trainer.log_every_n_steps",
-    "output_dir": "trainer.default_root_dir",
-    "reward_funcs": "model.rewards",
-    "reward_weights": "model.rewards",
-    "use_vllm": "rollout",
-    "vllm_mode": "rollout",
-    "resume_from_checkpoint": "ckpt_path",
-    "num_generations": "model.num_generations",
-    "num_iterations": "model.num_iterations",
-    "max_completion_length": "model.max_completion_length",
-    "max_prompt_length": "model.max_prompt_length",
-    "beta": "model.objective.beta",
-    "epsilon": "model.objective.epsilon",
-    "epsilon_high": "model.objective.epsilon_high",
-    "loss_type": "model.objective.loss_type",
-    "scale_rewards": "model.advantage.scale_rewards",
-    "temperature": "model.sampling.temperature",
-}
+TRL_NAMES = {name: row.ours.split(", ")[0] for name, row in ROWS.items() if row.ours}
 """Options named as in TRL, and the options here that correspond to them."""
 SUBCOMMANDS = ["fit", "validate", "test", "predict", "export", "report", "diagnose", "convert-trl", "configure"]
 
