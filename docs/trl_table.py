@@ -27,8 +27,8 @@ top. TRL takes the model, the data set and the rewards as arguments of `GRPOTrai
 lightning-grpo fit --config configs/base.yaml --config configs/trl.yaml
 ```
 
-A reward function needs no change: it gets `prompts`, `completions`, `completion_ids`, the columns of the data set and
-`trainer_state`, and returns one number per completion, or None if it does not apply
+A reward function needs no change: it gets `prompts`, `completions`, `completion_ids`, the columns of the data set,
+`trainer_state`, `log_metric` and `log_extra`, and returns one number per completion, or None if it does not apply
 ([docs/rewards.md](rewards.md)).
 
 ## Traps

@@ -47,6 +47,7 @@ use_adaptive_entropy: true
 chat_template_kwargs: {enable_thinking: false}
 cast_lm_head_to_fp32: true
 log_completions: true
+log_unique_prompts: true
 """
 
 
@@ -210,7 +211,8 @@ def test_a_script_converts_to_a_configuration_that_fit_reads(tmp_path, capsys):
     assert data["prompts_per_rollout"] == 8 and data["chat_template_args"] == {"enable_thinking": False}
     assert data["validation_args"] == {"split": "test"} and trainer["val_check_interval"] == 400
     assert trainer["callbacks"][0]["class_path"].endswith("ReferenceRefresh") and trainer["devices"] == 2
-    assert "# log_completions: true has no equivalent option" in text
+    assert "# log_unique_prompts: true has no equivalent option (as log_completions)" in text
+    assert config["record"]["print_every"] == 10
     assert re.search(r"# scale_rewards: none by default here\n +scale_rewards: group", text)
 
 

@@ -143,6 +143,8 @@ class Conversion:
         self.put("trainer.gradient_clip_val", self["max_grad_norm"] or None, "max_grad_norm")
         self.put("trainer.log_every_n_steps", int(self["logging_steps"]) or 1, "logging_steps")
         self.put("trainer.default_root_dir", self["output_dir"] or "runs/trl", "output_dir")
+        if self["log_completions"]:
+            self.put("record.print_every", int(self["logging_steps"]) or 1, "log_completions")
         report = self["report_to"] if isinstance(self["report_to"], list) else [self["report_to"]]
         loggers = [self._logger(name) for name in report if name in LOGGERS]
         if loggers:

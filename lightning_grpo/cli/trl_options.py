@@ -88,7 +88,7 @@ GRPO_CONFIG = [
     Row("vllm_importance_sampling_clip_min", None, "model.objective.rollout_correction.lower"),
     Row("off_policy_mask_threshold", None, "model.objective.off_policy_mask_threshold"),
     Row("use_bias_correction_kl", True, "model.objective.use_bias_correction_kl", "false by default here; matters only if beta is not 0"),
-    Row("log_completions", False, "", "all trained samples are recorded in the folder of the run; lightning-grpo report shows them"),
+    Row("log_completions", False, "record.print_every", "a number of optimizer steps, 20 by default here; all trained samples are recorded in the folder of the run, and lightning-grpo report shows them"),
     Row("log_multimodal", True, "", "prompts are text"),
     Row("num_completions_to_print", None, "", "as log_completions"),
     Row("log_unique_prompts", False, "", "as log_completions"),
