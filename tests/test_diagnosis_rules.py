@@ -209,6 +209,11 @@ def test_a_finding_is_repeated_only_if_it_worsens_or_recurs():
     assert [finding.step for finding in findings] == [1, 11, 51, 56]
 
 
+def test_a_large_kl_that_grows_slowly_does_not_run_away():
+    changes = {"kl": lambda n: 0.7 + 0.0003 * n + 0.002 * NOISE[n]}
+    assert run(400, rules=only(built_in.KLRunaway), at=1, changes=changes)[0] == []
+
+
 def test_dead_groups_of_a_solved_task_are_only_noted():
     findings, _ = run(90, rules=only(built_in.DeadGroups), at=60, changes={
         "frac_reward_zero_std": 0.9, "groups/all_right": 0.9, "reward": 0.98,

@@ -36,6 +36,32 @@ class Series:
         return Series(self.steps[kept], self.values[kept])
 
 
+class Column:
+    """The values of a metric so far, in arrays that grow."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._steps, self._values = np.empty(64, int), np.empty(64)
+
+    def append(self, step: int, value: float) -> None:
+        if self.size == len(self._steps):
+            self._steps, self._values = (np.resize(x, 2 * self.size) for x in (self._steps, self._values))
+        self._steps[self.size], self._values[self.size] = step, value
+        self.size += 1
+
+    def part(self, places: slice) -> Series:
+        """Some of the values, without copying them."""
+        places = slice(*places.indices(self.size))
+        return Series(self._steps[places], self._values[places])
+
+    def after(self, step: int) -> int:
+        """Index of the first value after a step."""
+        return int(np.searchsorted(self._steps[: self.size], step, side="right"))
+
+
+EMPTY = Column()
+
+
 def by_step(lines: Iterable[Mapping[str, float]]) -> Iterator[tuple[int, dict[str, float], dict[str, float]]]:
     """Merge lines of metrics, and yield each step with its metrics and those of held-out prompts."""
     steps: dict[int, dict[str, float]] = {}
@@ -70,7 +96,7 @@ class History:
         """All optimizer steps with metrics."""
         self.latest: dict[str, float] = {}
         """All metrics of the latest step, those that are not finite included."""
-        self._columns: dict[str, tuple[list[int], list[float]]] = {}
+        self._columns: dict[str, Column] = {}
         self._warms_up = True
         self._warmup_end = 0
 
@@ -91,9 +117,7 @@ class History:
         """Add held-out metrics, which are measured after a step and not in each one."""
         for name, value in metrics.items():
             if value is not None and math.isfinite(value):
-                steps, values = self._columns.setdefault(name, ([], []))
-                steps.append(step)
-                values.append(value)
+                self._columns.setdefault(name, Column()).append(step, value)
 
     # ── Reading ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -117,24 +141,20 @@ class History:
 
     def series(self, name: str) -> Series:
         """All values of a metric."""
-        return self._slice(name, slice(None))
+        return self._column(name).part(slice(None))
 
     def last(self, name: str, count: int) -> Series:
         """The latest ``count`` values of a metric."""
-        return self._slice(name, slice(-count, None))
+        return self._column(name).part(slice(-count, None))
 
     def start(self, name: str, count: int = 10) -> Series:
         """The first ``count`` values of a metric after the warm-up of the learning rate."""
-        steps = self._columns.get(name, ([], []))[0]
-        first = next((i for i, step in enumerate(steps) if step > self._warmup_end), len(steps))
-        return self._slice(name, slice(first, first + count))
+        first = self._column(name).after(self._warmup_end)
+        return self._column(name).part(slice(first, first + count))
 
     def count(self, name: str) -> int:
         """Number of values of a metric after the warm-up."""
-        steps = self._columns.get(name, ([], []))[0]
-        if not steps or steps[-1] <= self._warmup_end:
-            return 0
-        return len(steps) - next(i for i, step in enumerate(steps) if step > self._warmup_end)
+        return self._column(name).size - self._column(name).after(self._warmup_end)
 
     def option(self, path: str, default: Any = None) -> Any:
         """The value of an option, or ``default`` if it is not known or null."""
@@ -156,6 +176,5 @@ class History:
             if n.startswith("rewards/") and n.endswith(ending)
         ]
 
-    def _slice(self, name: str, places: slice) -> Series:
-        steps, values = self._columns.get(name, ([], []))
-        return Series(np.array(steps[places], int), np.array(values[places], float))
+    def _column(self, name: str) -> Column:
+        return self._columns.get(name, EMPTY)

@@ -115,17 +115,20 @@ class KLRunaway(Rule):
     name: ClassVar[str] = "kl_runaway"
     source: ClassVar[str] = "rldoctor 0.2 (0.5 and 2 nats), Schulman 2020 (k3)"
     needs: ClassVar[tuple[str, ...]] = ("kl",)
-    ranges: ClassVar[dict[str, str]] = {"large": "(0, inf)", "extreme": "(0, inf)"}
+    ranges: ClassVar[dict[str, str]] = {"large": "(0, inf)", "growth": "(1, inf)", "extreme": "(0, inf)"}
 
     large: float = 0.5
     """KL in nats per token from which acceleration is reported."""
+    growth: float = 1.2
+    """Growth within 15 steps that counts."""
     extreme: float = 2.0
     """KL in nats per token that is critical if the reward does not rise."""
 
     def check(self, history: History) -> Finding | None:
         values = history.last("kl", 15).values
         now, middle, before = (float(np.median(values[places])) for places in (slice(-3, None), slice(6, 9), slice(3)))
-        accelerates = now - middle > 1.5 * max(middle - before, 0.0) and trend(values) > 2.6
+        accelerates = now - middle > 1.5 * max(middle - before, 0.0) and now > self.growth * before
+        accelerates = accelerates and trend(values) > 2.6
         is_extreme = now > self.extreme and reward_shift(history) < 3
         if now < self.large or not (accelerates or is_extreme):
             return None
