@@ -198,7 +198,6 @@ class Run:
     prompts: int = 8
     accumulate: int = 2
     options: dict[str, Any] = field(default_factory=dict)
-    trainer: dict[str, Any] = field(default_factory=dict)
     rollout: Callable[[], HFRollout] = HFRollout
     unchecked: bool = False
     """Accept samples of any age, which a run otherwise refuses."""
@@ -259,7 +258,7 @@ def execute(run: Run, models: Path, folder: Path) -> str | None:
     callbacks: list[Callback] = [run.rollout(), Record(print_every=0), diagnosis]
     if run.inject is not None:
         callbacks.append(Injection(run))
-    trainer = Trainer(**settings | run.trainer, callbacks=callbacks)
+    trainer = Trainer(**settings, callbacks=callbacks)
     with patch("lightning_grpo.module.require_recent") if run.unchecked else nullcontext():
         try:
             trainer.fit(module, datamodule=data)
