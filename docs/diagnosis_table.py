@@ -29,6 +29,10 @@ it recurs after it had cleared for 20 steps.
 Rules compare a run with its own start, and are silent until the learning rate's warm-up has ended and enough steps have
 passed. A rule whose metrics are missing is skipped. An error in a rule turns it off with a warning; the run goes on.
 
+`benchmarks/diagnosis.py` injects 26 faults into small runs, with two seeds each: all 52 were named within 20 optimizer
+steps, and none of 51 healthy runs was reported as critical. 5 had a warning, that their steps took longer, on a busy
+machine (2 cores of an AMD EPYC, 2026-11-28).
+
 If a loss or gradient is NaN or infinite, `fit` skips the step and ends. The finding then names the first tensor that is
 not finite (an input, a weight, the output of a layer, or a gradient) and the completion for which it is, and the batch
 is saved as `nonfinite-stepN.pt` beside the logs: `torch.load` gives its `experience`, the `metrics` of the step before,
