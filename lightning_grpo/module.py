@@ -123,6 +123,7 @@ class GRPOModule(LightningModule):
         head_in_float32: Compute the logits in float32 whatever the precision (arXiv:2510.13786). A vLLM engine does the
             same with engine_args: {hf_overrides: {head_dtype: float32}}.
         from_scratch: Initialize the weights at random from the checkpoint's configuration instead of loading them.
+        quantization: nf4 stores the linear layers' weights in 4 bits, beside which lora trains adapters (QLoRA).
         optimizer: Optimizer class and its arguments. Set fused: true for torch.optim.AdamW: it is several times faster.
         lr_schedule: Learning rate schedule after the warmup: a name, or the class path of a Schedule with its options,
             such as {class_path: Cosine, init_args: {minimum: 0.1}}. constant lets a run be extended later.
@@ -171,6 +172,7 @@ class GRPOModule(LightningModule):
         attn_implementation: str = ATTENTION,
         head_in_float32: bool = False,
         from_scratch: bool = False,
+        quantization: Literal["nf4"] | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0),
         lr_schedule: schedules.Schedule | schedules.Name = "constant",
         warmup_steps: int | float = 0,
@@ -210,6 +212,7 @@ class GRPOModule(LightningModule):
         self.attn_implementation = attn_implementation
         self.head_in_float32 = head_in_float32
         self.from_scratch = from_scratch
+        self.quantization = quantization
         self.optimization = Optimization(
             optimizer,
             lr_schedule=lr_schedule,
@@ -622,6 +625,7 @@ class GRPOModule(LightningModule):
             attn_implementation=self.attn_implementation,
             head_in_float32=self.head_in_float32,
             from_scratch=self.from_scratch,
+            quantization=self.quantization,
             seed=self.seed,
         )
 
@@ -661,7 +665,7 @@ class GRPOModule(LightningModule):
         """Save what is trained and how, and the rest of the rollout of every rank."""
         data = self.trainer.datamodule
         checkpoint["policy"] = {
-            "lora": adapters.describe(self.lora, self._trainable),
+            "lora": adapters.describe(self.lora, self._trainable, self.quantization),
             "optimizer": self.optimization.described,
             **describe_policy(
                 model=self.pretrained,
@@ -680,7 +684,7 @@ class GRPOModule(LightningModule):
         if "policy" not in checkpoint:
             raise UserError("the checkpoint was saved by another program, or by an earlier version of this one")
         saved = checkpoint["policy"]
-        adapters.check(saved["lora"], self.lora, self._trainable)
+        adapters.check(saved["lora"], self.lora, self._trainable, self.quantization)
         if self.lora is None and self.device_mesh is None:
             require_same_weights(self.state_dict(), checkpoint["state_dict"])
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:

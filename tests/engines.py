@@ -107,7 +107,7 @@ class Sampler(L.LightningModule):
 
     def __init__(self, path, lr=0.05, fail_at=None):
         super().__init__()
-        self.pretrained = Pretrained(name=path)
+        self.pretrained, self.quantization = Pretrained(name=path), None
         self.model_path, self.lr, self.fail_at = path, lr, fail_at
         self.sampling, self.seed = Sampling(), 0
         self.policy = self.engine = None

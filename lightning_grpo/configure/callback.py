@@ -231,6 +231,7 @@ def workload_of(trainer: Trainer, pl_module: GRPOModule, hardware: Hardware) -> 
         lora_rank=lora.rank if lora else 0,
         lora_targets=targets if isinstance(targets, str) else tuple(targets),
         adapter_params=sum(p.numel() for p in pl_module.policy.parameters() if p.requires_grad) if lora else None,
+        quantization=pl_module.quantization,
         gradient_checkpointing=pl_module.gradient_checkpointing,
         share_prompt=pl_module.share_prompt,
         beta=float(pl_module.needs_reference),

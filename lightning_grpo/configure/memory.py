@@ -12,6 +12,7 @@ from lightning_grpo.configure.workload import STATE_BYTES, Workload
 from lightning_grpo.devices import GiB, Hardware
 from lightning_grpo.kernels.blocks import budget, width_within
 from lightning_grpo.policy.attention import NAME as ATTENTION
+from lightning_grpo.policy.quantized import BYTES_PER_WEIGHT
 
 Parts = dict[str, float]
 
@@ -63,6 +64,11 @@ def _states(w: Workload) -> Parts:
     if w.optimizer != "adamw_8bit":
         state *= w.trained_bytes / 4
     parts: dict[str, float] = {"weights": w.shape.params * w.weight_bytes}
+    if w.quantization:
+        parts["weights"] -= w.shape.linear * (w.weight_bytes - BYTES_PER_WEIGHT)
+        # one layer's values at a time, in the dtype that they were quantized from and in that of the product
+        largest = max(rows * columns for _, rows, columns in w.shape.linears)
+        parts["dequantized layer"] = largest * (w.weight_bytes + w.compute_bytes)
     if w.lora_rank:
         parts["LoRA adapters"] = w.trained * w.trained_bytes
     parts["optimizer"] = w.trained * state

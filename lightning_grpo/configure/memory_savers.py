@@ -121,6 +121,16 @@ def _lora(w: Workload) -> Workload | None:
     return replace(w, lora_rank=16, optimizer="adamw", dtype=w.compute_dtype)
 
 
+def _lora_settings(w: Workload) -> dict[str, str]:
+    return {"model.lora.rank": f"{w.lora_rank}", "model.dtype": w.dtype}
+
+
+def _four_bits(w: Workload) -> Workload | None:
+    if w.quantization or w.shards > 1:
+        return None
+    return replace(w, quantization="nf4")
+
+
 MEMORY_SAVERS = (
     MemorySaver(
         "smaller engine cache", _smaller_cache, _cache_settings, "more waves per rollout", ("engine_cache",), 0.5
@@ -212,10 +222,28 @@ MEMORY_SAVERS = (
     MemorySaver(
         "LoRA",
         _lora,
-        lambda w: {"model.lora.rank": f"{w.lora_rank}", "model.dtype": w.dtype},
+        _lora_settings,
         "trains adapters only, which need about ten times the learning rate",
         ("lora",),
         4,
+    ),
+    MemorySaver(
+        "4-bit base weights",
+        lambda w: _four_bits(w) if w.lora_rank else None,
+        lambda w: {"model.quantization": f"{w.quantization}"},
+        "trains adapters of a model whose weights are rounded to 4 bits",
+        ("quantization",),
+        5,
+        package="bitsandbytes",
+    ),
+    MemorySaver(
+        "LoRA on 4-bit base weights",
+        lambda w: _four_bits(lora) if (lora := _lora(w)) else None,
+        lambda w: _lora_settings(w) | {"model.quantization": f"{w.quantization}"},
+        "trains adapters only, of a model whose weights are rounded to 4 bits, with ten times the learning rate",
+        ("lora", "quantization"),
+        8,
+        package="bitsandbytes",
     ),
     MemorySaver(
         "shorter completions",

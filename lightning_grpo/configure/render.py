@@ -57,6 +57,8 @@ def config(plan: Plan) -> dict[str, Any]:
     }
     if w.lora_rank:
         rank = c["lora_rank"]
+        if w.quantization:
+            module["quantization"] = Choice(w.quantization, "added to fit the memory")
         module["lora"] = {"rank": rank, "alpha": 2.0 * rank.value, "target_modules": "all-linear"}
     optimizer: dict[str, Any] = {"lr": c["learning_rate"]}
     optimizer["weight_decay"] = c["weight_decay"]

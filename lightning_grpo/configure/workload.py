@@ -49,6 +49,8 @@ class Workload:
     lora_targets: str | tuple[str, ...] = "all-linear"
     adapter_params: int | None = None
     """Number of trained parameters with adapters; None derives it from their rank and targets."""
+    quantization: Literal["nf4"] | None = None
+    """Of the frozen weights under adapters."""
     gradient_checkpointing: bool = False
     beta: float = 0.0
     """Weight of the KL penalty. Above 0, a reference scores every completion."""

@@ -13,7 +13,8 @@ from lightning_grpo.monitor.terminal import held_out_figures, with_interval
 
 MODEL_OPTIONS = (
     *("num_generations", "num_iterations", "micro_batch_size", "max_prompt_length", "max_completion_length"),
-    *("lora", "dtype", "sampling", "objective", "advantage", "optimizer", "lr_schedule", "warmup_steps"),
+    *("quantization", "lora", "dtype"),
+    *("sampling", "objective", "advantage", "optimizer", "lr_schedule", "warmup_steps"),
 )
 TRAINER_OPTIONS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "devices", "num_nodes")
 DATA_OPTIONS = ("source", "source_args", "size", "prompts_per_rollout", "system_prompt", "validation_source")

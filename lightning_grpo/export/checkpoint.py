@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,6 +78,8 @@ class SavedPolicy:
     """Whether the base model's weights are random, and follow from ``seed``."""
     seed: int
     lora: LoRA | None
+    quantization: Literal["nf4"] | None
+    """Of the base model in training."""
     chat_template: str | None
     """The template that training used in place of the tokenizer's own."""
     step: int
@@ -102,6 +104,7 @@ class SavedPolicy:
     def module_options(self) -> dict[str, Any]:
         """The keyword arguments of a module with this policy."""
         options = {"model": self.base, "lora": self.lora, "from_scratch": self.from_scratch, "seed": self.seed}
+        options["quantization"] = self.quantization
         return options | ({} if self.dtype is None else {"dtype": self.dtype})
 
 
@@ -168,6 +171,7 @@ def read_checkpoint(
         from_scratch=from_scratch,
         seed=base.get("seed", 0),
         lora=lora and _saved_lora(lora),
+        quantization=lora and lora.get("quantization"),
         chat_template=policy.get("chat_template"),
         step=checkpoint["global_step"],
         completion_tokens=checkpoint["grpo"]["completion_tokens"],

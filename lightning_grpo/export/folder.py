@@ -190,8 +190,10 @@ def _merged_weights(saved: SavedPolicy, config: PreTrainedConfig) -> dict[str, T
     """Base + adapter, summed in float32 and rounded once to the dtype of training. If only one of two tied matrices has
     an adapter, or each has its own, they differ from then on, which is noted in ``config``."""
     dtype = saved.trained_dtype
-    loaded = load_policy(saved.base, dtype=dtype, lora=saved.lora, from_scratch=saved.from_scratch, seed=saved.seed)
-    policy = cast(Any, loaded).float()  # a PeftModel, which forwards `merge_and_unload` to its adapters
+    options: dict[str, Any] = {"from_scratch": saved.from_scratch, "seed": saved.seed}
+    loaded: Any = load_policy(saved.base, dtype=dtype, quantization=saved.quantization, **options)
+    whole = loaded if saved.quantization is None else loaded.dequantize()
+    policy: Any = with_adapters(whole.float(), saved.lora)  # it forwards `merge_and_unload` to its adapters
     load_adapter(policy, saved)
     base = policy.get_base_model()
     source, head = base.get_input_embeddings(), base.get_output_embeddings()

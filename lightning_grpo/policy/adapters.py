@@ -12,15 +12,16 @@ from lightning_grpo.errors import UserError
 from lightning_grpo.policy.lora import LoRA, default_of
 
 
-def describe(lora: LoRA | None, names: Set[str]) -> dict[str, Any] | None:
-    """Return the description of adapters to store in a checkpoint; ``names`` are those of their weights.
+def describe(lora: LoRA | None, names: Set[str], quantization: str | None = None) -> dict[str, Any] | None:
+    """Return the description of adapters to store in a checkpoint; ``names`` are those of their weights, and
+    ``quantization`` is that of the base model.
 
     It is None for full weights.
     """
-    return None if lora is None else asdict(lora) | {"names": sorted(names)}
+    return None if lora is None else asdict(lora) | {"names": sorted(names), "quantization": quantization}
 
 
-def check(saved: Mapping[str, Any] | None, lora: LoRA | None, names: Set[str]) -> None:
+def check(saved: Mapping[str, Any] | None, lora: LoRA | None, names: Set[str], quantization: str | None = None) -> None:
     """Compare the description from `describe` in a checkpoint with the adapters of this run.
 
     Raises:
@@ -36,6 +37,11 @@ def check(saved: Mapping[str, Any] | None, lora: LoRA | None, names: Set[str]) -
     options = {name: saved[name] for name in ("rank", "alpha", "target_modules")}
     if lora is None:
         raise UserError(f"the checkpoint has only LoRA adapters, but lora is not set; set lora to {options}")
+    if quantization != saved.get("quantization"):
+        raise UserError(
+            f"quantization is {quantization}, but the checkpoint's adapters were trained with "
+            f"{saved.get('quantization')}; set it to that"
+        )
     if lora.rank != saved["rank"]:
         raise UserError(
             f"lora.rank is {lora.rank}, but the checkpoint's adapters have rank {saved['rank']}; set lora.rank to it"

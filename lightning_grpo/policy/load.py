@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -33,6 +33,7 @@ from lightning_grpo.policy.checks import require_causal, require_complete, requi
 from lightning_grpo.policy.files import read_json, unreadable
 from lightning_grpo.policy.lora import LoRA, with_adapters
 from lightning_grpo.policy.pretrained import InMemory, Pretrained
+from lightning_grpo.policy.quantized import compute_alike, nf4
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ def load_policy(
     attn_implementation: str = ATTENTION,
     head_in_float32: bool = False,
     from_scratch: bool = False,
+    quantization: Literal["nf4"] | None = None,
     seed: int = 0,
 ) -> Policy:
     """Load a causal language model for training, in training mode.
@@ -131,6 +133,7 @@ def load_policy(
             transformers.
         head_in_float32: compute the logits in float32 whatever the precision.
         from_scratch: use random weights with the folder's configuration instead of its checkpoint.
+        quantization: store the weights of linear layers in 4 bits. They can't be trained; ``lora`` can.
         seed: seed of the random weights and of a new adapter.
 
     Raises:
@@ -150,6 +153,11 @@ def load_policy(
             "attn_implementation": attention_for(config, attn_implementation),
         }
         options |= {name: value for name, value in model.kwargs.items() if not hasattr(config, name)}
+        if quantization is not None:
+            if from_scratch or isinstance(model, InMemory):
+                cause = "from_scratch is true" if from_scratch else "model is an object"
+                raise UserError(f"quantization is {quantization}, but {cause}; set model to a checkpoint's folder")
+            options["quantization_config"] = nf4()
         with _errors_named(model.name, attn_implementation):
             if isinstance(model, InMemory):
                 if from_scratch:
@@ -158,6 +166,8 @@ def load_policy(
             else:
                 build = build_model if from_scratch else _load_weights
                 base = build(config, model, **options)
+        if quantization is not None:
+            compute_alike(base)
         base.generation_config = generation_config
         if head_in_float32:
             compute_head_in_float32(model.name, base)
@@ -233,7 +243,8 @@ def _load_weights(config: PreTrainedConfig, model: Pretrained, **options: Any) -
         policy, info = loaded
     finally:
         transformers_logging.set_verbosity(verbosity)
-    _refuse_quantized(model.name, policy)
+    if "quantization_config" not in options:
+        _refuse_quantized(model.name, policy)
     require_complete(model.name, info)
     require_finite(model.name, policy)
     return policy

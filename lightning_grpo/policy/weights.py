@@ -14,13 +14,15 @@ from torch.distributed.tensor import DTensor
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.policy.load import Policy, base_model
+from lightning_grpo.policy.quantized import dequantized
 
 
 def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """Stream the policy's parameters in the order of its layers, without a second copy of the model.
 
-    LoRA adapters are merged into the yielded tensors, one at a time, and never into the policy. Sharded parameters are
-    gathered one by one, so all ranks must iterate together. A parameter that two modules share (a tied output head) is
+    LoRA adapters are merged into the yielded tensors, one at a time, and never into the policy. Weights in 4 bits
+    become the values that they stand for, in the dtype that they were quantized from. Sharded parameters are gathered
+    one by one, so all ranks must iterate together. A parameter that two modules share (a tied output head) is
     yielded once, with the name in the first module.
 
     Args:
@@ -133,7 +135,7 @@ def _checkpoint_name(name: str) -> str | None:
 def _merged(policy: nn.Module, prefix: str, name: str, parameter: Tensor) -> Tensor:
     parent_name, _, leaf = prefix.rpartition(".")
     parent = policy.get_submodule(parent_name) if parent_name else policy
-    value = whole(parameter.detach())
+    value = dequantized(parameter) if hasattr(parameter, "quant_state") else whole(parameter.detach())
     if leaf != "base_layer" or name != "weight" or not isinstance(parent, LoraLayer) or parent.merged:
         return value
     for adapter in parent.active_adapters:

@@ -30,6 +30,7 @@ class PolicyModule(Protocol):
     pretrained: Pretrained
     lora: LoRA | None
     from_scratch: bool
+    quantization: str | None
     sampling: Sampling
     max_prompt_length: int
     max_completion_length: int
@@ -79,6 +80,10 @@ class RolloutCallback(L.Callback, ABC):
         """A fresh stream of the tensors that a sync sends to the engine."""
         return pl_module.policy_weights()
 
+    def rounding(self, pl_module: PolicyModule) -> float:
+        """The relative rounding error of the policy's weights, if the engine has unrounded ones; otherwise 0."""
+        return 0.0
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer, policy_module(pl_module))
 
@@ -116,6 +121,7 @@ class RolloutCallback(L.Callback, ABC):
             counters=lambda: write_counters(pl_module.policy),
             vocab_size=min(config.vocab_size, len(pl_module.tokenizer)),
             dtype=compute_dtype(trainer, pl_module),
+            rounding=self.rounding(pl_module),
             check_length=min(16, max_model_len(pl_module) - 1),
             tolerance=self.tolerance,
             sleep=self.sleeps,

@@ -64,6 +64,7 @@ class SyncedEngine:
             see `write_counters`.
         vocab_size: the policy's vocabulary size; the tokens of the check sequences are drawn from all of it.
         dtype: the dtype that the policy computes in.
+        rounding: the relative error of the policy's weights, if they are rounded to 4 bits and the engine's are not.
         check_length: tokens in each of the four check sequences. The first sync scores all of them, each later one
             scores the next in turn.
         tolerance: the mismatch that is accepted, in nats; None derives it from the dtypes and the first sync.
@@ -80,6 +81,7 @@ class SyncedEngine:
         counters: Callable[[], Hashable] = lambda: None,
         vocab_size: int,
         dtype: torch.dtype = torch.float32,
+        rounding: float = 0.0,
         check_length: int = 16,
         tolerance: Tolerance | None = None,
         sleep: bool = False,
@@ -92,6 +94,7 @@ class SyncedEngine:
         self._counters = counters
         self._sleep = sleep
         self._dtypes = (dtype, engine.dtype or dtype)
+        self._rounding = rounding
         self._check_sequences = check_sequences(vocab_size, length=check_length)
         self._tolerance = tolerance
         self._measured: tuple[Mismatch, float] | None = None
@@ -238,11 +241,18 @@ class SyncedEngine:
                     f"rounding explains {tolerance.mean:.3g} and {tolerance.max:.3g}. {_changed_tensors(moved)}"
                 )
         largest = max(mismatches, key=lambda m: m.mean)
+        if self._rounding and self._measured is None:
+            log.warning(
+                "The engine has the checkpoint's own weights, and the policy has them in 4 bits: log-probs of fixed "
+                "sequences differ by %.3g nats on average and %.3g at most. objective.rollout_correction corrects it.",
+                largest.mean,
+                largest.max,
+            )
         self._measured = self._measured or (largest, level)
         return largest
 
     def _tolerance_at(self, level: float) -> Tolerance:
-        tolerance = Tolerance.of(self._dtypes, level)
+        tolerance = Tolerance.of(self._dtypes, level, self._rounding)
         if self._measured is None:
             return tolerance
         measured, first_level = self._measured

@@ -64,7 +64,7 @@ class Tolerance:
     max: float
 
     @classmethod
-    def of(cls, dtypes: Iterable[torch.dtype], level: float) -> "Tolerance":
+    def of(cls, dtypes: Iterable[torch.dtype], level: float, rounding: float = 0.0) -> "Tolerance":
         """The tolerance that follows from the dtypes of both sides.
 
         The rounding error of a logit is proportional to its size, and unlikely tokens have large logits. On
@@ -74,9 +74,10 @@ class Tolerance:
         Args:
             dtypes: the dtypes that the two sides compute in.
             level: mean |log p| of the compared tokens, in nats.
+            rounding: the relative error of weights that only one side has rounded further, to 4 bits.
         """
-        rounding = max(torch.finfo(dtype).eps for dtype in dtypes) * max(level, 8.0)
-        return cls(mean=max(2e-4, 4 * rounding), max=max(2e-3, 32 * rounding))
+        error = max(rounding, *(torch.finfo(dtype).eps for dtype in dtypes)) * max(level, 8.0)
+        return cls(mean=max(2e-4, 4 * error), max=max(2e-3, 32 * error))
 
     def narrowed(self, measured: Mismatch, growth: float = 1.0) -> "Tolerance":
         """A tolerance of at most four times the mismatch that equal weights gave, times the `growth` of the level since

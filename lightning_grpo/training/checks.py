@@ -1,12 +1,14 @@
 """What can be checked before a weight is loaded."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.objective import ObjectiveConfig
+from lightning_grpo.policy import LoRA
 from lightning_grpo.rollout import RolloutCallback, Sampling, SyncedEngine
 
 
@@ -24,10 +26,23 @@ def check_trainer(trainer: Trainer) -> None:
             "0; set bf16-mixed, bf16-true, or 16-mixed, which scales them"
         )
     mesh = trainer.lightning_module.device_mesh
+    module: Any = trainer.lightning_module
+    check_quantization(module.quantization, module.lora, is_sharded=mesh is not None)
     if mesh is not None and (size := mesh["tensor_parallel"].size()) > 1:
         raise UserError(
             f"trainer.strategy.tensor_parallel_size is {size}, which is not supported; set it to 1 and "
             "data_parallel_size to the number of ranks"
+        )
+
+
+def check_quantization(quantization: str | None, lora: LoRA | None, *, is_sharded: bool) -> None:
+    """Refuse quantized weights if they would be trained or sharded."""
+    if quantization is not None and lora is None:
+        raise UserError(f"quantization is {quantization}, whose weights can't be trained; set lora, or leave it unset")
+    if quantization is not None and is_sharded:
+        raise UserError(
+            f"quantization is {quantization}, and trainer.strategy shards the weights, which 4-bit weights don't "
+            "support; set trainer.strategy to ddp"
         )
 
 

@@ -20,6 +20,7 @@ from lightning_grpo.rollout.vllm.callback import (
     adapter_engine_args,
     refuse_bias,
     require_sendable,
+    rounding_for,
     stop_strings,
     weights_for,
 )
@@ -191,6 +192,9 @@ class VLLMServerRollout(RolloutCallback):
 
     def weights(self, pl_module: PolicyModule) -> Iterator[tuple[str, Tensor]]:
         return weights_for(pl_module, self.lora)
+
+    def rounding(self, pl_module: PolicyModule) -> float:
+        return rounding_for(pl_module, self.lora)
 
 
 def _checked(engine: ServerEngine, pl_module: PolicyModule) -> ServerEngine:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from lightning_grpo.errors import OutOfMemoryError, UserError
 from lightning_grpo.policy import InMemory
+from lightning_grpo.policy.quantized import ROUNDING
 from lightning_grpo.policy.weights import adapter_weights, require_untied_adapters
 from lightning_grpo.rollout.callback import (
     PolicyModule,
@@ -204,6 +205,9 @@ class VLLMRollout(RolloutCallback):
     def weights(self, pl_module: PolicyModule) -> Iterator[tuple[str, Tensor]]:
         return weights_for(pl_module, self.lora)
 
+    def rounding(self, pl_module: PolicyModule) -> float:
+        return rounding_for(pl_module, self.lora)
+
     def log_path(self, trainer: L.Trainer) -> Path:
         return Path(self.log_file or Path(trainer.default_root_dir) / f"vllm-{trainer.global_rank}.log")
 
@@ -223,12 +227,15 @@ def refuse_bias(pl_module: PolicyModule, sampling_args: dict[str, Any]) -> None:
     Raises:
         UserError: names the options that change the distribution.
     """
-    corrected = getattr(getattr(pl_module, "objective", None), "rollout_correction", None) is not None
-    if (biased := sorted(CHANGES_DISTRIBUTION & sampling_args.keys())) and not corrected:
+    if (biased := sorted(CHANGES_DISTRIBUTION & sampling_args.keys())) and not _is_corrected(pl_module):
         raise UserError(
             f"rollout sampling_args has {', '.join(biased)}: the engine would sample from another distribution than "
             "the policy's, which biases the gradient; omit them, or set objective.rollout_correction"
         )
+
+
+def _is_corrected(pl_module: PolicyModule) -> bool:
+    return getattr(getattr(pl_module, "objective", None), "rollout_correction", None) is not None
 
 
 def stop_strings(pl_module: PolicyModule) -> list[str]:
@@ -240,6 +247,11 @@ def stop_strings(pl_module: PolicyModule) -> list[str]:
 def weights_for(pl_module: PolicyModule, lora: str) -> Iterator[tuple[str, Tensor]]:
     """A fresh stream of the policy's merged weights, or of its adapter only."""
     return adapter_weights(pl_module.policy) if lora == "adapter" else pl_module.policy_weights()
+
+
+def rounding_for(pl_module: PolicyModule, lora: str) -> float:
+    """The relative rounding error of 4-bit weights, if the engine has the checkpoint's own instead."""
+    return ROUNDING if lora == "adapter" and pl_module.quantization is not None else 0.0
 
 
 def require_sendable(pl_module: PolicyModule, mode: str) -> None:
@@ -254,6 +266,12 @@ def require_sendable(pl_module: PolicyModule, mode: str) -> None:
         )
     if mode == "merged":
         return
+    if pl_module.quantization is not None and not _is_corrected(pl_module):
+        raise UserError(
+            "rollout lora is adapter, so the engine samples with the checkpoint's own weights, and quantization is "
+            f"{pl_module.quantization}, with which the policy has rounded ones; set rollout lora: merged, which sends "
+            "the rounded weights, or objective.rollout_correction"
+        )
     others = {name: getattr(lora, name) for name in ("use_dora", "modules_to_save", "rank_pattern")}
     others |= {f"options.{name}": value for name, value in lora.options.items() if value not in (False, "none")}
     if named := next((f"lora.{name} is {value}" for name, value in others.items() if value), None):
