@@ -26,7 +26,7 @@ from lightning_grpo.configure.callback import _with_engine
 from lightning_grpo.configure.command import main
 from lightning_grpo.configure.measure import Measured
 from lightning_grpo.configure.memory_savers import MEMORY_SAVERS
-from lightning_grpo.policy import LoRA
+from lightning_grpo.policy import LoRA, Pretrained
 from lightning_grpo.rewards import PrefixMatch
 from lightning_grpo.rollout import HFRollout, VLLMProcessRollout, VLLMRollout, VLLMServerRollout
 
@@ -255,6 +255,7 @@ def test_the_cache_of_an_engine_on_a_cpu_is_the_one_that_it_allocates(monkeypatc
     shape = find_model("SmolLM2-135M-Instruct")
     module = SimpleNamespace(
         model_path=shape.name,
+        pretrained=Pretrained(name=shape.name),
         max_prompt_length=64,
         max_completion_length=64,
         policy=SimpleNamespace(config=shape.config),

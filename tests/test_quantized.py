@@ -8,12 +8,13 @@ from fitting import data, fit, largest_difference, module, parameters
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo import GRPOModule
+from lightning_grpo.configure import ModelShape
 from lightning_grpo.errors import UserError
 from lightning_grpo.export import export
 from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.objective import ObjectiveConfig, RolloutCorrection
 from lightning_grpo.policy import LoRA, load_policy
-from lightning_grpo.policy.quantized import ROUNDING
+from lightning_grpo.policy.quantized import BYTES_PER_WEIGHT, ROUNDING
 from lightning_grpo.policy.weights import policy_weights
 from lightning_grpo.rollout import HFEngine, VLLMRollout
 from lightning_grpo.rollout.hf.engine import eval_mode
@@ -44,6 +45,13 @@ def test_linear_layers_have_4_bits_and_the_head_has_not(tiny_model_path, policy)
     assert len(layers) == 14 and not any("lm_head" in name for name in layers)
     whole = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
     assert (logits_of(load_policy(tiny_model_path, **NF4)) - logits_of(whole)).abs().max() > 0.1
+
+
+def test_the_memory_is_as_predicted(policy):
+    stored = [p for p in policy.parameters() if hasattr(p, "quant_state")]
+    scales = [scale for p in stored for scale in (p.quant_state.absmax, p.quant_state.state2.absmax)]
+    taken = sum(tensor.numel() * tensor.element_size() for tensor in (*stored, *scales))
+    assert taken == pytest.approx(BYTES_PER_WEIGHT * ModelShape.from_config(policy.config).linear, rel=0.01)
 
 
 def test_gradients_are_those_of_the_dequantized_model_also_after_evaluation(policy):

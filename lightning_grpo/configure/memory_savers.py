@@ -238,7 +238,7 @@ MEMORY_SAVERS = (
     ),
     MemorySaver(
         "LoRA on 4-bit base weights",
-        lambda w: _four_bits(lora) if (lora := _lora(w)) else None,
+        lambda w: _four_bits(_lora(w) or w),
         lambda w: _lora_settings(w) | {"model.quantization": f"{w.quantization}"},
         "trains adapters only, of a model whose weights are rounded to 4 bits, with ten times the learning rate",
         ("lora", "quantization"),
