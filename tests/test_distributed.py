@@ -123,5 +123,5 @@ def test_sharded_weights_train_as_replicated_ones(tmp_path):
         for name in ("reward", "loss", "grad_norm", "grad_norm/mlp", "kl", "num_tokens"):
             assert float(row_of_whole[name]) == pytest.approx(float(row_of_shards[name]), rel=1e-3, abs=1e-6), name
         # estimated from other weights
-        assert float(row_of_whole["update_ratio"]) == pytest.approx(float(row_of_shards["update_ratio"]), rel=0.02)
+        assert float(row_of_whole["update_ratio"]) == pytest.approx(float(row_of_shards["update_ratio"]), rel=0.1)
     assert max(float((whole[name] - shards[name]).abs().max()) for name in whole) < 1e-4
