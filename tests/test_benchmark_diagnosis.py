@@ -39,7 +39,7 @@ def report(benchmark, models: Path, folder: Path, kind: str, name: str, **change
 
 
 def test_a_fault_that_the_rules_name(benchmark, models, tmp_path):
-    run, found = report(benchmark, models, tmp_path, "FAULTS", "completions cut too short", at=13, steps=26)
+    run, found = report(benchmark, models, tmp_path, "FAULTS", "completions cut too short", at=12, steps=20)
     assert found.named(run.names)[0] == "truncation"
     assert found.steps(run.names) <= 10
 
@@ -51,6 +51,6 @@ def test_a_fault_that_ends_the_run(benchmark, models, tmp_path):
 
 
 def test_a_healthy_run(benchmark, models, tmp_path):
-    _, found = report(benchmark, models, tmp_path, "CLEAN", "0/1 reward", steps=25)
+    _, found = report(benchmark, models, tmp_path, "CLEAN", "0/1 reward", steps=16)
     assert not [finding for finding in found.findings if finding[1] == "critical"]
     assert found.refused is None
