@@ -1,7 +1,6 @@
 """What `configure` prints and what refusals advise is accepted by the real command line and by the checks of setup."""
 
 import re
-import sys
 from dataclasses import replace
 from itertools import islice
 
@@ -154,25 +153,9 @@ def run(**changes) -> Workload:
     return Workload(**numbers | changes)
 
 
-@fixture
-def bitsandbytes(monkeypatch, tmp_path):
-    """A package of this name, its optimizer with the options of the real one that matter here."""
-    (tmp_path / "bitsandbytes").mkdir()
-    (tmp_path / "bitsandbytes" / "__init__.py").write_text("")
-    (tmp_path / "bitsandbytes" / "optim.py").write_text(
-        "import torch\n\nclass AdamW8bit(torch.optim.Optimizer):\n"
-        "    def __init__(self, params, lr: float = 1e-3, weight_decay: float = 1e-2):\n"
-        "        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    for name in [name for name in sys.modules if name.startswith("bitsandbytes")]:
-        del sys.modules[name]
-
-
 @mark.parametrize("saver", MEMORY_SAVERS, ids=lambda saver: saver.name)
 @mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-def test_every_advice_is_accepted(saver, precision, parse, bitsandbytes):
+def test_every_advice_is_accepted(saver, precision, parse):
     engine = "hf" if saver.name == "fewer completions at once" else "vllm"
     before = run(precision=precision, engine=engine, rollout_class={"hf": "HFRollout", "vllm": "VLLMRollout"}[engine])
     if saver.name == "4-bit base weights":
