@@ -577,7 +577,7 @@ class GRPOModule(LightningModule):
                 num_iterations=self.num_iterations,
                 ranks=self.data_ranks,
             )
-        check_rows(self.rewards, data.train if stage == "fit" else ())
+        check_rows(self.rewards, data.prompts_to_check if stage == "fit" else ())
         check_rows([*self.rewards, *self.eval_rewards], getattr(data, "validation", ()))
         if stage == "fit":
             self._begin_fit()

@@ -22,6 +22,8 @@ from lightning_grpo.configure.shape import ModelShape
 from lightning_grpo.configure.speed import slow_choices, speed_line
 from lightning_grpo.configure.summary import describe_run, identity_line
 from lightning_grpo.configure.workload import Precision, Workload
+from lightning_grpo.data import PromptDataModule
+from lightning_grpo.data.dataset import token_ids
 from lightning_grpo.devices import GiB, Hardware
 from lightning_grpo.errors import UserError
 from lightning_grpo.module import GRPOModule
@@ -224,7 +226,7 @@ def workload_of(trainer: Trainer, pl_module: GRPOModule, hardware: Hardware) -> 
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         num_iterations=pl_module.num_iterations,
         rollout_ahead=bool(pl_module.rollout_ahead),
-        prompt_length=max((len(row.ids) for row in getattr(data, "train", [])), default=pl_module.max_prompt_length),
+        prompt_length=_longest_prompt(data) or pl_module.max_prompt_length,
         completion_length=pl_module.max_completion_length,
         precision=cast(Precision, str(trainer.precision)),
         dtype=pl_module.dtype_name,
@@ -242,6 +244,11 @@ def workload_of(trainer: Trainer, pl_module: GRPOModule, hardware: Hardware) -> 
         ranks_per_node=max(1, trainer.num_devices),
     )
     return _with_engine(w, trainer, hardware)
+
+
+def _longest_prompt(data: PromptDataModule) -> int:
+    """Number of tokens of the longest training prompt; 0 if it is unknown, as they are streamed."""
+    return 0 if data.streaming else max((len(ids) for ids in token_ids(data.train)), default=0)
 
 
 def _with_engine(w: Workload, trainer: Trainer, hardware: Hardware) -> Workload:

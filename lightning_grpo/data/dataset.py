@@ -14,8 +14,9 @@ import numpy as np
 from lightning_grpo.data import store
 from lightning_grpo.data.encoding import Encoder, Remarks
 from lightning_grpo.data.prompts import Prompt, fingerprint
-from lightning_grpo.data.sources import Opened, open_source, require_rows
+from lightning_grpo.data.sources import Opened, open_source, require_rows, stream_rows
 from lightning_grpo.data.store import PromptTable, PromptWriter, open_table
+from lightning_grpo.data.streaming import FIRST, StreamedPrompts
 from lightning_grpo.errors import UserError
 from lightning_grpo.ranges import check_ranges
 
@@ -78,6 +79,8 @@ class DataSet:
     """Number of training prompts of each source."""
     remarks: list[str]
     """What is probably a mistake in the data, as sentences."""
+    source_names: list[str]
+    """The different `Prompt.source` of the training prompts; of the first ones if they are streamed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,7 @@ class DataSetReader:
         validation_size: number of held-out prompts, of each source if ``validation`` has any.
         encoder: encodes the rows. Settings of a source take precedence.
         seed: of procedural sources and of the choice of held-out prompts.
+        streaming: read the training prompts while they are served.
         cache: store prompts in `store.cache_folder`, and use those that are stored there.
     """
 
@@ -99,6 +103,7 @@ class DataSetReader:
     encoder: Encoder
     seed: int
     cache: bool = True
+    streaming: bool = False
 
     def read(self) -> DataSet:
         """Read and encode all rows, and divide the prompts.
@@ -106,6 +111,8 @@ class DataSetReader:
         Raises:
             UserError: a source can't be read, or a row is invalid.
         """
+        if self.streaming:
+            return self._stream()
         opened = [*self._open(self.sources, self.seed, "data.source")]
         opened += self._open(self.validation, self.seed + VALIDATION_SEED, "data.validation_source")
         key = self._key(opened) if self.cache else None
@@ -116,6 +123,24 @@ class DataSetReader:
                 return _load(folder)
             except (OSError, ValueError, KeyError):  # not stored, or by another version
                 return self._divide(opened, folder)
+
+    def _stream(self) -> DataSet:
+        """Read the held-out prompts, and the first training prompts."""
+        (source,) = self.sources.values()
+        validation: Sequence[Prompt] = []
+        remarks: list[str] = []
+        if self.validation:
+            opened = [*self._open(self.validation, self.seed + VALIDATION_SEED, "data.validation_source")]
+            validation, _ = self._encode(opened, None, remarks)
+        train = StreamedPrompts(
+            lambda: stream_rows(source.source, args=source.source_args, size=source.size),
+            self.encoder,
+            held_out={tuple(prompt.ids) for prompt in validation},
+            name=source.source,
+        )
+        first = train[:FIRST]
+        remarks += train.remarks.sentences()
+        return DataSet(train, validation, fingerprint(first), [len(train)], remarks, _source_names(first))
 
     def _open(self, sources: Mapping[str, Source], seed: int, option: str) -> Iterator["_Opened"]:
         for name, source in sources.items():
@@ -165,7 +190,7 @@ class DataSetReader:
             remarks.append(f"dropped {dropped} training prompts that are also held-out prompts")
         train = select(rows, kept)
         counts = np.histogram(kept, bins=np.cumsum([0, *sizes]))[0].tolist() if all(sizes) else sizes
-        dataset = DataSet(train, validation, fingerprint(train), counts, remarks)
+        dataset = DataSet(train, validation, fingerprint(train), counts, remarks, _source_names(train))
         if isinstance(rows, PromptTable) and isinstance(validation, PromptTable) and folder is not None:
             _save(dataset, folder, kept, None if validation_sources else chosen)
         return dataset
@@ -249,6 +274,10 @@ def select(prompts: Sequence[Prompt], rows: np.ndarray) -> Sequence[Prompt]:
     return [prompts[i] for i in rows]
 
 
+def _source_names(prompts: Sequence[Prompt]) -> list[str]:
+    return sorted({prompt.source for prompt in prompts})
+
+
 def token_ids(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
     """The token ids of each prompt."""
     return prompts.ids() if isinstance(prompts, PromptTable) else (prompt.ids for prompt in prompts)
@@ -258,7 +287,7 @@ def _save(dataset: DataSet, folder: Path, train: np.ndarray, validation: np.ndar
     np.save(folder / "train.npy", train)
     if validation is not None:
         np.save(folder / "validation.npy", validation)
-    facts = {"fingerprint": dataset.fingerprint, "sizes": dataset.sizes, "remarks": dataset.remarks}
+    facts = {name: getattr(dataset, name) for name in ("fingerprint", "sizes", "remarks", "source_names")}
     (folder / "facts.json").write_text(json.dumps(facts))
 
 

@@ -18,6 +18,8 @@ from lightning_grpo.processor import cores
 
 CHUNK = 1000
 """Rows to encode per call; a fast tokenizer distributes them over the CPU cores."""
+SMALL_CHUNK = 64
+"""Rows to encode per call if rows are read while prompts are served."""
 PARALLEL_FROM = 20_000
 """Number of rows above which several processes encode them."""
 
@@ -106,7 +108,7 @@ class Encoder:
         Raises:
             UserError: a row is invalid, or its columns are not those of the first row.
         """
-        chunks = self._chunks(rows, first)
+        chunks = self._chunks(rows, first, CHUNK)
         start = list(islice(chunks, PARALLEL_FROM // CHUNK))
         rest = next(chunks, None)
         encoded: Iterator[tuple[list[Prompt], Remarks]] = map(self.encode_chunk, start)
@@ -115,6 +117,14 @@ class Encoder:
         for prompts, found in encoded:
             if remarks is not None:
                 remarks.add(found)
+            yield prompts
+
+    def encode_in_order(
+        self, rows: Iterable[tuple[str, Row]], remarks: Remarks, *, first: int = 0
+    ) -> Iterator[list[Prompt]]:
+        """As `encode`, but read few rows before the prompts that are taken."""
+        for prompts, found in map(self.encode_chunk, self._chunks(rows, first, SMALL_CHUNK)):
+            remarks.add(found)
             yield prompts
 
     def _encode_in_parallel(self, chunks: Iterator["Chunk"]) -> Iterator[tuple[list[Prompt], Remarks]]:
@@ -126,9 +136,9 @@ class Encoder:
                 yield waiting.popleft().result()
                 waiting.extend(pool.submit(_encode_chunk, chunk) for chunk in islice(chunks, 1))
 
-    def _chunks(self, rows: Iterable[tuple[str, Row]], first: int) -> Iterator["Chunk"]:
+    def _chunks(self, rows: Iterable[tuple[str, Row]], first: int, size: int) -> Iterator["Chunk"]:
         iterator, names = iter(rows), None
-        while chunk := list(islice(iterator, CHUNK)):
+        while chunk := list(islice(iterator, size)):
             names = names or set(name_columns(*chunk[0], self.columns))
             yield Chunk(first, chunk, names)
             first += len(chunk)

@@ -15,6 +15,7 @@ from lightning_grpo.data.encoding import Encoder
 from lightning_grpo.data.prompts import Prompt, PromptBatch
 from lightning_grpo.data.sampling import MixtureSampler, PassSampler, Sampler
 from lightning_grpo.data.stream import Stream
+from lightning_grpo.data.streaming import FIRST, StreamedPrompts
 from lightning_grpo.errors import UserError
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.seed import seed_of_run
@@ -88,6 +89,9 @@ class PromptDataModule(lightning.LightningDataModule):
         shuffle: Draw a new order from (seed, pass) for every pass over the data. Ignored if ``sampler`` is set.
         sampler: Selects the next prompts, for example ``DifficultySampler``. Unset: each prompt once per pass.
         validation_batch_size: Held-out prompts per rank to generate for at once.
+        streaming: Read rows while they are served, in the order of the source, instead of at start; for files and data
+            sets on the hub that are too large for that. Held-out prompts need a ``validation_source``, and ``shuffle``
+            has no effect.
         cache: Store the encoded prompts of a large data set in the user's cache folder (or LIGHTNING_GRPO_PROMPTS).
             Later runs with the same data, options and tokenizer read them from there.
         seed: Seed of procedural sources, of the choice of held-out prompts, and of the order. Unset: that of
@@ -115,6 +119,7 @@ class PromptDataModule(lightning.LightningDataModule):
         shuffle: bool = True,
         sampler: Sampler | None = None,
         validation_batch_size: int = 64,
+        streaming: bool = False,
         cache: bool = True,
         seed: int | None = None,
         tokenizer: Any = None,
@@ -156,6 +161,10 @@ class PromptDataModule(lightning.LightningDataModule):
         self.prompts_per_rollout = prompts_per_rollout
         self.max_prompt_length = max_prompt_length
         self.overlong = overlong
+        if streaming:
+            self._check_streaming(sampler)
+            shuffle = False
+        self.streaming = streaming
         self.shuffle = shuffle
         self.cache = cache
         self.sampler = sampler or PassSampler(shuffle=shuffle)
@@ -167,6 +176,17 @@ class PromptDataModule(lightning.LightningDataModule):
         self.source_names: set[str] = set()
         self._tokenizer: Any = None
         self._stream: Stream | None = None
+
+    def _check_streaming(self, sampler: Sampler | None) -> None:
+        if "" not in self.sources:
+            raise UserError("data.streaming is true, which needs a single data.source; set streaming to false")
+        if sampler is not None:
+            raise UserError("data.streaming is true, so prompts come in the order of the source; unset data.sampler")
+        if self.validation_size and not self.validation_sources:
+            raise UserError(
+                f"data.validation_size is {self.validation_size}, but with data.streaming no prompts can be drawn from "
+                "the source; set data.validation_source"
+            )
 
     # ── Rows ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -199,28 +219,30 @@ class PromptDataModule(lightning.LightningDataModule):
         max_length = self.max_prompt_length
         if max_length is None:
             max_length = getattr(module, "max_prompt_length", None)
+        encoder = Encoder(
+            tokenizer=self._tokenizer,
+            columns=self.columns,
+            chat=self.chat,
+            system_prompt=self.system_prompt,
+            chat_template=self.chat_template,
+            chat_template_args=self.chat_template_args,
+            max_prompt_length=max_length,
+            overlong=self.overlong,
+            vocab_size=getattr(module, "vocab_size", None),
+        )
         dataset = DataSetReader(
             sources=self.sources,
             validation=self.validation_sources,
             validation_size=self.validation_size,
-            encoder=Encoder(
-                tokenizer=self._tokenizer,
-                columns=self.columns,
-                chat=self.chat,
-                system_prompt=self.system_prompt,
-                chat_template=self.chat_template,
-                chat_template_args=self.chat_template_args,
-                max_prompt_length=max_length,
-                overlong=self.overlong,
-                vocab_size=getattr(module, "vocab_size", None),
-            ),
+            encoder=encoder,
             seed=self.seed,
             cache=self.cache,
+            streaming=self.streaming,
         ).read()
         for remark in dataset.remarks:
             warn(remark)
         self.train, self.validation = dataset.train, dataset.validation
-        self.source_names = {prompt.source for prompt in self.train}
+        self.source_names = set(dataset.source_names)
         self._fingerprint = dataset.fingerprint
         self._row_of_index: dict[int, int] | None = None
         weights = [source.weight for source in self.sources.values()]
@@ -228,9 +250,13 @@ class PromptDataModule(lightning.LightningDataModule):
             self.sampler = MixtureSampler(
                 sizes=tuple(dataset.sizes), weights=tuple(map(float, weights)), shuffle=self.shuffle
             )
-        rank_zero_info(
-            f"{len(self.train)} training and {len(self.validation)} held-out prompts from {self._source_names}"
-        )
+        count = "streamed" if self.streaming else len(self.train)
+        rank_zero_info(f"{count} training and {len(self.validation)} held-out prompts from {self._source_names}")
+
+    @property
+    def prompts_to_check(self) -> list[Prompt]:
+        """The training prompts that can be checked before training: all, or the first of a stream."""
+        return [*(self.train[:FIRST] if self.streaming else self.train)]
 
     @property
     def _source_names(self) -> str:
@@ -250,6 +276,8 @@ class PromptDataModule(lightning.LightningDataModule):
             )
         repeats = cast(int, self.trainer.lightning_module.steps_per_rollout)  # of `GRPOModule`
         length = len(self.train) // B * repeats
+        if isinstance(self.train, StreamedPrompts):
+            self._check_trainer()
 
         def batches() -> Iterator[PromptBatch]:
             # Lightning 2.6 counts a batch that an exception interrupted as started, and would be off by one when the
@@ -258,9 +286,21 @@ class PromptDataModule(lightning.LightningDataModule):
             started.ready = started.started = started.processed
             for _ in range(length):
                 self._stream.advance(B, repeats)
+                if isinstance(self.train, StreamedPrompts):
+                    self.train.forget(min(self._stream.rows))
                 yield self._share(self._stream.rows)
 
         return Loader(length, batches)
+
+    def _check_trainer(self) -> None:
+        trainer = self.trainer
+        if trainer.max_steps == -1:
+            raise UserError("data.streaming is true, so the end of an epoch is unknown; set trainer.max_steps")
+        if self.validation and not isinstance(trainer.val_check_interval, int):
+            raise UserError(
+                f"trainer.val_check_interval is {trainer.val_check_interval}, a share of an epoch, whose length is "
+                "unknown with data.streaming; set it to a number of micro-batches, and check_val_every_n_epoch to null"
+            )
 
     def next_prompts(self) -> PromptBatch:
         """Return this rank's share of the next rollout, so that it can be sampled before the current one is finished.
@@ -288,7 +328,7 @@ class PromptDataModule(lightning.LightningDataModule):
         Every rank must call this method with its own prompts; the ranks exchange the values. NaN (no reward applied) is
         ignored.
         """
-        if type(self.sampler).update is Sampler.update:
+        if not self.sampler.observes:
             return
         means = torch.as_tensor(mean_rewards, dtype=torch.float32, device="cpu").tolist()
         if self._row_of_index is None:
@@ -354,7 +394,11 @@ class PromptDataModule(lightning.LightningDataModule):
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             unfinished = progress.ready - progress.processed
         position = self._stream.state_dict(unfinished or 0, draw_again=draw_again)
-        return {"prompts": len(self.train), "fingerprint": self._fingerprint} | position
+        state = {"prompts": len(self.train), "fingerprint": self._fingerprint} | position
+        if isinstance(self.train, StreamedPrompts):
+            is_complete = state["step"] == state["repeats"]
+            state["source"] = self.train.position(state["cursor"] if is_complete else min(state["rows"]))
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """In ``fit``, restore the position of the checkpoint. Raise `UserError` if it was saved with other prompts."""
@@ -371,6 +415,8 @@ class PromptDataModule(lightning.LightningDataModule):
                 "the sources of the checkpoint's run had no weights, or have none now, so their order can't be "
                 "continued; restore data.source, or start a new run"
             )
+        if isinstance(self.train, StreamedPrompts):
+            self.train.seek(state_dict["source"])
         self._stream.load_state_dict(state_dict)
 
     def serve_again(self, rollout: int | None, step: int) -> bool:

@@ -28,6 +28,11 @@ class Sampler(ABC):
         than ``count`` rows only if there are not as many outside ``taken``.
         """
 
+    @property
+    def observes(self) -> bool:
+        """Whether the sampler keeps pass rates."""
+        return type(self).update is not Sampler.update
+
     def update(self, rate: float, reward: float) -> float:
         """Return the running pass rate of a prompt after another mean reward. The base class keeps no pass rates.
 

@@ -191,11 +191,18 @@ class Opened(NamedTuple):
 
 
 def open_source(
-    source: str, *, args: dict[str, Any], size: int | None, seed: int, option: str = "data.source"
+    source: str,
+    *,
+    args: dict[str, Any],
+    size: int | None,
+    seed: int,
+    option: str = "data.source",
+    hashed: bool = True,
 ) -> Opened:
     """Find a source. Its rows are read when they are iterated over.
 
     Args:
+        hashed: compute the identity of files.
         option: name of the option whose value is ``source``, for messages.
     """
     if not source:
@@ -208,10 +215,11 @@ def open_source(
         return Opened(_numbered(source, _call(source, PROCEDURAL[source], size, seed, args=args)), None)
     if path.is_dir():
         dataset = _call(source, saved, option, source, args=args)
-        return Opened(_numbered(source, dataset), digest(sorted(path.rglob("*"))))
+        return Opened(_numbered(source, dataset), digest(sorted(path.rglob("*"))) if hashed else None)
     if is_file_name(source):
         files = find_files(option, source)  # first, since source_args may be left over from another source
-        return Opened(_call(source, read_files, option, source, args=args), digest(files))
+        rows = _call(source, read_files, option, source, args=args)
+        return Opened(rows, digest(files) if hashed else None)
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         dataset = _call(source, hub, option, source, args=args)
         return Opened(_numbered(source, dataset), getattr(dataset, "_fingerprint", None))
@@ -227,6 +235,15 @@ def read(
     taken = list(islice(opened.rows, size))
     require_rows(len(taken), option, source)
     return taken
+
+
+def stream_rows(source: str, *, args: dict[str, Any], size: int | None) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of files, a saved data set or one on the hub, or the first ``size``, while they are read."""
+    if source.startswith("reasoning_gym:") or source in PROCEDURAL:
+        raise UserError(f"data.streaming is true, but {source} generates its rows; set streaming to false")
+    if not is_file_name(source) and not Path(source).expanduser().is_dir():
+        args = args | {"streaming": True}
+    return islice(open_source(source, args=args, size=size, seed=0, hashed=False).rows, size)
 
 
 def require_rows(count: int, option: str, source: str) -> None:

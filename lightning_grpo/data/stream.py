@@ -21,7 +21,8 @@ class Stream:
         rows: rows of the current rollout.
         repeats: steps for which each rollout is served.
         step: steps for which the current rollout has been served.
-        rates: [size], running pass rates before the current rollout; NaN if not observed.
+        rates: [size], running pass rates before the current rollout; NaN if not observed. Empty if the
+            sampler keeps none.
     """
 
     def __init__(self, size: int, *, seed: int, sampler: Sampler) -> None:
@@ -32,7 +33,7 @@ class Stream:
         self.step = 0
         self.repeats = 0
         self.rows: list[int] = []
-        self.rates = torch.full((size,), torch.nan, dtype=torch.float32)
+        self.rates = torch.full((size if sampler.observes else 0,), torch.nan, dtype=torch.float32)
         self._cursor = 0
         self._observed: dict[int, float] = {}
         self._taken: set[int] = set()
