@@ -28,6 +28,7 @@ EXTRAS = {
     "reasoning-gym": "reasoning_gym",
     "plot": "matplotlib",
     "report": "plotly",
+    "bitsandbytes": "bitsandbytes",
 }
 
 

@@ -328,7 +328,7 @@ class PromptDataModule(lightning.LightningDataModule):
         Every rank must call this method with its own prompts; the ranks exchange the values. NaN (no reward applied) is
         ignored.
         """
-        if not self.sampler.observes:
+        if not self.sampler.observes:  # without exchanging the values
             return
         means = torch.as_tensor(mean_rewards, dtype=torch.float32, device="cpu").tolist()
         if self._row_of_index is None:

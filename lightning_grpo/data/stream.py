@@ -97,8 +97,9 @@ class Stream:
         return rows
 
     def observe(self, rewards: Mapping[int, float]) -> None:
-        """Record the mean reward of each row."""
-        self._observed.update(rewards)
+        """Record the mean reward of each row, if the sampler keeps pass rates."""
+        if self.sampler.observes:
+            self._observed.update(rewards)
 
     def state_dict(self, unfinished: int = 0, *, draw_again: bool = True) -> dict[str, Any]:
         """Return the position ``unfinished`` steps before the current one, as tensors, lists and numbers.
