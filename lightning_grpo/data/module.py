@@ -394,7 +394,7 @@ class PromptDataModule(lightning.LightningDataModule):
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             unfinished = progress.ready - progress.processed
         position = self._stream.state_dict(unfinished or 0, draw_again=draw_again)
-        state = {"prompts": len(self.train), "fingerprint": self._fingerprint} | position
+        state: dict[str, Any] = {"prompts": len(self.train), "fingerprint": self._fingerprint} | position
         if isinstance(self.train, StreamedPrompts):
             is_complete = state["step"] == state["repeats"]
             state["source"] = self.train.position(state["cursor"] if is_complete else min(state["rows"]))

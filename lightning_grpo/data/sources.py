@@ -218,8 +218,8 @@ def open_source(
         return Opened(_numbered(source, dataset), digest(sorted(path.rglob("*"))) if hashed else None)
     if is_file_name(source):
         files = find_files(option, source)  # first, since source_args may be left over from another source
-        rows = _call(source, read_files, option, source, args=args)
-        return Opened(rows, digest(files) if hashed else None)
+        located = _call(source, read_files, option, source, args=args)
+        return Opened(located, digest(files) if hashed else None)
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         dataset = _call(source, hub, option, source, args=args)
         return Opened(_numbered(source, dataset), getattr(dataset, "_fingerprint", None))
