@@ -141,6 +141,9 @@ class GRPOModule(LightningModule):
     """Whether completions without an advantage may be left out of the update. None: if the objective allows it and
     `compute_loss` is not overridden. A subclass whose loss does not use them may set True."""
 
+    keeps_logprobs: bool = False
+    """Whether `training_step` keeps its log-probs in the experience, where callbacks find them."""
+
     rollout_class: type[Rollout] = Rollout
     experience_class: type[Experience] = Experience
     """A subclass whose hook `rollout` returns further columns sets both, to classes that declare them."""
@@ -394,6 +397,8 @@ class GRPOModule(LightningModule):
             logprobs, entropy = self.scorer.logprobs(
                 self.policy, rows, entropy_grad=self.objective.needs_entropy_grad, coefficient=coefficient
             )
+        if self.keeps_logprobs:
+            progress.keep_logprobs(logprobs)
         loss, metrics = self.compute_loss(logprobs, entropy, experience, **sizes)
         self.step_monitor.observe_loss(loss, metrics)
         progress.micro_step += 1

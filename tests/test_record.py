@@ -63,8 +63,7 @@ def test_each_step_has_its_samples_and_metrics(tmp_path, tiny_model_path):
         assert row["finish_reason"] == ("length" if row["truncated"] else "stop")
         assert row["truncated"] == (row["completion_ids"][-1] != tokenizer.eos_token_id)
         assert len(row["engine_logprobs"]) == len(row["completion_ids"])
-        assert row["trainer_logprobs"] is None or len(row["trainer_logprobs"]) == len(row["completion_ids"])
-    assert any(row["trainer_logprobs"] for row in table.to_pylist())
+        assert len(row["trainer_logprobs"]) == len(row["completion_ids"])
     means = table.group_by("step").aggregate([("reward", "mean")]).sort_by("step")["reward_mean"].to_pylist()
     assert [line["reward"] for line in run.metrics] == pytest.approx(means)
     for name in ("loss", "grad_norm", "entropy", "time/rollout"):
@@ -72,6 +71,19 @@ def test_each_step_has_its_samples_and_metrics(tmp_path, tiny_model_path):
     assert run.info["model"] == tiny_model_path
     assert run.info["reward_names"] == ["checksum"]
     assert run.info["resumed_from"] is None
+
+
+def test_log_probs_of_the_trainer_are_those_of_its_update(tmp_path, tiny_model_path):
+    record = Record(print_every=0, logprobs=True)
+    run, _, _ = recorded(tmp_path, tiny_model_path, steps=2, record=record, options={"micro_batch_size": 16})
+    samples = run.samples().to_pylist()
+    assert len(samples) == 64
+    for row in samples:
+        if row["trainer_logprobs"] is None:
+            assert row["advantage"] == 0
+        else:
+            assert row["trainer_logprobs"] == pytest.approx(row["engine_logprobs"], abs=1e-4)
+    assert sum(row["trainer_logprobs"] is not None for row in samples) > 32
 
 
 def constant(completion_ids):

@@ -48,8 +48,8 @@ class Record(Callback):
 
     Args:
         samples: write the samples.
-        logprobs: with the samples, write the log-probs of the engine, and those of the trainer if it computes them
-            before the update. They take more space than all other columns together.
+        logprobs: with the samples, write the log-probs of the engine and those of the trainer. They take more space
+            than all other columns together.
         max_gib: limit on the size of the samples of a run in GiB. The oldest files are deleted.
         print_every: print samples after the first optimizer step and then after every this many, and log them to
             loggers that take tables (W&B, TensorBoard). 0 never does.
@@ -113,6 +113,7 @@ class Record(Callback):
         self._metrics = folder / METRICS
         # tensor-parallel ranks share their prompts, and the first of them writes the samples
         mesh = module.device_mesh
+        module.keeps_logprobs = self.logprobs
         self._has_samples = mesh is None or mesh["tensor_parallel"].get_local_rank() == 0
         self._background = Background(self._files.write, seconds=SECONDS, what="Samples and metrics of the run")
 

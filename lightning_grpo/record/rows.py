@@ -73,8 +73,8 @@ class SampleTables:
         for name, values in zip(self.reward_names, experience.rewards[rows].T, strict=True):
             table = table.append_column(REWARD + name, _column(_floats(values), pa.float32(), n))
         if self.logprobs:
-            old = experience.old_logprobs
-            for field, values in zip(LOGPROBS, (experience.rollout_logprobs, old), strict=True):
+            trainer = experience.logprobs if experience.old_logprobs is None else experience.old_logprobs
+            for field, values in zip(LOGPROBS, (experience.rollout_logprobs, trainer), strict=True):
                 lists = None if values is None else _lists(_numpy(values[rows].float()), mask, pa.float32())
                 table = table.append_column(field, _column(lists, field.type, n))
         for name, values in _extras((experience.extras or [])[rows]).items():
@@ -108,9 +108,10 @@ def _per_completion(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def _lists(values: np.ndarray, mask: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """[n] lists of the ``values`` [n, T] on which ``mask`` is True."""
+    """[n] lists of the ``values`` [n, T] on which ``mask`` is True; null for a row of which one of them is NaN."""
     offsets = np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, pa.array(values[mask]).cast(kind))
+    unknown = (np.isnan(values) & mask).any(1)
+    return pa.ListArray.from_arrays(offsets, pa.array(values[mask]).cast(kind), mask=pa.array(unknown))
 
 
 def _column(values: Any, kind: pa.DataType, n: int) -> pa.Array:

@@ -24,6 +24,8 @@ class Experience(Rollout):
     advantages          [N]        float32; [N, T] if an overridden `compute_advantages` gives each token its own
     old_logprobs        [N, T]     log-probs of the sampling policy, recomputed by the trainer; None when on-policy
     ref_logprobs        [N, T]     log-probs of the reference policy; None if β is 0
+    logprobs            [N, T]     log-probs of the policy when it was first trained on the token, NaN if it was not;
+                                   None unless `GRPOModule.keeps_logprobs`
     ==================  =========  ==================================================================
     """
 
@@ -32,6 +34,7 @@ class Experience(Rollout):
     advantages: Tensor = field(metadata=COMPLETION_TOKENS)
     old_logprobs: Tensor | None = field(default=None, metadata=COMPLETION_TOKENS)
     ref_logprobs: Tensor | None = field(default=None, metadata=COMPLETION_TOKENS)
+    logprobs: Tensor | None = field(default=None, metadata=COMPLETION_TOKENS)
 
 
 def cut_windows(

@@ -3,7 +3,9 @@
 Shapes: N = B·G completions on this rank.
 """
 
+import torch
 from lightning import Trainer
+from torch import Tensor
 
 from lightning_grpo.data import PromptBatch, PromptDataModule
 from lightning_grpo.errors import RunError
@@ -83,6 +85,15 @@ class Progress:
     def micro_batches_of_step(self, accumulate: int) -> list[list[int]]:
         """Rows of each micro-batch of the optimizer step that begins with the next one."""
         return self.micro_batches[self.micro_step : self.micro_step + accumulate]
+
+    def keep_logprobs(self, logprobs: Tensor) -> None:
+        """Keep the log-probs [n, T] of the next micro-batch in the experience, in the first pass over the rollout."""
+        if self.micro_step * self.num_iterations >= len(self.micro_batches):
+            return
+        experience = self.experience
+        if experience.logprobs is None:
+            experience.logprobs = torch.full_like(experience.rollout_logprobs, torch.nan)
+        experience.logprobs[self.micro_batch, : logprobs.shape[1]] = logprobs.detach().float().cpu()
 
     @property
     def is_first_pass(self) -> bool:
