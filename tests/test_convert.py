@@ -226,6 +226,7 @@ def test_a_script_converts_to_a_configuration_that_fit_reads(tmp_path, capsys):
         {"use_vllm": True, "vllm_mode": "server", "generation_kwargs": {"stop": ["x"]}},
         *({"lr_scheduler_type": name} for name in ("polynomial", "warmup_stable_decay", "cosine", "constant")),
         {"datasets": [{"path": "owner/one", "name": "main"}, {"path": "two.jsonl"}]},
+        {"dataset_name": "owner/one", "dataset_streaming": True, "use_peft": True, "load_in_4bit": True},
         {"eval_strategy": "epoch", "metric_for_best_model": "eval_reward", "save_total_limit": 3},
         {"model_init_kwargs": {"revision": "v1", "dtype": "bfloat16", "rope_theta": 1e6}},
     ],

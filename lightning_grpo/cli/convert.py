@@ -199,6 +199,9 @@ class Conversion:
             for name in ("use_rslora", "use_dora"):
                 if self[name]:
                     self.copy(name)
+        if self["load_in_4bit"]:
+            other = [] if self["bnb_4bit_quant_type"] == "nf4" else ["bnb_4bit_quant_type"]
+            self.put("model.quantization", "nf4", "load_in_4bit", *other)
 
     def batches(self) -> None:
         """TRL counts completions of all ranks, here it is prompts."""
@@ -352,6 +355,8 @@ class Conversion:
             if name and not Path(name).exists():
                 self.put("data.source_args", self._split(self["dataset_train_split"]))
         self.put("data.shuffle", self["shuffle_dataset"])
+        if self["dataset_streaming"] or self["streaming"]:
+            self.put("data.streaming", True, "dataset_streaming")
         self.copy("chat_template_kwargs", "data_seed")
         functions = self["reward_funcs"] or []
         functions = [functions] if isinstance(functions, str) else functions
