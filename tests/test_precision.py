@@ -17,7 +17,7 @@ class Types(GRPOModule):
     """Keeps the dtypes of what the loss is given."""
 
     def compute_loss(self, logprobs, entropy, experience, **sizes):
-        given = {"logprobs": logprobs, "entropy": entropy, **vars(experience)}
+        given = {**vars(experience), "logprobs": logprobs, "entropy": entropy}
         self.types = {name: x.dtype for name, x in given.items() if isinstance(x, torch.Tensor)}
         return super().compute_loss(logprobs, entropy, experience, **sizes)
 
