@@ -270,7 +270,9 @@ class Window:
         local = {name: type(m)(*(part.detach().double().cpu() for part in m)) for name, m in self.metrics.items()}
         self.metrics = {}
         ranks: list[Any] = [local]
-        if distributed.is_available() and distributed.is_initialized():
+        # With one rank, gloo would copy the message in a thread of its own, and a message of 32 KiB in a second team of
+        # OpenMP threads. Once these outnumber the cores, every parallel operation of the process waits longer.
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             ranks = [None] * distributed.get_world_size()
             distributed.all_gather_object(ranks, local)
         for rank in ranks:

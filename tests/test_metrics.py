@@ -1,8 +1,12 @@
 """Metrics are true means: over elements, not over batches of them."""
 
 import math
+import os
+import subprocess
+import sys
 import time
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,6 +246,31 @@ def test_the_peak_of_memory_belongs_to_its_phase():
         "memory/rollout": 5.0,
         "memory/gib": 9.0,
     }
+
+
+ONE_RANK = """
+import os
+import sys
+import torch
+from lightning_grpo.metrics import Spread, Window
+
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+window = Window()
+for i in range(500):
+    window.add({f"reward {i}": Spread.of(torch.ones(64))})
+torch.ones(100_000).add_(1)  # creates the team of the main thread
+before = set(os.listdir("/proc/self/task"))
+values = window.reduce()
+print(len(values), len(set(os.listdir("/proc/self/task")) - before))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists threads as Linux does")
+def test_the_metrics_of_one_rank_start_no_further_openmp_team(tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", ONE_RANK, str(tmp_path / "store")]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["500", "0"]
 
 
 def test_a_paused_clock_stands_still(monkeypatch):
