@@ -9,6 +9,7 @@ from lightning_grpo.rollout.seeds import rollout_seeds
 from lightning_grpo.rollout.server.callback import VLLMProcessRollout, VLLMServerRollout
 from lightning_grpo.rollout.server.engine import ServerEngine
 from lightning_grpo.rollout.sync import SyncedEngine, SyncReport
+from lightning_grpo.rollout.turns import Turns
 from lightning_grpo.rollout.types import (
     COMPLETION_TOKENS,
     PROMPT_TOKENS,
@@ -18,6 +19,7 @@ from lightning_grpo.rollout.types import (
     Rollout,
     SampleRequest,
     Sampling,
+    Turn,
 )
 from lightning_grpo.rollout.verify import Mismatch, Tolerance, WeightSyncError, mismatch
 from lightning_grpo.rollout.vllm.callback import VLLMRollout
@@ -41,6 +43,8 @@ __all__ = [
     "SyncReport",
     "SyncedEngine",
     "Tolerance",
+    "Turn",
+    "Turns",
     "VLLMEngine",
     "VLLMProcessRollout",
     "VLLMRollout",

@@ -2,12 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
+from lightning_grpo.errors import UserError
+from lightning_grpo.rollout.turns import Turns
+from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest, Sampling
 from lightning_grpo.rollout.verify import StoredTensor
 
 
@@ -35,6 +38,17 @@ class Engine(ABC):
         The same prompt, seed and weights give the same completion, whatever else is in the batch (as far as the
         engine's arithmetic is batch-invariant).
         """
+
+    def turns(self, sampling: Sampling) -> AbstractContextManager[Turns]:
+        """Sample conversations turn by turn inside this context. Turns that are running at its end are aborted.
+
+        Raises:
+            UserError: the engine samples single completions only.
+        """
+        raise UserError(
+            f"{type(self).__name__} samples single completions and no conversations of several turns, which "
+            "model.environment needs; use HFRollout, VLLMRollout, VLLMProcessRollout or VLLMServerRollout"
+        )
 
     @abstractmethod
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, *, in_flight: bool = False) -> None:

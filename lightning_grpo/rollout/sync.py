@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
 from typing import TypeVar
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.rollout.engine import Engine
-from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
+from lightning_grpo.rollout.turns import Turns
+from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest, Sampling
 from lightning_grpo.rollout.verify import (
     Fingerprint,
     Mismatch,
@@ -68,7 +70,7 @@ class SyncedEngine:
         check_length: tokens in each of the four check sequences. The first sync scores all of them, each later one
             scores the next in turn.
         tolerance: the mismatch that is accepted, in nats; None derives it from the dtypes and the first sync.
-        sleep: let the engine release its memory after each `generate`.
+        sleep: let the engine release its memory after each `generate` or `turns`.
     """
 
     def __init__(
@@ -117,19 +119,31 @@ class SyncedEngine:
 
     def generate(self, request: SampleRequest, on_group: OnGroup | None = None) -> list[list[Completion]]:
         """Sync, except in the thread of `run_in_background`, and sample as `Engine.generate` does."""
-        if get_ident() != self._background_thread:
-            self.sync()
+        self._sync_to_sample()
         groups = self.engine.generate(request, on_group)
         if self._sleep:
             self.engine.sleep()
         return groups
 
+    @contextmanager
+    def turns(self, sampling: Sampling) -> Iterator[Turns]:
+        """Sync, except in the thread of `run_in_background`, and sample as in `Engine.turns`."""
+        self._sync_to_sample()
+        with self.engine.turns(sampling) as turns:
+            yield turns
+        if self._sleep:
+            self.engine.sleep()
+
+    def _sync_to_sample(self) -> None:
+        if get_ident() != self._background_thread:
+            self.sync()
+
     def run_in_background(self, sample: Callable[[], T]) -> Future[T]:
         """Sync now, then call ``sample`` in a background thread while the policy trains.
 
-        `generate` does not sync in that thread: it would read weights that the optimizer is changing. The next sync
-        waits for ``sample`` to return, so that all its tokens come from one policy version; unless that sync is
-        ``in_flight``.
+        `generate` and `turns` do not sync in that thread: they would read weights that the optimizer is changing. The
+        next sync waits for ``sample`` to return, so that all its tokens come from one policy version; unless that sync
+        is ``in_flight``.
 
         Raises:
             TypeError: the engine shares the trainer's process.

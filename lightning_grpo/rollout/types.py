@@ -117,6 +117,19 @@ class SampleRequest:
         return self.sampling.spare(self.count)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """The next completion of a conversation."""
+
+    key: int
+    """The conversation; a later turn with the same key continues it."""
+    token_ids: Sequence[int]
+    """All tokens so far: the prompt, and sampled tokens and observations of earlier turns."""
+    seed: int
+    max_tokens: int
+    """The largest number of tokens in the completion."""
+
+
 def extents(mask: Tensor) -> Tensor:
     """[N] int64: the number of columns of ``mask`` [N, T] up to the last True of each row; 0 without a True."""
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
