@@ -7,7 +7,7 @@ completion length.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor
@@ -72,12 +72,21 @@ class Completion:
     sampled distribution (after temperature and truncation). ``versions`` has the policy version that sampled each
     token; they differ within a completion if weights were updated meanwhile. ``finish_reason`` is "abort" if
     `Sampling.cutoff` or the engine ended it.
+
+    A completion over several turns has further tokens between those that the policy sampled. The last token is always
+    a sampled one.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
     versions: list[int]
+    mask: list[bool] | None = None
+    """Which tokens the policy sampled; None: all. ``logprobs`` and ``versions`` of the others are 0."""
+    turn_rewards: list[tuple[int, float]] | None = None
+    """The environment's reward of each turn, with the index of the turn's last sampled token."""
+    messages: list[dict[str, Any]] | None = None
+    """The conversation after the prompt, if there may be several turns."""
 
 
 OnGroup = Callable[[int, list[Completion]], None]
@@ -175,6 +184,10 @@ class Rollout:
     sources             [N]        list of `Prompt.source`; None in a checkpoint of an earlier version
     seeds               [N]        list of the seeds with which the completions were sampled; None if unknown
     extras              [N]        list of {name: value} that rewards logged with ``log_extra``; None if unknown
+    turn_rewards        [N, T]     float32, the environment's reward of each turn at the last token that the policy
+                                   sampled in it, 0 elsewhere; None without an environment
+    conversations       [N]        list of the messages of each completion: those of the assistant, and in between those
+                                   of tools or the user; None without an environment
     reward_metrics      –          {name: values} that rewards logged with ``log_metric``, until they are in the metrics
     ==================  =========  ==================================================================
     """
@@ -190,6 +203,8 @@ class Rollout:
     sources: list[str] | None = None
     seeds: list[int] | None = None
     extras: list[dict[str, Any]] | None = None
+    turn_rewards: Tensor | None = field(default=None, metadata=COMPLETION_TOKENS)
+    conversations: list[list[dict[str, Any]]] | None = None
     reward_metrics: dict[str, list[float]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -264,15 +279,22 @@ class Rollout:
             truncated=torch.tensor([c.finish_reason != "stop" for _, c in rows]),
             versions=torch.zeros(N, T, dtype=torch.long),
         )
+        if any(c.turn_rewards is not None for _, c in rows):
+            out.turn_rewards = torch.zeros(N, T, dtype=torch.float32)
+        if any(c.messages is not None for _, c in rows):
+            out.conversations = [c.messages or [] for _, c in rows]
         for n, (prompt, c) in enumerate(rows):
             p, t = len(prompt), len(c.token_ids)
-            for what, values in (("log-probs", c.logprobs), ("versions", c.versions)):
+            mask = [True] * t if c.mask is None else c.mask
+            for what, values in (("log-probs", c.logprobs), ("versions", c.versions), ("mask values", mask)):
                 if len(values) != t:
                     raise UserError(f"the engine returned {len(values)} {what} for a completion of {t} tokens")
             out.prompt_ids[n, P - p :] = torch.tensor(list(prompt))
             out.prompt_mask[n, P - p :] = True
             out.completion_ids[n, :t] = torch.tensor(c.token_ids, dtype=torch.long)
-            out.completion_mask[n, :t] = True
+            out.completion_mask[n, :t] = torch.tensor(mask)
+            for place, reward in c.turn_rewards or ():
+                cast(Tensor, out.turn_rewards)[n, place] = reward
             out.rollout_logprobs[n, :t] = torch.tensor(c.logprobs, dtype=torch.float32)
             out.versions[n, :t] = torch.tensor(c.versions, dtype=torch.long)
         return out
