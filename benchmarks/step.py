@@ -29,8 +29,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = {
     "bf16-mixed": "bfloat16 autocast over float32 weights",
+    "fp32": "all in float32, which is faster on a processor without bfloat16 instructions",
     "bf16": "weights, gradients and optimizer in bfloat16",
 }
+GOALS = {"bf16-mixed": 5.0, "fp32": 3.5, "bf16": 5.0}
+"""TRL's seconds per step relative to ours."""
+GOAL_MEMORY = 2.0
+"""TRL's peak memory relative to ours."""
 SIDES = ["TRL", "ours"]
 LEARNING_RATE = 1e-6
 
@@ -38,20 +43,24 @@ LEARNING_RATE = 1e-6
 # --- the work ---------------------------------------------------------------------------------------------------------
 
 
-def questions(count: int) -> list[str]:
-    """Word problems of about 110 tokens in the model's chat format, ending with the opening of the answer."""
+def questions(count: int, stories: int = 1) -> list[str]:
+    """Word problems in the model's chat format, of about 110 tokens for one of ``stories``, ending with the opening of
+    the answer."""
     rng = random.Random(0)
     names, things = ["Ada", "Bert", "Cleo", "Dan", "Edda", "Finn"], ["apples", "books", "coins", "stamps", "tickets"]
     found = []
     for _ in range(count):
-        (a, b), thing, (x, y, z) = rng.sample(names, 2), rng.choice(things), (rng.randint(11, 99) for _ in range(3))
-        story = (
-            f"{a} has {x} {thing} in a box at home. On Monday {a} buys {y} more {thing} at the market and puts them "
-            f"into the same box. On Tuesday {b} comes to visit, who has {z} {thing}, and gives every second one of "
-            f"them to {a}. How many {thing} does {a} have in the box on Tuesday evening, and how many are left to {b}? "
-            "Think step by step, and write the two numbers on the last line."
-        )
-        found.append(f"<|im_start|>user\n{story}<|im_end|>\n<|im_start|>assistant\n")
+        told = []
+        for _ in range(stories):
+            (a, b), thing, (x, y, z) = rng.sample(names, 2), rng.choice(things), (rng.randint(11, 99) for _ in range(3))
+            told.append(
+                f"{a} has {x} {thing} in a box at home. On Monday {a} buys {y} more {thing} at the market and puts "
+                f"them into the same box. On Tuesday {b} comes to visit, who has {z} {thing}, and gives every second "
+                f"one of them to {a}. How many {thing} does {a} have in the box on Tuesday evening, and how many are "
+                f"left to {b}? "
+            )
+        task = "".join(told) + "Think step by step, and write the two numbers on the last line."
+        found.append(f"<|im_start|>user\n{task}<|im_end|>\n<|im_start|>assistant\n")
     return found
 
 
@@ -113,6 +122,7 @@ class Clock:
 def run_trl(job: dict, clock: Clock) -> dict:
     import torch
     from datasets import Dataset
+    from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
@@ -139,12 +149,13 @@ def run_trl(job: dict, clock: Clock) -> dict:
     }
     config = GRPOConfig(
         output_dir=job["folder"] + "/trl",
-        model_init_kwargs={"dtype": "float32" if job["precision"] == "bf16-mixed" else "bfloat16"},
+        model_init_kwargs={"dtype": "bfloat16" if job["precision"] == "bf16" else "float32"},
         bf16=job["precision"] == "bf16-mixed",
         use_cpu=not torch.cuda.is_available(),
         per_device_train_batch_size=job["micro_batch"],
         gradient_accumulation_steps=job["prompts"] * job["generations"] // job["micro_batch"],
         num_generations=job["generations"],
+        num_iterations=job["iterations"],
         max_completion_length=job["length"],
         max_steps=job["warm_up"] + job["steps"],
         learning_rate=LEARNING_RATE,
@@ -160,12 +171,16 @@ def run_trl(job: dict, clock: Clock) -> dict:
         disable_tqdm=True,
         **(vllm if job["engine"] == "vllm" else {}),
     )
-    rows = [{"prompt": text} for text in questions(job["prompts"])]
+    rows = [{"prompt": text} for text in questions(job["prompts"], job["stories"])]
+    adapter = (
+        LoraConfig(r=job["lora"], lora_alpha=2 * job["lora"], target_modules="all-linear") if job["lora"] else None
+    )
     trainer = Counting(
         model=job["model"],
         args=config,
         reward_funcs=variety,
         train_dataset=Dataset.from_list(rows),
+        peft_config=adapter,
         callbacks=[Steps()],
     )
     if job["engine"] == "vllm":
@@ -188,6 +203,7 @@ def run_ours(job: dict, clock: Clock) -> dict:
 
     from lightning_grpo import GRPOModule, PromptDataModule
     from lightning_grpo.objective import ObjectiveConfig
+    from lightning_grpo.policy import LoRA
     from lightning_grpo.rollout import HFRollout, VLLMRollout
 
     norms, trained, advantages = [], [], []
@@ -212,13 +228,14 @@ def run_ours(job: dict, clock: Clock) -> dict:
             return found
 
     rows = Path(job["folder"]) / "prompts.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions(job["prompts"])))
-    mixed = job["precision"] == "bf16-mixed"
+    rows.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions(job["prompts"], job["stories"])))
     module = Timed(
         job["model"],
         [variety],
-        dtype="float32" if mixed else "bfloat16",
+        dtype="bfloat16" if job["precision"] == "bf16" else "float32",
+        lora=LoRA(rank=job["lora"], alpha=2 * job["lora"]) if job["lora"] else None,
         num_generations=job["generations"],
+        num_iterations=job["iterations"],
         micro_batch_size=job["micro_batch"],
         max_prompt_length=job["max_prompt"],
         max_completion_length=job["length"],
@@ -226,7 +243,7 @@ def run_ours(job: dict, clock: Clock) -> dict:
         optimizer=lambda p: torch.optim.AdamW(p, lr=LEARNING_RATE, weight_decay=0.0, fused=True),
     )
     trainer = lightning.Trainer(
-        precision="bf16-mixed" if mixed else None,
+        precision="bf16-mixed" if job["precision"] == "bf16-mixed" else None,
         max_steps=job["warm_up"] + job["steps"],
         max_epochs=-1,
         accumulate_grad_batches=job["prompts"] * job["generations"] // job["micro_batch"],
@@ -249,8 +266,13 @@ def worker(job: dict) -> dict:
     torch.set_num_threads(job["threads"])
     clock = Clock()
     found = {"TRL": run_trl, "ours": run_ours}[job["side"]](job, clock)
-    steady = clock.steps[job["warm_up"] :]
-    parts = {part: statistics.median(step[part] for step in steady) for part in steady[0]}
+    steady, passes = clock.steps[job["warm_up"] :], job["iterations"]
+    # completions are sampled in every ``passes``-th step only
+    rollouts = [steady[i : i + passes] for i in range(0, len(steady), passes)]
+    parts = {
+        part: statistics.median(statistics.mean(step[part] for step in steps) for steps in rollouts)
+        for part in steady[0]
+    }
     return {**parts, "peak": status("VmHWM"), "all_steps": clock.steps, **found}
 
 
@@ -294,7 +316,12 @@ def compare(label: str, rows: dict[str, dict]) -> tuple[str, list[str], tuple[fl
     if theirs["tokens"] != ours["tokens"]:
         bad.append(f"{label}: TRL trained on {theirs['tokens']} tokens per step, lightning_grpo on {ours['tokens']}")
     ratios = {part: theirs[part] / ours[part] for part in ("total", "generate", "update", "peak", "resident")}
-    bad += [f"{label}: TRL / ours {part} {ratios[part]:.2f}" for part in ("total", "peak") if ratios[part] <= 1]
+    goals = {"total": GOALS[ours["precision"]], "peak": GOAL_MEMORY}
+    bad += [
+        f"{label}: TRL / ours {part} {ratios[part]:.2f}, goal {goal:g}"
+        for part, goal in goals.items()
+        if ratios[part] < goal
+    ]
     text = "   ".join(f"{part} {ratio:.2f}" for part, ratio in ratios.items())
     return f"  TRL / ours: {text}", bad, (ratios["total"], ratios["peak"])
 
@@ -306,7 +333,7 @@ def main() -> int:
     )
     parser.add_argument("--peers", default=sys.executable, help="interpreter of the environment with TRL")
     parser.add_argument("--engines", nargs="+", default=["hf"], choices=["hf", "vllm"])
-    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
+    parser.add_argument("--precisions", nargs="+", default=["bf16-mixed", "fp32"], choices=list(PRECISIONS))
     parser.add_argument(
         "--betas", nargs="+", type=float, default=[0.0, 0.04], help="coefficients of the KL to the reference"
     )
@@ -316,11 +343,16 @@ def main() -> int:
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--length", type=int, default=48, help="tokens per completion")
     parser.add_argument("--micro-batch", type=int, default=8, help="completions per forward and backward pass")
+    parser.add_argument("--stories", type=int, default=1, help="word problems per prompt, of about 100 tokens each")
+    parser.add_argument("--lora", type=int, default=0, help="rank of an adapter on all linear layers; 0: all weights")
+    parser.add_argument("--iterations", type=int, default=1, help="passes over each rollout")
     parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps")
     parser.add_argument("--warm-up", type=int, default=1, help="optimizer steps before the measured ones")
-    parser.add_argument("--quick", action="store_true", help="one thread, autocast, β 0; two steps")
+    parser.add_argument("--quick", action="store_true", help="all threads, β 0, the faster precision here; one step")
     parser.add_argument(
-        "--check", action="store_true", help="exit with 1 unless lightning_grpo is faster and uses less memory"
+        "--check",
+        action="store_true",
+        help="exit with 1 unless TRL takes 5 times (fp32: 3.5) our time, twice our memory",
     )
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -329,12 +361,16 @@ def main() -> int:
         args.json.write_text(json.dumps(worker(json.loads(args.worker))))
         return 0
     if args.quick:
-        args.precisions, args.betas, args.threads, args.steps = ["bf16-mixed"], [0.0], [1], 2
+        from lightning_grpo.processor import cores, fast_dtype
+
+        args.precisions = ["bf16-mixed" if str(fast_dtype()) == "torch.bfloat16" else "fp32"]
+        args.betas, args.threads, args.steps = [0.0], [cores()], 1
     results, bad, ratios = [], [], []
-    names = ("prompts", "generations", "length", "micro_batch", "steps", "warm_up")
+    names = ("prompts", "stories", "generations", "length", "micro_batch", "lora", "iterations", "steps", "warm_up")
+    args.steps, args.warm_up = args.steps * args.iterations, args.warm_up * args.iterations
     with tempfile.TemporaryDirectory() as folder:
         model = endless_checkpoint(args.model, Path(folder) / "model")
-        base = {name: vars(args)[name] for name in names} | {"model": str(model), "max_prompt": 192}
+        base = {name: vars(args)[name] for name in names} | {"model": str(model), "max_prompt": 64 + 128 * args.stories}
         cases = [
             {"engine": engine, "precision": precision, "beta": beta, "threads": threads}
             for engine in args.engines
@@ -348,9 +384,9 @@ def main() -> int:
             rows = {}
             for side in args.sides:
                 job = base | case | {"side": side}
-                rows[side] = measure(job, args.peers if side == "TRL" else sys.executable)
+                rows[side] = job | measure(job, args.peers if side == "TRL" else sys.executable)
                 print(f"  {side:5}{describe(rows[side])}", flush=True)
-                results.append(job | rows[side])
+                results.append(rows[side])
             if len(rows) == len(SIDES):
                 text, short, pair = compare(label, rows)
                 bad += short
