@@ -12,27 +12,21 @@ overrides `rollout`, `compute_rewards`, `compute_advantages` or `compute_loss`.
 Shapes: B prompts and N = B·G completions on this rank, n of them in a micro-batch, R rewards, T completion length.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, cast
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.data import PromptBatch
 from lightning_grpo.errors import UserError
-from lightning_grpo.export.checkpoint import describe_policy
-from lightning_grpo.export.load import load_module
 from lightning_grpo.metrics import Metric, Window
-from lightning_grpo.monitor.checkpoint_files import require_same_weights
 from lightning_grpo.objective import (
     AdvantageConfig,
     Coefficients,
@@ -41,42 +35,27 @@ from lightning_grpo.objective import (
     on_policy_coefficient,
     policy_loss,
 )
-from lightning_grpo.policy import (
-    LoRA,
-    Policy,
-    Pretrained,
-    adapters,
-    frozen_copy,
-    full_precision_buffers,
-    load_config,
-    load_generation_config,
-    load_policy,
-    load_tokenizer,
-    shard,
-    source_of,
-)
+from lightning_grpo.policy import LoRA, Pretrained, frozen_copy, shard
 from lightning_grpo.policy.attention import NAME as ATTENTION
-from lightning_grpo.policy.checks import require_context, require_end_token
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards import Reward, as_rewards
-from lightning_grpo.rewards.check import check_rows
-from lightning_grpo.rollout import Rollout, RolloutCallback, Sampling, SyncedEngine, default_rollout, policy_weights
+from lightning_grpo.rollout import Rollout, RolloutCallback, Sampling, SyncedEngine, default_rollout
 from lightning_grpo.rollout.callback import eos_token_ids, pad_id
 from lightning_grpo.seed import seed_of_run
-from lightning_grpo.stopping import abandonable
-from lightning_grpo.training import checks, evaluation, resume, schedules
-from lightning_grpo.training.batching import check_batch_arithmetic, steps_per_rollout
+from lightning_grpo.training import checks, held_out, resume, schedules
+from lightning_grpo.training.batching import steps_per_rollout
 from lightning_grpo.training.collector import Collector, require_recent
 from lightning_grpo.training.evaluation import Evaluation
 from lightning_grpo.training.experience import Experience, without_fillers
 from lightning_grpo.training.generation import Generation
 from lightning_grpo.training.optimizers import Optimization, step_schedule
+from lightning_grpo.training.policy import TrainablePolicy
 from lightning_grpo.training.progress import Progress
-from lightning_grpo.training.scorer import Scorer, sequence_logprobs
+from lightning_grpo.training.scorer import Scorer
 from lightning_grpo.training.step import StepMonitor
 
 
-class GRPOModule(LightningModule):
+class GRPOModule(TrainablePolicy):
     """Train a language model with GRPO.
 
     Args:
@@ -182,7 +161,6 @@ class GRPOModule(LightningModule):
         decay_norms_and_biases: bool = True,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
         check_ranges(locals(), RANGES)
         checks.check_options(
             rewards=rewards,
@@ -194,7 +172,17 @@ class GRPOModule(LightningModule):
             in_flight_updates=in_flight_updates,
             objective=objective,
         )
-        self.pretrained, self.lora = source_of(model, lora)
+        super().__init__(
+            model,
+            lora=lora,
+            dtype=dtype,
+            gradient_checkpointing=gradient_checkpointing,
+            attn_implementation=attn_implementation,
+            head_in_float32=head_in_float32,
+            from_scratch=from_scratch,
+            quantization=quantization,
+            seed=seed_of_run(seed),
+        )
         named = as_rewards([*rewards, *eval_rewards])
         self.rewards, self.eval_rewards = named[: len(rewards)], named[len(rewards) :]
         if objective.max_completion_length is None:
@@ -209,25 +197,13 @@ class GRPOModule(LightningModule):
         self.sampling = sampling
         self.validation_sampling = validation_sampling or replace(sampling, cutoff=1.0)
         self.rollout_ahead = rollout_ahead
-        self.dtype_name = dtype
-        self.gradient_checkpointing = gradient_checkpointing
         self.share_prompt = share_prompt and not gradient_checkpointing
-        self.attn_implementation = attn_implementation
-        self.head_in_float32 = head_in_float32
-        self.from_scratch = from_scratch
-        self.quantization = quantization
         self.optimization = Optimization(
             optimizer,
             lr_schedule=lr_schedule,
             warmup_steps=warmup_steps,
             decay_norms_and_biases=decay_norms_and_biases,
         )
-        self.seed = seed_of_run(seed)
-        if self.lora is not None:
-            # checkpoints contain the adapter alone; `adapters.check` requires all of it
-            self.strict_loading = False
-        self.policy: Policy | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self.held_out: dict[str, float] = {}
 
         self.collector = Collector(
@@ -477,19 +453,6 @@ class GRPOModule(LightningModule):
         """Sample ``num_generations`` completions of each prompt; see `Generation.generate`."""
         return self.generation.generate(self.engine, batch, num_generations, sampling, number=number)
 
-    @property
-    def policy_version(self) -> int:
-        """Number of optimizer steps taken, in which the age of samples is counted."""
-        return self.trainer.global_step
-
-    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights under Hugging Face names, with adapters merged, for the engine."""
-        return policy_weights(self.policy)
-
-    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Log-probs of whole sequences, with which a weight sync is verified; see `sequence_logprobs`."""
-        return sequence_logprobs(self.policy, sequences, self.trainer)
-
     # ── Held-out prompts ──────────────────────────────────────────────────────────────────────────────────────────
 
     # Callbacks were called just before these hooks, and may have swapped the weights.
@@ -499,21 +462,9 @@ class GRPOModule(LightningModule):
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
-    def sample_held_out(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
-        """k completions of each held-out prompt, and their rewards, followed by those of evaluations only."""
-        k = self.evaluation.num_generations
-        with abandonable(self.trainer):
-            rollout = self.generate(batch, k, self.validation_sampling, number=evaluation.ROLLOUT_NUMBER)
-            rewards = self.compute_rewards(rollout, batch)
-            if self.eval_rewards:
-                rewards = torch.cat([rewards, self.generation.score(self.eval_rewards, rollout, batch)], 1)
-            return rollout, rewards
-
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample completions of held-out prompts and collect their metrics."""
-        rollout, rewards = self.sample_held_out(batch)
-        answers = self.generation.final_answers(rollout)
-        self.evaluation.observe(batch, rollout, rewards, self._held_out_names, self.reward_weights, answers)
+        held_out.observe(self, batch)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """As `validation_step`."""
@@ -521,13 +472,7 @@ class GRPOModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record per completion; see `Evaluation.records`."""
-        rollout, rewards = self.sample_held_out(batch)
-        texts = self.generation.decode(rollout.written_ids())
-        return self.evaluation.records(batch, rollout, rewards, self._held_out_names, texts)
-
-    @property
-    def _held_out_names(self) -> list[str]:
-        return [*self.reward_names, *(reward.name for reward in self.eval_rewards)]
+        return held_out.records(self, batch)
 
     def on_validation_start(self) -> None:
         """Exclude a validation within an optimizer step from the time of that step."""
@@ -564,26 +509,7 @@ class GRPOModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check everything that can be checked before a weight is loaded."""
-        trainer, data = self.trainer, self.trainer.datamodule
-        self.optimization.check()
-        checks.check_trainer(trainer)
-        config = load_config(self.pretrained)
-        require_end_token(self.model_path, self.tokenizer, config, load_generation_config(self.pretrained, config))
-        require_context(self.model_path, config, self.max_prompt_length, self.max_completion_length)
-        if stage == "fit":
-            in_flight = self.collector.in_flight_updates
-            checks.check_engine(trainer, rollout_ahead=self.rollout_ahead, in_flight_updates=in_flight)
-            checks.check_training_options(trainer)
-            check_batch_arithmetic(
-                prompts_per_rollout=data.prompts_per_rollout,
-                num_generations=self.num_generations,
-                micro_batch_size=self.micro_batch_size,
-                accumulate_grad_batches=trainer.accumulate_grad_batches,
-                num_iterations=self.num_iterations,
-                ranks=self.data_ranks,
-            )
-        check_rows(self.rewards, data.prompts_to_check if stage == "fit" else ())
-        check_rows([*self.rewards, *self.eval_rewards], getattr(data, "validation", ()))
+        checks.check_run(self, stage)
         if stage == "fit":
             self._begin_fit()
 
@@ -608,36 +534,18 @@ class GRPOModule(LightningModule):
         """Load the policy, and for training a reference if one is needed and LoRA does not provide it."""
         loaded: list[nn.Module] = []
         if self.policy is None:
-            self.policy = self._load_policy()
+            self.policy = self.load_policy()
             loaded.append(self.policy)
         is_fit = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         if is_fit and self.needs_reference and self.lora is None and self.scorer.reference is None:
             # a policy that was loaded before may have been trained, or may hold the weights of a checkpoint
-            self.scorer.reference = frozen_copy(self.policy if loaded else self._load_policy())
+            self.scorer.reference = frozen_copy(self.policy if loaded else self.load_policy())
             loaded.append(self.scorer.reference)
         if self.device_mesh is not None:
             for model in loaded:
                 shard(model, self.device_mesh["data_parallel"])
         if loaded and self.needs_reference:
             self.scorer.remember(self.policy, self.lora)
-
-    def _load_policy(self) -> Policy:
-        return load_policy(
-            self.pretrained,
-            dtype=self.dtype_name,
-            lora=self.lora,
-            gradient_checkpointing=self.gradient_checkpointing,
-            attn_implementation=self.attn_implementation,
-            head_in_float32=self.head_in_float32,
-            from_scratch=self.from_scratch,
-            quantization=self.quantization,
-            seed=self.seed,
-        )
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As in torch, except for buffers: see `full_precision_buffers`. Lightning calls it with bf16-true."""
-        with full_precision_buffers(self):
-            return super().to(*args, **kwargs)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over all trainable parameters, and its learning-rate schedule in optimizer steps."""
@@ -653,45 +561,18 @@ class GRPOModule(LightningModule):
 
     # ── Checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-        """With LoRA the adapter alone: the base model is the checkpoint that it was loaded from."""
-        state = super().state_dict(*args, prefix=prefix, **kwargs)
-        if self.lora is not None:
-            kept = {prefix + name for name in self._trainable}
-            for name in [name for name in state if name.startswith(prefix) and name not in kept]:
-                del state[name]
-        return state
-
-    @property
-    def _trainable(self) -> set[str]:
-        return {name for name, p in self.named_parameters() if p.requires_grad}
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what is trained and how, and the rest of the rollout of every rank."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["policy"]["optimizer"] = self.optimization.described
         data = self.trainer.datamodule
-        checkpoint["policy"] = {
-            "lora": adapters.describe(self.lora, self._trainable, self.quantization),
-            "optimizer": self.optimization.described,
-            **describe_policy(
-                model=self.pretrained,
-                dtype=self.dtype_name,
-                from_scratch=self.from_scratch,
-                seed=self.seed,
-                chat_template=getattr(data, "chat_template", None),
-            ),
-        }
         if data is not None and data.state_dict():
             resume.save(checkpoint, self.progress, self.collector.pending, self.trainer)
             checkpoint["grpo"]["coefficients"] = self.coefficients.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """In `fit`, continue with the micro-batch that was next. Elsewhere, only the weights are used."""
-        if "policy" not in checkpoint:
-            raise UserError("the checkpoint was saved by another program, or by an earlier version of this one")
-        saved = checkpoint["policy"]
-        adapters.check(saved["lora"], self.lora, self._trainable, self.quantization)
-        if self.lora is None and self.device_mesh is None:
-            require_same_weights(self.state_dict(), checkpoint["state_dict"])
+        super().on_load_checkpoint(checkpoint)
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         if "grpo" not in checkpoint:
@@ -699,7 +580,7 @@ class GRPOModule(LightningModule):
                 "the checkpoint was saved outside of fit and contains only weights, so training cannot continue from "
                 "it; name one that fit saved"
             )
-        self.optimization.load(saved["optimizer"])
+        self.optimization.load(checkpoint["policy"]["optimizer"])
         self._reset()
         self.coefficients.load_state_dict(checkpoint["grpo"]["coefficients"])
         self.collector.pending = resume.load(
@@ -711,11 +592,6 @@ class GRPOModule(LightningModule):
             experience_class=self.experience_class,
         )
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location: Any = None, **kwargs: Any) -> Self:
-        """Load the policy of a checkpoint, to generate without a Trainer; see `load_module`."""
-        return load_module(cls, checkpoint_path, map_location, **kwargs)
-
     # ── Sizes and names ───────────────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -723,23 +599,6 @@ class GRPOModule(LightningModule):
         """Metrics of the current optimizer step: ``self.window.mean(name, values)`` logs a true mean over its
         micro-batches and all ranks."""
         return self.step_monitor.window
-
-    @property
-    def model_path(self) -> str:
-        """Folder of the policy's checkpoint, or its name on the hub."""
-        return self.pretrained.name
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The checkpoint's tokenizer, loaded once."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.pretrained)
-        return self._tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of rows of the checkpoint's embedding."""
-        return load_config(self.pretrained).get_text_config().vocab_size
 
     @property
     def reward_names(self) -> list[str]:

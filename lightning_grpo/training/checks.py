@@ -8,8 +8,44 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.objective import ObjectiveConfig
-from lightning_grpo.policy import LoRA
+from lightning_grpo.policy import LoRA, load_config, load_generation_config
+from lightning_grpo.policy.checks import require_context, require_end_token
+from lightning_grpo.rewards.check import check_rows
 from lightning_grpo.rollout import RolloutCallback, Sampling, SyncedEngine
+from lightning_grpo.training.batching import check_batch_arithmetic
+
+
+def check_run(module: Any, stage: str) -> None:
+    """Check the module's options together with those of the trainer, the model's configuration and the data's rows.
+
+    Args:
+        module: a `GRPOModule`.
+        stage: of the Trainer, such as ``fit``.
+
+    Raises:
+        UserError: the run would fail later, or train on a wrong gradient.
+    """
+    trainer: Trainer = module.trainer
+    data = trainer.datamodule
+    module.optimization.check()
+    check_trainer(trainer)
+    name, config = module.pretrained.name, load_config(module.pretrained)
+    require_end_token(name, module.tokenizer, config, load_generation_config(module.pretrained, config))
+    require_context(name, config, module.max_prompt_length, module.max_completion_length)
+    if stage == "fit":
+        in_flight = module.collector.in_flight_updates
+        check_engine(trainer, rollout_ahead=module.rollout_ahead, in_flight_updates=in_flight)
+        check_training_options(trainer)
+        check_batch_arithmetic(
+            prompts_per_rollout=data.prompts_per_rollout,
+            num_generations=module.num_generations,
+            micro_batch_size=module.micro_batch_size,
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            num_iterations=module.num_iterations,
+            ranks=module.data_ranks,
+        )
+    check_rows(module.rewards, data.prompts_to_check if stage == "fit" else ())
+    check_rows([*module.rewards, *module.eval_rewards], getattr(data, "validation", ()))
 
 
 def check_trainer(trainer: Trainer) -> None:
