@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 
-from lightning_grpo.cli.trl_options import GRPO_CONFIG, SCRIPT, TRAINING_ARGUMENTS, Row
+from lightning_grpo.cli.trl.options import GRPO_CONFIG, SCRIPT, TRAINING_ARGUMENTS, Row
 
 TOP = """\
 # Coming from TRL

@@ -13,8 +13,8 @@ from jsonargparse import ArgumentParser
 from trl_table import page
 
 from lightning_grpo.cli import main
-from lightning_grpo.cli.convert import Conversion, render
-from lightning_grpo.cli.trl_options import GRPO_CONFIG, ROWS, TRAINING_ARGUMENTS
+from lightning_grpo.cli.convert import convert, render
+from lightning_grpo.cli.trl.options import GRPO_CONFIG, ROWS, TRAINING_ARGUMENTS
 from lightning_grpo.errors import UserError
 from lightning_grpo.objective import AdvantageConfig, ObjectiveConfig, policy_loss
 
@@ -52,7 +52,7 @@ log_unique_prompts: true
 
 
 def converted(**given) -> dict:
-    return yaml.safe_load(render(Conversion(given), ["a"]))
+    return yaml.safe_load(render(convert(given), ["a"]))
 
 
 def composed(capsys, *arguments) -> dict:
@@ -235,7 +235,7 @@ def test_a_script_converts_to_a_configuration_that_fit_reads(tmp_path, capsys):
 def test_options_convert_to_a_module_that_takes_them(given, tmp_path):
     """The conversion's parts are built as ``fit`` builds them."""
     (tmp_path / "c.json").write_text(json.dumps(given))
-    config = yaml.safe_load(render(Conversion(json.loads((tmp_path / "c.json").read_text())), []))
+    config = yaml.safe_load(render(convert(json.loads((tmp_path / "c.json").read_text())), []))
     from lightning_grpo import GRPOModule, PromptDataModule
 
     parser = ArgumentParser(exit_on_error=False)
@@ -280,7 +280,7 @@ def test_a_missing_file_is_named(capsys):
 
 
 def test_a_conversion_needs_devices_to_divide():
-    data = Conversion({"num_generations": 8, "num_processes": 2}).config["data"]["init_args"]
+    data = convert({"num_generations": 8, "num_processes": 2}).config["data"]["init_args"]
     assert data["prompts_per_rollout"] == 2
     with pytest.raises(UserError, match="Set --devices to the number of GPUs"):
-        Conversion({"num_generations": 16})
+        convert({"num_generations": 16})

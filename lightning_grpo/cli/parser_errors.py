@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_grpo.cli.trl_options import ROWS
+from lightning_grpo.cli.trl.options import ROWS
 from lightning_grpo.errors import UserError
 
 KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')

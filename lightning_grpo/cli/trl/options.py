@@ -1,6 +1,6 @@
 """The options of TRL 1.16's GRPO trainer and what corresponds to them here: the one table of the conversion.
 
-docs/coming-from-trl.md is generated from it, and `lightning_grpo.cli.convert` reads defaults and notes from it.
+docs/coming-from-trl.md is generated from it, and the other modules of this package read defaults and notes from it.
 """
 
 from typing import Any, NamedTuple

@@ -1,0 +1,100 @@
+"""Prompts, rewards, and held-out prompts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_grpo.cli.trl.conversion import Conversion
+from lightning_grpo.cli.trl.options import ROWS
+from lightning_grpo.errors import UserError
+
+BOXED = r"\\boxed\{(.+?)\}"
+REWARDS: dict[str, tuple[dict[str, Any], str]] = {
+    "accuracy_reward": (
+        {"class_path": "lightning_grpo.rewards.ExactMatch", "init_args": {"extract": BOXED, "answer": "solution"}},
+        "accuracy_reward compares with math-verify, ExactMatch compares numbers and text",
+    ),
+    "think_format_reward": ({"class_path": "lightning_grpo.rewards.RegexFormat"}, ""),
+    "get_soft_overlong_punishment": (
+        {
+            "class_path": "lightning_grpo.rewards.LengthPenalty",
+            "init_args": {"max_completion_length": 1280, "soft_punish_cache": 256},
+        },
+        "",
+    ),
+}
+"""Rewards of the script ``trl grpo``, and what differs."""
+
+
+def prompts(run: Conversion) -> None:
+    """Prompts of training."""
+    sources = {f"source{i}": _source(source) for i, source in enumerate(run["datasets"])}
+    if sources:
+        run.put("data.source", sources, note="datasets: names of the sources appear in metrics")
+    else:
+        name = run["dataset_name"]
+        note = "" if name else "the data set is an argument of GRPOTrainer in TRL; set yours"
+        run.put("data.source", name or "prompts.jsonl", note=note)
+        if name and not Path(name).exists():
+            run.put("data.source_args", _split(run, run["dataset_train_split"]))
+    run.put("data.shuffle", run["shuffle_dataset"])
+    if run["dataset_streaming"] or run["streaming"]:
+        run.put("data.streaming", True, "dataset_streaming")
+    run.copy("chat_template_kwargs", "data_seed")
+
+
+def rewards(run: Conversion) -> None:
+    """Reward functions and their weights."""
+    functions = run["reward_funcs"] or []
+    functions = [functions] if isinstance(functions, str) else functions
+    weights = run["reward_weights"] or [1.0] * len(functions)
+    if functions and len(weights) != len(functions):
+        raise UserError(f"reward_weights has {len(weights)} values for {len(functions)} reward_funcs")
+    converted: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for name, weight in zip(functions, weights, strict=False):
+        reward, note = REWARDS.get(name, ({"class_path": "lightning_grpo.rewards.FunctionReward"}, ""))
+        options = dict(reward.get("init_args", {})) | ({} if name in REWARDS else {"function": name})
+        converted.append({**reward, "init_args": options | {"weight": float(weight)}})
+        notes += [note] if note else []
+    if not converted:
+        converted = [{"class_path": "lightning_grpo.rewards.ExactMatch"}]
+        notes = [
+            "the rewards are arguments of GRPOTrainer in TRL; set yours, a function as "
+            "{class_path: FunctionReward, init_args: {function: module.name}}"
+        ]
+    run.put("model.rewards", converted, note="; ".join(notes))
+
+
+def _source(source: Mapping[str, Any]) -> dict[str, Any]:
+    options = {key: source[key] for key in ("name", "data_dir", "data_files", "split") if source.get(key)}
+    return {"source": source["path"], "source_args": {"split": "train"} | options}
+
+
+def _split(run: Conversion, split: str) -> dict[str, Any]:
+    return ({"name": run["dataset_config"]} if run["dataset_config"] else {}) | {"split": split}
+
+
+def evaluation(run: Conversion) -> None:
+    """Held-out prompts."""
+    strategy = str(run["eval_strategy"])
+    if strategy == "no":
+        run.put("trainer.limit_val_batches", 0)
+        run.put("trainer.num_sanity_val_steps", 0)
+        return
+    if run["dataset_name"]:
+        run.put("data.validation_source", run["dataset_name"])
+        run.put("data.validation_args", _split(run, run["dataset_test_split"]))
+    else:
+        note = "the held-out set is an argument of GRPOTrainer in TRL; here it is drawn from data.source"
+        run.put("data.validation_size", 64, note=f"{note}, or set data.validation_source")
+    run.put("trainer.num_sanity_val_steps", -1 if run["eval_on_start"] else 0, "eval_on_start")
+    if strategy == "steps":
+        steps = int(run["eval_steps"] or run["logging_steps"])
+        note = f"eval_steps: {steps} optimizer steps; {ROWS['eval_steps'].note}"
+        run.put("trainer.val_check_interval", steps * int(run["gradient_accumulation_steps"]), note=note)
+        run.put("trainer.check_val_every_n_epoch", None)
+    group = int(run["num_generations_eval"] or run["num_generations"])
+    run.put("model.validation_generations", group, "num_generations_eval")
+    count = max(1, int(run["per_device_eval_batch_size"]) // group)
+    run.put("data.validation_batch_size", count, "per_device_eval_batch_size")
