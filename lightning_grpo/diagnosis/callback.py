@@ -14,7 +14,7 @@ from lightning_grpo.diagnosis.history import History, Row, by_step
 from lightning_grpo.diagnosis.live import info_of, options_of, rows_of
 from lightning_grpo.diagnosis.nonfinite import find_origin, save_batch
 from lightning_grpo.diagnosis.rule import Rule
-from lightning_grpo.diagnosis.rules import NonFinite
+from lightning_grpo.diagnosis.rules.optimization import NonFinite
 from lightning_grpo.diagnosis.ruleset import RuleSet, keys
 from lightning_grpo.diagnosis.text import describe
 from lightning_grpo.errors import NonFiniteError, RunError, UserError

@@ -1,55 +1,14 @@
-"""The built-in rules, by theme."""
+"""The built-in rules: those that the modules of this package define, by theme."""
 
 from lightning_grpo.diagnosis.rule import Rule
-from lightning_grpo.diagnosis.rules.optimization import (
-    Clipping,
-    GradientSpikes,
-    LearningRateHigh,
-    LearningRateLow,
-    NonFinite,
-    NoUpdate,
-    SmallBatch,
-)
-from lightning_grpo.diagnosis.rules.policy import (
-    EntropyCollapse,
-    EntropyExplosion,
-    KLRunaway,
-    Repetition,
-    Truncation,
-)
-from lightning_grpo.diagnosis.rules.resources import MemoryGrowth, SlowerSteps
-from lightning_grpo.diagnosis.rules.rewards import (
-    DeadGroups,
-    DeadReward,
-    DominatingReward,
-    HeldOutFalls,
-    LengthHacking,
-    RewardHacking,
-)
-from lightning_grpo.diagnosis.rules.sync import EngineMismatch, StaleSamples, StaleWeights
+from lightning_grpo.diagnosis.rules import optimization, policy, resources, rewards, sync
 
-RULES: tuple[type[Rule], ...] = (
-    StaleWeights,
-    EngineMismatch,
-    StaleSamples,
-    NonFinite,
-    NoUpdate,
-    LearningRateHigh,
-    LearningRateLow,
-    Clipping,
-    GradientSpikes,
-    SmallBatch,
-    EntropyCollapse,
-    EntropyExplosion,
-    KLRunaway,
-    Repetition,
-    Truncation,
-    DeadGroups,
-    DeadReward,
-    DominatingReward,
-    HeldOutFalls,
-    RewardHacking,
-    LengthHacking,
-    SlowerSteps,
-    MemoryGrowth,
+RULES: tuple[type[Rule], ...] = tuple(
+    kind
+    for theme in (sync, optimization, policy, rewards, resources)
+    for kind in vars(theme).values()
+    if isinstance(kind, type) and issubclass(kind, Rule) and kind.__module__ == theme.__name__
 )
+
+# users name a rule as lightning_grpo.diagnosis.rules.DeadGroups
+globals().update({kind.__name__: kind for kind in RULES})
