@@ -5,6 +5,7 @@ from lightning_grpo.lazy import lazy_names
 _MODULES = {
     "protocol": ("Environment", "Step"),
     "template": ("TurnTemplate",),
+    "tools": ("ToolEnvironment",),
 }
 __all__ = sorted(name for names in _MODULES.values() for name in names)
 

@@ -1,0 +1,176 @@
+"""`ToolEnvironment`: the policy calls Python functions and reads their results, until it answers without a call."""
+
+import asyncio
+import inspect
+import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import InitVar, dataclass, field
+from pkgutil import resolve_name
+from threading import Thread
+from typing import Any
+
+from transformers.utils import get_json_schema
+
+from lightning_grpo.data.rows import Message
+from lightning_grpo.environments.protocol import Environment, Step
+from lightning_grpo.environments.tool_calls import ToolCall, parse_calls
+from lightning_grpo.errors import UserError
+from lightning_grpo.ranges import check_ranges
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "integer": int,
+    "number": (int, float),
+    "string": str,
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+    "null": type(None),
+}
+
+
+class ToolError(Exception):
+    """A call that can't be executed; the policy reads the reason."""
+
+
+@dataclass(kw_only=True, eq=False)
+class ToolEnvironment(Environment):
+    """Lets the policy call tools. A completion without a call ends the episode.
+
+    A tool is a function, plain or ``async``, whose arguments have types, and whose Google-style docstring describes it
+    and its arguments. The chat template renders its JSON schema into the prompt. The calls of a completion are executed
+    in their order, and the policy reads one message with the role ``tool`` for each. If a call fails, that message
+    states the reason: the call is not valid JSON, there is no such tool, an argument is missing or has another type, or
+    the tool raised an exception or exceeded its time.
+
+    A tool must not evaluate code that the policy wrote in this process: use `lightning_grpo.environments.run_python`,
+    or `lightning_grpo.rewards.sandbox`.
+    """
+
+    tools: InitVar[list[str | Callable[..., Any]]] = field()
+    """The functions, or their import paths (``package.module.function``)."""
+    tool_time_limit: float = 30.0
+    """Seconds after which the policy no longer waits for a call. A plain function goes on in its thread."""
+    max_result_length: int = 1000
+    """Characters of a result that the policy reads. The rest is cut off."""
+
+    def __post_init__(self, tools: list[str | Callable[..., Any]]) -> None:
+        super().__post_init__()
+        ranges = {"tool_time_limit": "(0, inf)", "max_result_length": "[1, inf)"}
+        check_ranges(self, ranges, prefix=f"{type(self).__name__}.")
+        self.set_tools([resolve(tool, "tool") for tool in tools])
+
+    def set_tools(self, functions: list[Callable[..., Any]]) -> None:
+        """Let the policy call these functions."""
+        self._functions = {function.__name__: function for function in functions}
+        if len(self._functions) < len(functions):
+            raise UserError(f"two of the tools {', '.join(f.__name__ for f in functions)} have the same name")
+        self._schemas = {name: _schema(function) for name, function in self._functions.items()}
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:  # noqa: F811  # the argument of the same name has the functions
+        return list(self._schemas.values())
+
+    async def step(self, completion: str) -> Step:
+        """Execute the calls of a completion in their order."""
+        calls = parse_calls(completion)
+        messages: list[Message] = []
+        failures: list[float] = []
+        for call in calls:
+            try:
+                text, failed = _as_text(await self._execute(call)), 0.0
+            except Exception as error:
+                reason = str(error) if isinstance(error, ToolError) else f"{type(error).__name__}: {error}"
+                text, failed = f"Error: {reason}", 1.0
+            cut = text if len(text) <= self.max_result_length else text[: self.max_result_length] + " …"
+            name = {"name": call.name} if call.name in self._functions else {}
+            messages.append({"role": "tool"} | name | {"content": cut})
+            failures.append(failed)
+        return Step(
+            observation=messages,
+            done=not calls,
+            metrics={"tools/call_frequency": float(len(calls)), "tools/failure_frequency": failures},
+        )
+
+    async def _execute(self, call: ToolCall) -> Any:
+        if call.error:
+            raise ToolError(call.error)
+        if call.name not in self._functions:
+            raise ToolError(f"there is no tool {call.name!r}; the tools are {', '.join(self._functions)}")
+        function = self._functions[call.name]
+        _check_arguments(call, function, self._schemas[call.name]["function"]["parameters"]["properties"])
+        try:
+            async with asyncio.timeout(self.tool_time_limit) as limit:
+                return await _call(function, call.arguments)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise ToolError(f"{call.name} took more than {self.tool_time_limit:g} seconds") from None
+
+
+def resolve(path: str | Callable[..., Any], what: str) -> Callable[..., Any]:
+    """Return the function or class at an import path."""
+    if not isinstance(path, str):
+        return path
+    try:
+        found = resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"the {what} {path!r} can't be imported: {error}; set package.module.name") from error
+    if not callable(found):
+        raise UserError(f"the {what} {path!r} can't be called; set the import path of a function or class")
+    return found
+
+
+def _schema(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_json_schema(function)
+    except Exception as error:
+        raise UserError(
+            f"the tool {function.__name__!r} has no JSON schema: {error} Give every argument a type and a line under "
+            "Args: in the docstring"
+        ) from error
+
+
+def _check_arguments(call: ToolCall, function: Callable[..., Any], schemas: dict[str, Any]) -> None:
+    try:
+        inspect.signature(function).bind(**call.arguments)
+    except TypeError as error:
+        raise ToolError(f"{call.name}: {error}; its arguments are {', '.join(schemas) or 'none'}") from None
+    for name, value in call.arguments.items():
+        schema = schemas.get(name, {})
+        kinds = schema.get("type", [])
+        kinds = [kinds] if isinstance(kinds, str) else [*kinds]
+        if value is None and schema.get("nullable"):
+            continue
+        if kinds and not any(_has_type(value, kind) for kind in kinds):
+            raise ToolError(f"{call.name}: the argument {name} must be of type {' or '.join(kinds)}, not {value!r}")
+        if "enum" in schema and value not in schema["enum"]:
+            raise ToolError(f"{call.name}: the argument {name} must be one of {schema['enum']}, not {value!r}")
+
+
+def _has_type(value: Any, kind: str) -> bool:
+    is_bool = isinstance(value, bool)
+    return is_bool if kind == "boolean" else not is_bool and isinstance(value, _TYPES.get(kind, object))
+
+
+def _as_text(result: Any) -> str:
+    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+
+
+async def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Call a function; a plain one in a thread, which does not keep the process from ending."""
+    if inspect.iscoroutinefunction(function):
+        return await function(**arguments)
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()  # so that it can't be cancelled
+
+    def call() -> None:
+        try:
+            future.set_result(function(**arguments))
+        except Exception as error:
+            future.set_exception(error)
+        except BaseException as error:  # sys.exit, for example, would end the event loop
+            future.set_exception(ToolError(f"{type(error).__name__}: {error}"))
+
+    Thread(target=call, name=f"tool {function.__name__}", daemon=True).start()
+    return await asyncio.wrap_future(future)

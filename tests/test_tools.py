@@ -1,0 +1,214 @@
+"""Tools: parsing of calls, their execution, and objects written for TRL."""
+
+import asyncio
+import json
+import time
+
+import pytest
+
+from lightning_grpo.environments.tool_calls import ToolCall, parse_calls
+from lightning_grpo.environments.tools import ToolEnvironment
+from lightning_grpo.errors import UserError
+
+# ── Parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ADD = ToolCall("add", {"a": 1, "b": 2})
+
+
+def tagged(*calls: str) -> str:
+    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+
+
+JSON = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
+
+
+@pytest.mark.parametrize(
+    ("completion", "calls"),
+    [
+        ("The answer is 3.", []),
+        ("", []),
+        (tagged(JSON), [ADD]),
+        (f"I add them.\n{tagged(JSON, JSON)}\n", [ADD, ADD]),
+        (f"<tool_call>{JSON}", [ADD]),
+        (f"<think>\n{tagged(JSON)}\n</think>\nThree.", []),
+        (f"<think>\nhm\n</think>\n\n{tagged(JSON)}", [ADD]),
+        (JSON, [ADD]),
+        ('{"name": "add", "parameters": {"a": 1, "b": 2}}', [ADD]),
+        ('<|python_tag|>{"name": "add", "parameters": {"a": 1, "b": 2}}; ' + JSON, [ADD, ADD]),
+        ('{"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": 2}"}', [ADD]),
+        ('{"answer": 3}', []),
+        ('{"name": "Ada", "age": 36}', []),
+        ("{not json", []),
+        (
+            tagged('{"name": "suche", "arguments": {"text": "é 🙂 </tool>"}}'),
+            [ToolCall("suche", {"text": "é 🙂 </tool>"})],
+        ),
+    ],
+    ids=range(15),
+)
+def test_calls_are_read_in_both_formats(completion, calls):
+    assert parse_calls(completion) == calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "",
+        "add(1, 2)",
+        "[1, 2]",
+        "null",
+        '{"name": 3, "arguments": {}}',
+        '{"name": "add"}',
+        '{"name": "add", "arguments": [1, 2]}',
+        '{"name": "add", "arguments": "{"}',
+        "[" * 100_000,
+        '{"name": "add", "arguments": {"a": ' + "1" * 10_000 + "}}",
+    ],
+    ids=range(11),
+)
+def test_a_malformed_call_states_why(text):
+    [call] = parse_calls(f"<tool_call>{text}</tool_call>")
+    assert call.error
+    assert not call.arguments
+
+
+def test_many_openings_take_linear_time():
+    assert len(parse_calls("<tool_call>" * 50_000)) == 1
+
+
+# ── Execution ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def add(a: int, b: int = 0) -> int:
+    """Add two integers.
+
+    Args:
+        a: the first
+        b: the second
+    """
+    return a + b
+
+
+async def describe(words: list[str], mood: str | None = None) -> dict:
+    """Describe words.
+
+    Args:
+        words: some words
+        mood: how (choices: ["calm", "wild"])
+    """
+    await asyncio.sleep(0)
+    return {"words": words, "mood": mood}
+
+
+def fail(kind: str) -> str:
+    """Fail.
+
+    Args:
+        kind: how
+    """
+    if kind == "exit":
+        raise SystemExit(3)
+    if kind == "wait":
+        time.sleep(60)
+    raise {"key": KeyError, "time": TimeoutError}[kind]("no such thing")
+
+
+def run(environment: ToolEnvironment, completion: str):
+    return asyncio.run(environment.step(completion))
+
+
+def environment(**options) -> ToolEnvironment:
+    return ToolEnvironment(tools=[add, describe, fail], **options)
+
+
+def call(name: str, **arguments) -> str:
+    return tagged(json.dumps({"name": name, "arguments": arguments}))
+
+
+def test_calls_are_answered_in_their_order_by_plain_and_async_tools():
+    step = run(environment(), call("add", a=1, b=2) + call("describe", words=["é"]) + call("add", a=5))
+    assert step.observation == [
+        {"role": "tool", "name": "add", "content": "3"},
+        {"role": "tool", "name": "describe", "content": '{"words": ["é"], "mood": null}'},
+        {"role": "tool", "name": "add", "content": "5"},
+    ]
+    assert not step.done
+    assert step.metrics == {"tools/call_frequency": 3.0, "tools/failure_frequency": [0.0, 0.0, 0.0]}
+
+
+def test_an_answer_without_a_call_ends_the_episode():
+    step = run(environment(), "It is 3.")
+    assert step.done
+    assert step.metrics == {"tools/call_frequency": 0.0, "tools/failure_frequency": []}
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        (tagged("{"), "not valid JSON"),
+        (call("multiply", a=1), "there is no tool 'multiply'; the tools are add, describe, fail"),
+        (call("add"), "missing a required argument: 'a'; its arguments are a, b"),
+        (call("add", a=1, c=2), "unexpected keyword argument 'c'"),
+        (call("add", a="1"), "the argument a must be of type integer, not '1'"),
+        (call("add", a=True), "must be of type integer, not True"),
+        (call("add", a=None), "must be of type integer, not None"),
+        (call("describe", words="one"), "the argument words must be of type array"),
+        (call("describe", words=[], mood="sad"), "must be one of ['calm', 'wild'], not 'sad'"),
+        (call("fail", kind="key"), "KeyError: 'no such thing'"),
+        (call("fail", kind="time"), "TimeoutError: no such thing"),
+        (call("fail", kind="exit"), "SystemExit: 3"),
+    ],
+    ids=range(12),
+)
+def test_the_policy_reads_why_a_call_failed(completion, reason):
+    step = run(environment(), completion)
+    [message] = step.observation
+    assert message["content"].startswith("Error: ")
+    assert reason in message["content"]
+    assert step.metrics["tools/failure_frequency"] == [1.0]
+    assert not step.done
+
+
+def test_a_call_ends_at_its_time_limit():
+    step = run(environment(tool_time_limit=0.05), call("fail", kind="wait") + call("add", a=1))
+    assert [message["content"] for message in step.observation] == ["Error: fail took more than 0.05 seconds", "1"]
+
+
+def test_results_and_errors_are_bounded():
+    step = run(environment(max_result_length=10), call("describe", words=["x" * 10_000]) + call("x" * 10_000))
+    assert [len(message["content"]) for message in step.observation] == [12, 12]
+    assert "name" not in step.observation[1]
+
+
+def test_tools_are_found_by_import_path_and_have_schemas():
+    found = ToolEnvironment(tools=["test_tools.add"])
+    assert found.tools[0]["function"]["parameters"]["required"] == ["a"]
+    assert run(found, call("add", a=1, b=1)).observation[0]["content"] == "2"
+
+
+def undescribed(a: int) -> int:
+    """Return a."""
+    return a
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        (["test_tools.no_such_tool"], "the tool 'test_tools.no_such_tool' can't be imported"),
+        (["no_such_module.tool"], "can't be imported"),
+        (["test_tools.JSON"], "can't be called"),
+        ([undescribed], "the tool 'undescribed' has no JSON schema"),
+        ([add, add], "two of the tools add, add have the same name"),
+    ],
+    ids=range(5),
+)
+def test_wrong_tools_are_refused_at_start(tools, message):
+    with pytest.raises(UserError, match=message):
+        ToolEnvironment(tools=tools)
+
+
+@pytest.mark.parametrize("options", [{"tool_time_limit": 0}, {"max_result_length": 0}, {"max_turns": 0}], ids=str)
+def test_options_are_checked(options):
+    with pytest.raises(UserError, match=f"ToolEnvironment.{next(iter(options))} is 0"):
+        environment(**options)
