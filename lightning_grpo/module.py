@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_grpo.data import PromptBatch
+from lightning_grpo.environments import Environment
 from lightning_grpo.errors import UserError
 from lightning_grpo.metrics import Metric, Window
 from lightning_grpo.objective import (
@@ -38,7 +39,7 @@ from lightning_grpo.objective import (
 from lightning_grpo.policy import LoRA, Pretrained, frozen_copy, shard
 from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.ranges import check_ranges
-from lightning_grpo.rewards import Reward, as_rewards
+from lightning_grpo.rewards import EnvironmentReward, Reward, as_rewards
 from lightning_grpo.rollout import Rollout, RolloutCallback, Sampling, SyncedEngine, default_rollout
 from lightning_grpo.rollout.callback import eos_token_ids, pad_id
 from lightning_grpo.seed import seed_of_run
@@ -62,6 +63,8 @@ class GRPOModule(TrainablePolicy):
         model: The policy's checkpoint: a local folder or a name on the Hugging Face Hub, or name, revision,
             trust_remote_code and kwargs. In Python also a PreTrainedModel or PeftModel, which is trained in place.
         rewards: Reward functions. A completion's reward is the weighted sum of their values.
+        environment: What the policy acts in over several turns, such as tools or a game. An empty list of rewards then
+            means EnvironmentReward. By default the policy writes a single completion.
         objective: Loss function
         advantage: Advantage estimation
         num_generations: Completions sampled per prompt (G). Larger groups more often contain both good and bad
@@ -132,6 +135,7 @@ class GRPOModule(TrainablePolicy):
         model: str | Pretrained,  # or an object, which has no form on a command line
         rewards: list[Reward],
         *,
+        environment: Environment | None = None,
         objective: ObjectiveConfig = ObjectiveConfig(),
         advantage: AdvantageConfig = AdvantageConfig(),
         num_generations: int = 8,
@@ -162,6 +166,7 @@ class GRPOModule(TrainablePolicy):
         seed: int | None = None,
     ) -> None:
         check_ranges(locals(), RANGES)
+        rewards = rewards or [EnvironmentReward() for _ in range(environment is not None)]
         checks.check_options(
             rewards=rewards,
             num_generations=num_generations,
@@ -185,6 +190,8 @@ class GRPOModule(TrainablePolicy):
         )
         named = as_rewards([*rewards, *eval_rewards])
         self.rewards, self.eval_rewards = named[: len(rewards)], named[len(rewards) :]
+        self.environment = environment
+        checks.check_environment(environment, self.rewards, self.eval_rewards, sampling, validation_sampling)
         if objective.max_completion_length is None:
             objective = replace(objective, max_completion_length=max_completion_length)
         self.objective = objective
@@ -441,9 +448,11 @@ class GRPOModule(TrainablePolicy):
         """Samples completions with the engine and computes their rewards."""
         return Generation(
             self.rewards,
+            self.environment,
             tokenizer=self.tokenizer,
             end_ids=eos_token_ids(self.policy, self.tokenizer),
             pad_id=pad_id(self.policy, self.tokenizer),
+            max_prompt_length=self.max_prompt_length,
             max_completion_length=self.max_completion_length,
             seed=self.seed,
             trainer=self._trainer,

@@ -8,6 +8,7 @@ _MODULES = {
     "code": ("CodeTests",),
     "compute": ("compute_rewards",),
     "early": ("EarlyRewards",),
+    "environment": ("EnvironmentReward",),
     "format": ("LengthPenalty", "RegexFormat", "RepetitionPenalty"),
     "reasoning_gym": ("ReasoningGym",),
     "text": ("decode_completions", "template_opening"),

@@ -19,7 +19,7 @@ ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state")
 LOGS = ("log_metric", "log_extra")
 """Functions that log a metric and a column of the samples, as in TRL. A function that takes ``**columns`` gets them,
 and a `Reward` if its signature names them."""
-OFFERED = ("openings",)
+OFFERED = ("openings", "turn_rewards", "environments")
 """Further arguments, passed only to rewards whose signature names them."""
 
 
@@ -46,6 +46,12 @@ def require_arguments(function: Callable[..., Any], arguments: Iterable[str]) ->
             )
         if named and name not in arguments and parameter.default is parameter.empty:
             raise UserError(f"it requires {name!r}, but the arguments are {', '.join(arguments)}")
+
+
+def names_argument(reward: "Reward", name: str) -> bool:
+    """Whether the signature of a reward names the argument."""
+    function = reward.function if isinstance(reward, FunctionReward) else type(reward).__call__
+    return name in inspect.signature(function).parameters
 
 
 def completion_text(completion: Completion) -> str:
@@ -102,7 +108,9 @@ class Reward(ABC):
             columns: each further column of the data set, as a list of N values, and ``trainer_state``. If the signature
                 names ``openings``, also N texts: the tag, such as ``<think>``, that the chat template appended to the
                 prompt, so that the completion lacks it, or an empty text. If it names ``log_metric`` or ``log_extra``,
-                these functions; see `RewardLogs`.
+                these functions; see `RewardLogs`. With an environment, ``completions`` are the messages of the
+                conversation, and if the signature names them, ``turn_rewards`` has N lists with the environment's
+                reward of each turn, and ``environments`` the N environments.
         """
 
     def final_answers(self, completions: Sequence[str]) -> list[str | None] | None:

@@ -21,7 +21,7 @@ import lightning_grpo.rewards.code
 import lightning_grpo.rewards.format
 import lightning_grpo.rewards.reasoning_gym  # noqa: F401
 from lightning_grpo.errors import RunError, UserError
-from lightning_grpo.rewards.base import LOGS, OFFERED, FunctionReward, Reward, Scores, call_with
+from lightning_grpo.rewards.base import LOGS, OFFERED, Completion, FunctionReward, Reward, Scores, call_with
 from lightning_grpo.rewards.logs import RewardLogs
 from lightning_grpo.rewards.time_limit import call_with_timeout, completion_in_frame, timeout_error
 
@@ -36,6 +36,8 @@ def compute_rewards(
     openings: Sequence[str] | None = None,
     applicable: Sequence[Collection[str] | None] | None = None,
     logs: RewardLogs | None = None,
+    conversations: Sequence[list[dict[str, Any]]] | None = None,
+    offered: Mapping[str, Sequence[Any]] | None = None,
 ) -> Tensor:
     """Score N completions with R rewards: [N, R] float32, NaN if a reward does not apply (it returned None).
 
@@ -52,6 +54,9 @@ def compute_rewards(
             there are none.
         applicable: for each completion the names of the rewards that apply, or None if all do. None: all apply to all.
         logs: collects what the rewards log.
+        conversations: the messages of each completion over several turns, passed in place of its text, which is that of
+            its last message.
+        offered: further arguments with N values each, passed to rewards whose signature names them.
 
     Raises:
         UserError: a reward returned the wrong number of values, or one that is not a finite number.
@@ -65,12 +70,10 @@ def compute_rewards(
             raise UserError(f"{len(values)} {name} for {N} completions")
     arguments: dict[str, Any] = {"openings": [""] * N if openings is None else list(openings)}
     arguments |= {name: [row.get(name) for row in columns] for name in dict.fromkeys(k for row in columns for k in row)}
+    arguments |= offered or {}
     arguments |= {
         "prompts": list(prompts),
-        "completions": [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, completions, strict=True)
-        ],
+        "completions": list(conversations or map(_as_completion, prompts, completions)),
         "completion_ids": [list(ids) for ids in completion_ids],
         "trainer_state": trainer_state,
     }
@@ -83,6 +86,11 @@ def compute_rewards(
         texts = [completions[row] for row in rows[i]]
         table[rows[i], i] = torch.tensor(_checked(rewards[i], scores, texts), dtype=torch.float32)
     return table
+
+
+def _as_completion(prompt: str | list[dict[str, Any]], text: str) -> Completion:
+    """The text as a message if the prompt is messages."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def _rows(reward: Reward, applicable: Sequence[Collection[str] | None]) -> list[int]:
@@ -124,7 +132,7 @@ def _call(reward: Reward, arguments: Mapping[str, Any]) -> Any:
 
 def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A copy for one reward, whose changes to its arguments must not affect other rewards."""
-    shared = {name: arguments[name] for name in ("trainer_state", *LOGS)}
+    shared = {name: arguments[name] for name in ("trainer_state", "environments", *LOGS) if name in arguments}
     return copy.deepcopy({name: values for name, values in arguments.items() if name not in shared}) | shared
 
 

@@ -29,6 +29,12 @@ def rollout_seeds(seed: int, rollout_number: int, prompt_index: int, sample_inde
     return state >> 1
 
 
+def turn_seed(seed: int, turn: int) -> int:
+    """The seed of a turn of the sample with this seed, in [0, 2**63). Turn 0 has the sample's own; turn −1 stands for
+    its environment."""
+    return seed if turn == 0 else _mix(_mix(seed) ^ (turn & _MASK)) >> 1
+
+
 def uniform(seed: int, position: int) -> float:
     """The random number in [0, 1) for token `position` of the sample with this seed (53 random bits)."""
     return (_mix(_mix(seed & _MASK) ^ position) >> 11) / (1 << 53)

@@ -186,6 +186,8 @@ class Rollout:
     extras              [N]        list of {name: value} that rewards logged with ``log_extra``; None if unknown
     turn_rewards        [N, T]     float32, the environment's reward of each turn at the last token that the policy
                                    sampled in it, 0 elsewhere; None without an environment
+    prompts             [N]        list of the messages of each prompt, with those that the environment appended; None
+                                   without an environment
     conversations       [N]        list of the messages of each completion: those of the assistant, and in between those
                                    of tools or the user; None without an environment
     reward_metrics      –          {name: values} that rewards logged with ``log_metric``, until they are in the metrics
@@ -204,6 +206,7 @@ class Rollout:
     seeds: list[int] | None = None
     extras: list[dict[str, Any]] | None = None
     turn_rewards: Tensor | None = field(default=None, metadata=COMPLETION_TOKENS)
+    prompts: list[list[dict[str, Any]]] | None = None
     conversations: list[list[dict[str, Any]]] | None = None
     reward_metrics: dict[str, list[float]] = field(default_factory=dict)
 
@@ -213,6 +216,14 @@ class Rollout:
     def written_ids(self) -> list[list[int]]:
         """For each completion, the token ids that the policy wrote."""
         return [ids[mask].tolist() for ids, mask in zip(self.completion_ids, self.completion_mask, strict=True)]
+
+    def rewards_of_turns(self) -> list[list[float]] | None:
+        """For each completion, the environment's reward of each of its turns; None without an environment."""
+        if self.turn_rewards is None:
+            return None
+        is_last = self.completion_mask.clone()
+        is_last[:, :-1] &= ~self.completion_mask[:, 1:]
+        return [values[ends].tolist() for values, ends in zip(self.turn_rewards, is_last, strict=True)]
 
     def keep_logs(self, extras: Sequence[Mapping[str, Any]], *metrics: Mapping[str, Sequence[float]]) -> None:
         """Add to ``extras`` [N] and ``reward_metrics``."""

@@ -5,14 +5,21 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedTokenizerBase
 
+from lightning_grpo.environments import Environment
+from lightning_grpo.environments.episodes import require_messages
 from lightning_grpo.errors import UserError
 from lightning_grpo.objective import ObjectiveConfig
 from lightning_grpo.policy import LoRA, load_config, load_generation_config
 from lightning_grpo.policy.checks import require_context, require_end_token
+from lightning_grpo.rewards import Reward
+from lightning_grpo.rewards.base import names_argument
 from lightning_grpo.rewards.check import check_rows
 from lightning_grpo.rollout import RolloutCallback, Sampling, SyncedEngine
 from lightning_grpo.training.batching import check_batch_arithmetic
+from lightning_grpo.training.generation import turn_template
 
 
 def check_run(module: Any, stage: str) -> None:
@@ -44,6 +51,8 @@ def check_run(module: Any, stage: str) -> None:
             num_iterations=module.num_iterations,
             ranks=module.data_ranks,
         )
+    if module.environment is not None:
+        check_conversations(module.environment, trainer, module.tokenizer)
     check_rows(module.rewards, data.prompts_to_check if stage == "fit" else ())
     check_rows([*module.rewards, *module.eval_rewards], getattr(data, "validation", ()))
 
@@ -163,3 +172,42 @@ def check_options(
             "objective.rollout_correction, which corrects for it, is not set; set it, for example to {level: token, "
             "mode: truncate, upper: 2}, or set rollout_ahead to 0"
         )
+
+
+def check_environment(
+    environment: Environment | None,
+    rewards: Sequence[Reward],
+    eval_rewards: Sequence[Reward],
+    sampling: Sampling,
+    validation_sampling: Sampling | None,
+) -> None:
+    """Refuse options that an environment excludes, and rewards that need one if there is none."""
+    for reward in (*rewards, *eval_rewards):
+        for argument in ("environments", "turn_rewards"):
+            if environment is None and names_argument(reward, argument):
+                raise UserError(
+                    f"the reward {reward.name!r} uses {argument}, which only an environment provides; set "
+                    "model.environment, or remove the reward"
+                )
+    if environment is None:
+        return
+    for reward in eval_rewards:
+        if names_argument(reward, "environments"):
+            raise UserError(
+                f"the reward {reward.name!r} of eval_rewards uses environments, which only model.rewards are given; "
+                "move it there, with weight: 0 if it should not be trained on"
+            )
+    for name, options in (("sampling", sampling), ("validation_sampling", validation_sampling)):
+        if options is not None and options.cutoff < 1:
+            raise UserError(
+                f"{name}.cutoff is {options.cutoff:g}, but with model.environment no completion can be cut off; set it "
+                "to 1, and limit episodes by max_turns and max_turn_tokens of the environment"
+            )
+
+
+def check_conversations(environment: Environment, trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that an environment can continue the prompts with the chat template."""
+    turn_template(tokenizer, trainer).require_prefix_property("tool" if environment.tools else "user")
+    data = trainer.datamodule
+    prompts = data.prompts_to_check if trainer.state.fn == TrainerFn.FITTING else ()
+    require_messages([*prompts, *getattr(data, "validation", ())])

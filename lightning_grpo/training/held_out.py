@@ -57,7 +57,7 @@ def observe(module: HeldOutHooks, batch: PromptBatch) -> None:
 def records(module: HeldOutHooks, batch: PromptBatch) -> list[dict[str, Any]]:
     """Sample completions of the batch, and return one record for each; see `Evaluation.records`."""
     rollout, rewards = sample(module, batch)
-    texts = module.generation.decode(rollout.written_ids())
+    texts = module.generation.texts(rollout)
     return module.evaluation.records(batch, rollout, rewards, _reward_names(module), texts)
 
 
