@@ -15,6 +15,7 @@ from lightning_grpo.rollout import (
     RolloutCallback,
     SampleRequest,
     Sampling,
+    Turn,
     eos_token_ids,
     policy_weights,
     rollout_seeds,
@@ -60,6 +61,47 @@ def move(policy, seed):
     for name, parameter in policy.named_parameters():
         if "lora_" in name:
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def converse(engine, prompts, num_turns=3, max_tokens=8, sampling=Sampling()):
+    """Sample a conversation with each of ``prompts``, with observations of 0 to 5 tokens between the turns.
+
+    Returns [(turn, completion)] in the order in which the turns ended, and how many tokens before them were computed.
+    """
+    sampled, numbers = [], dict.fromkeys(range(len(prompts)), 0)
+
+    def next_turn(key, token_ids):
+        return Turn(key=key, token_ids=token_ids, seed=100 * key + numbers[key], max_tokens=max_tokens + key % 3)
+
+    with engine.turns(sampling) as turns:
+        running = {key: next_turn(key, prompt) for key, prompt in enumerate(prompts)}
+        for turn in running.values():
+            turns.submit(turn)
+        while running:
+            assert turns.running == len(running)
+            for key, completion in turns.step():
+                turn = running.pop(key)
+                sampled.append((turn, completion))
+                numbers[key] += 1
+                if numbers[key] == num_turns:
+                    turns.end(key)
+                    continue
+                observation = [10 + key + i for i in range((key + numbers[key]) % 6)]
+                running[key] = next_turn(key, [*turn.token_ids, *completion.token_ids, *observation])
+                turns.submit(running[key])
+        assert turns.running == 0 and turns.step() == []
+        return sampled, turns.computed_tokens
+
+
+def assert_turns_are_completions(engine, sampled, sampling=Sampling()):
+    """Each turn is the completion that `generate` samples of all tokens before it."""
+    for turn, found in sampled:
+        ((expected,),) = engine.generate(
+            SampleRequest(prompts=[turn.token_ids], seeds=[[turn.seed]], max_tokens=turn.max_tokens, sampling=sampling)
+        )
+        assert (found.token_ids, found.finish_reason) == (expected.token_ids, expected.finish_reason)
+        assert found.versions == expected.versions
+        torch.testing.assert_close(torch.tensor(found.logprobs), torch.tensor(expected.logprobs), atol=1e-4, rtol=0)
 
 
 class CopyEngine(HFEngine):

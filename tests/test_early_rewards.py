@@ -25,15 +25,15 @@ def test_they_are_the_same_rewards(tmp_path, tiny_model_path):
 def test_a_group_is_judged_while_others_are_sampled(tmp_path, tiny_model_path, monkeypatch):
     """The second half of the rollout is not sampled before the first half's first group is scored."""
     scored, calls, halves = threading.Event(), [], []
-    decode = HFEngine._decode
+    sample = HFEngine.sample
 
-    def in_two_halves(self, prompts, rows, *args, **settings):
+    def in_two_halves(self, rows, *args, **settings):
         if len(rows) == 16:
             halves.append(rows)
             assert len(halves) == 1 or scored.wait(30), "no reward came before the second half was sampled"
-        return decode(self, prompts, rows, *args, **settings)
+        return sample(self, rows, *args, **settings)
 
-    monkeypatch.setattr(HFEngine, "_decode", in_two_halves)
+    monkeypatch.setattr(HFEngine, "sample", in_two_halves)
 
     def slow(completion_ids, trainer_state):
         calls.append((threading.current_thread() is threading.main_thread(), len(completion_ids)))
@@ -48,16 +48,16 @@ def test_a_group_is_judged_while_others_are_sampled(tmp_path, tiny_model_path, m
 
 
 def test_an_error_ends_the_sampling_and_names_the_reward(tmp_path, tiny_model_path, monkeypatch):
-    decode, batches = HFEngine._decode, []
+    sample, batches = HFEngine.sample, []
 
-    def counting(self, prompts, rows, *args, **settings):
+    def counting(self, rows, *args, **settings):
         batches.append(len(rows))
-        return decode(self, prompts, rows, *args, **settings)
+        return sample(self, rows, *args, **settings)
 
     def broken(completion_ids):
         raise ConnectionError("the reward server does not answer")
 
-    monkeypatch.setattr(HFEngine, "_decode", counting)
+    monkeypatch.setattr(HFEngine, "sample", counting)
     policy = module(tiny_model_path, rewards=[FunctionReward(function=broken, early=True)])
     with pytest.raises(ConnectionError, match="the reward server does not answer") as error:
         fit(tmp_path, policy, rollout=HFRollout(max_num_seqs=1))

@@ -9,7 +9,18 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from engines import EOS, PROMPTS, SEEDS, SETTINGS, adapted, load, perturb, sample_request
+from engines import (
+    EOS,
+    PROMPTS,
+    SEEDS,
+    SETTINGS,
+    adapted,
+    assert_turns_are_completions,
+    converse,
+    load,
+    perturb,
+    sample_request,
+)
 from torch.nn import functional as F
 
 from lightning_grpo.rollout import (
@@ -17,6 +28,7 @@ from lightning_grpo.rollout import (
     SampleRequest,
     Sampling,
     SyncedEngine,
+    Turn,
     WeightSyncError,
     policy_weights,
 )
@@ -368,3 +380,53 @@ def test_an_interrupted_generation_leaves_no_request_behind(synced, engine):
     synced.turn += 1
     synced.sync()
     synced.generate(sample_request(4))
+
+
+# ── Conversations turn by turn ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_turn_is_the_completion_of_all_tokens_before_it(synced):
+    sampled, _ = converse(synced, [prompt for prompt in PROMPTS for _ in range(2)])
+    assert len(sampled) == 18 and len({len(completion.token_ids) for _, completion in sampled}) > 2
+    assert_turns_are_completions(synced, sampled)
+
+
+def test_the_prefix_cache_has_all_but_the_last_block_of_a_conversation(synced, engine):
+    block = SETTINGS["block_size"]
+    history, computed = list(range(6, 76)), []
+    engine.llm.llm_engine.reset_prefix_cache()
+    with synced.turns(Sampling()) as turns:
+        for seed in range(3):
+            turns.submit(Turn(key=0, token_ids=history, seed=seed, max_tokens=8))
+            before = turns.computed_tokens
+            while turns.running:
+                for _, completion in turns.step():
+                    history = [*history, *completion.token_ids]
+            computed.append(turns.computed_tokens - before)
+    assert computed[0] == 70 and all(0 < n <= block for n in computed[1:])
+
+
+def test_a_long_turn_delays_no_other(synced, engine, monkeypatch):
+    monkeypatch.setattr(engine, "eos_token_ids", [])
+    with synced.turns(Sampling()) as turns:
+        turns.submit(Turn(key=0, token_ids=PROMPTS[0], seed=0, max_tokens=60))
+        for seed in range(3):
+            turns.submit(Turn(key=1, token_ids=PROMPTS[1], seed=seed, max_tokens=4))
+            ended = []
+            while not ended:
+                ended = turns.step(timeout=0)
+            assert [key for key, _ in ended] == [1] and turns.running == 1
+
+
+def test_interrupted_turns_leave_no_request_behind(synced, engine):
+    before = process_state()
+    with pytest.raises(KeyboardInterrupt), synced.turns(Sampling()) as turns:
+        turns.submit(Turn(key=0, token_ids=PROMPTS[0], seed=0, max_tokens=64))
+        turns.step(timeout=0)
+        assert engine.llm.llm_engine.has_unfinished_requests() and process_state() == before
+        raise KeyboardInterrupt
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    with pytest.raises(ValueError, match=r"sampling.stop"), synced.turns(Sampling(stop=["x"])):
+        pass
+    synced.turn += 1
+    synced.sync()

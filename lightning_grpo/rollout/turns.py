@@ -13,6 +13,10 @@ class Turns(ABC):
     tokens and seed give the same turn, up to rounding, whatever else is sampled.
     """
 
+    computed_tokens: int | None = None
+    """Tokens before the turns that were computed so far; cached ones do not count. None: the engine does not report
+    it."""
+
     @property
     @abstractmethod
     def running(self) -> int:

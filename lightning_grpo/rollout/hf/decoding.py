@@ -15,11 +15,18 @@ from transformers.cache_utils import DynamicLayer
 from lightning_grpo.policy.attention import DECODING_NAME
 
 
-class BufferedLayer(DynamicLayer):
-    """A key-value cache layer with memory for ``length`` positions, so that appending a token copies no other.
+class CastLayer(DynamicLayer):
+    """A key-value cache layer that under autocast stores the dtype of autocast, so that attention casts no position
+    twice."""
 
-    Under autocast it stores the dtype of autocast, so that attention casts no position twice.
-    """
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        if torch.is_autocast_enabled(self.device.type):
+            self.dtype = torch.get_autocast_dtype(self.device.type)
+
+
+class BufferedLayer(CastLayer):
+    """A key-value cache layer with memory for ``length`` positions, so that appending a token copies no other."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -28,8 +35,6 @@ class BufferedLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate memory for the rows of ``key_states`` and ``value_states`` [R, K, T, D]."""
         super().lazy_initialization(key_states, value_states)
-        if torch.is_autocast_enabled(self.device.type):
-            self.dtype = torch.get_autocast_dtype(self.device.type)
         self.buffers = tuple(
             x.new_empty(*x.shape[:2], self.length, x.shape[3], dtype=self.dtype) for x in (key_states, value_states)
         )

@@ -5,7 +5,7 @@ Shapes: R unfinished rows in a batch, L cached positions, V vocabulary.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,12 @@ from lightning_grpo.errors import UserError
 from lightning_grpo.policy import Policy
 from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.hf.decoding import buffered_cache, decoding_mode
-from lightning_grpo.rollout.hf.sampling import draw, sampled_logprobs
+from lightning_grpo.rollout.hf.rows import Sample, TokenSampler
+from lightning_grpo.rollout.hf.slots import SlotCache
 from lightning_grpo.rollout.hf.stop import StopStrings
-from lightning_grpo.rollout.seeds import uniform
-from lightning_grpo.rollout.types import Completion, FinishReason, OnGroup, SampleRequest
+from lightning_grpo.rollout.hf.turns import BatchTurns, SlotTurns
+from lightning_grpo.rollout.turns import Turns
+from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest, Sampling
 
 
 @contextmanager
@@ -32,18 +34,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@dataclass
-class _Row:
-    """One unfinished completion."""
-
-    prompt_index: int
-    sample_index: int
-    seed: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
 
 
 class HFEngine(Engine):
@@ -90,26 +80,26 @@ class HFEngine(Engine):
         self.version = 0
 
     def generate(self, request: SampleRequest, on_group: OnGroup | None = None) -> list[list[Completion]]:
-        stop = request.sampling.stop
-        if stop and self.tokenizer is None:
-            raise UserError(f"sampling.stop is {stop}: stop strings need HFEngine(tokenizer=…)")
+        sampler = self._sampler(request.sampling)
         groups: list[list[Completion | None]] = [[None] * len(group) for group in request.seeds]
         with self._inference():
             batches = list(self._batches(request))
             for batch in batches:
                 # Only in the last batch have all completions begun.
                 spare = request.spare if batch is batches[-1] else 0
-                for row in self._decode(request, batch, spare=spare):
+                for row in chain.from_iterable(self.sample(batch, sampler, spare=spare)):
                     group = groups[row.prompt_index]
-                    group[row.sample_index] = Completion(
-                        token_ids=row.token_ids,
-                        logprobs=row.logprobs,
-                        finish_reason=row.finish_reason,
-                        versions=[self.version] * len(row.token_ids),
-                    )
+                    group[row.sample_index] = row.completion(self.version)
                     if on_group is not None and all(group):
                         on_group(row.prompt_index, group)
         return groups
+
+    @contextmanager
+    def turns(self, sampling: Sampling) -> Iterator[Turns]:
+        """As `Engine.turns`. The policy is in evaluation mode, without gradients, inside this context."""
+        kind = SlotTurns if SlotCache.supports(self.policy.config) else BatchTurns
+        with self._inference():
+            yield kind(self, self._sampler(sampling))
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, *, in_flight: bool = False) -> None:
         """Record the version. The engine samples with the policy's own weights, so the iterable is not consumed."""
@@ -120,14 +110,14 @@ class HFEngine(Engine):
         ids = torch.full((len(sequences), max(map(len, sequences))), self.pad_id)
         for line, sequence in zip(ids, sequences, strict=True):
             line[: len(sequence)] = torch.tensor(list(sequence))
-        ids = ids.to(self._device)
+        ids = ids.to(self.device)
         with self._inference():
             logits = self.policy(input_ids=ids, use_cache=False).logits[:, :-1].float()
             scored = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1).cpu()
         return [row[: len(sequence) - 1] for row, sequence in zip(scored, sequences, strict=True)]
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return next(self.policy.parameters()).device
 
     @contextmanager
@@ -135,57 +125,54 @@ class HFEngine(Engine):
         with torch.no_grad(), eval_mode(self.policy), self.context(), decoding_mode(self.policy):
             yield
 
-    def _batches(self, request: SampleRequest) -> Iterator[list[_Row]]:
+    def _sampler(self, sampling: Sampling) -> TokenSampler:
+        if sampling.stop and self.tokenizer is None:
+            raise UserError(f"sampling.stop is {sampling.stop}: stop strings need HFEngine(tokenizer=…)")
+        stop = StopStrings(self.tokenizer, sampling.stop)
+        return TokenSampler(sampling=sampling, stop=stop, eos_token_ids=self.eos_token_ids)
+
+    def _batches(self, request: SampleRequest) -> Iterator[list[Sample]]:
         order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
-        rows = [_Row(i, g, seed) for i in order for g, seed in enumerate(request.seeds[i])]
+        rows = [
+            Sample(prompt=request.prompts[i], seed=seed, max_tokens=request.max_tokens, prompt_index=i, sample_index=g)
+            for i in order
+            for g, seed in enumerate(request.seeds[i])
+        ]
         for start in range(0, len(rows), self.max_num_seqs):
             yield rows[start : start + self.max_num_seqs]
 
-    def _decode(self, request: SampleRequest, rows: list[_Row], *, spare: int) -> Iterator[_Row]:
-        """Sample the rows and yield each one when it finishes. The last ``spare`` of them are cut off."""
-        prompts, sampling, max_tokens = request.prompts, request.sampling, request.max_tokens
-        indices = sorted({row.prompt_index for row in rows})
-        P = max(len(prompts[i]) for i in indices)
-        ids = torch.full((len(indices), P), self.pad_id)
-        mask = torch.zeros(len(indices), P, dtype=torch.long)
-        for line, i in enumerate(indices):
-            ids[line, P - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
-            mask[line, P - len(prompts[i]) :] = 1
-        ids, mask = ids.to(self._device), mask.to(self._device)
+    def sample(self, rows: list[Sample], sampler: TokenSampler, *, spare: int = 0) -> Iterator[list[Sample]]:
+        """Sample a batch, and yield the rows that end with each token. The last ``spare`` of them are cut off."""
+        prompts = {row.prompt_index: row.prompt for row in rows}
+        indices = sorted(prompts)
+        ids, mask = self.left_padded([prompts[i] for i in indices])
+        P = ids.shape[1]
 
-        cache = buffered_cache(self.policy.config, P + max_tokens)
+        cache = buffered_cache(self.policy.config, P + max(row.max_tokens for row in rows))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self._forward(ids, mask, positions, cache)
+        logits = self.forward(ids, mask, positions, cache)
 
-        fan_out = torch.tensor([indices.index(row.prompt_index) for row in rows], device=self._device)
+        fan_out = torch.tensor([indices.index(row.prompt_index) for row in rows], device=self.device)
         cache.batch_select_indices(fan_out)
         logits, mask, position = logits[fan_out], mask[fan_out], positions[fan_out, -1]
         seen = None
-        if sampling.repetition_penalty != 1:
+        if sampler.sampling.repetition_penalty != 1:
             seen = torch.zeros_like(logits, dtype=torch.bool)
             # Padding marks the prompt's last token, which is marked anyway.
             seen.scatter_(1, torch.where(mask.bool(), ids[fan_out], ids[fan_out, -1:]), True)
 
-        stop = StopStrings(self.tokenizer, sampling.stop)
-        for step in range(max_tokens):
-            logprobs = sampled_logprobs(logits, sampling, seen)
-            uniforms = torch.tensor([uniform(row.seed, step) for row in rows], dtype=torch.float64)
-            tokens = draw(logprobs, uniforms.to(logprobs.device), greedy=sampling.temperature == 0)
-            chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-            for row, token, logprob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
-                row.token_ids.append(token)
-                row.logprobs.append(logprob)
-                row.finish_reason = self._finish_reason(row, prompts[row.prompt_index], stop, max_tokens)
+        while True:
+            tokens = sampler(rows, logits, seen)
             if sum(row.finish_reason is None for row in rows) <= spare:
                 for row in rows:
                     row.finish_reason = row.finish_reason or "abort"
-            yield from (row for row in rows if row.finish_reason)
+            yield [row for row in rows if row.finish_reason]
 
             alive = [r for r, row in enumerate(rows) if not row.finish_reason]
             if not alive:
                 return
             if len(alive) < len(rows):
-                keep = torch.tensor(alive, device=self._device)
+                keep = torch.tensor(alive, device=self.device)
                 rows = [rows[r] for r in alive]
                 cache.batch_select_indices(keep)
                 tokens, mask, position = tokens[keep], mask[keep], position[keep]
@@ -194,9 +181,19 @@ class HFEngine(Engine):
                 seen.scatter_(1, tokens[:, None], True)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
             position = position + 1
-            logits = self._forward(tokens[:, None], mask, position[:, None], cache)
+            logits = self.forward(tokens[:, None], mask, position[:, None], cache)
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    def left_padded(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids [R, T] of ``sequences``, and their mask [R, T], int64."""
+        width = max(map(len, sequences))
+        ids = torch.full((len(sequences), width), self.pad_id)
+        mask = torch.zeros(len(sequences), width, dtype=torch.long)
+        for line, sequence in enumerate(sequences):
+            ids[line, width - len(sequence) :] = torch.tensor(list(sequence))
+            mask[line, width - len(sequence) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Return the logits [R, V] of the last position, and append to the cache."""
         output = self.policy(
             input_ids=ids,
@@ -207,10 +204,3 @@ class HFEngine(Engine):
             logits_to_keep=1,
         )
         return output.logits[:, -1]
-
-    def _finish_reason(
-        self, row: _Row, prompt: Sequence[int], stop: StopStrings, max_tokens: int
-    ) -> FinishReason | None:
-        if row.token_ids[-1] in self.eos_token_ids or stop.end(prompt, row.token_ids):
-            return "stop"
-        return "length" if len(row.token_ids) == max_tokens else None

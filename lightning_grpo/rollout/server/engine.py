@@ -5,7 +5,9 @@ Only token ids are exchanged, never text. The servers fetch the weights from thi
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -30,7 +32,8 @@ from lightning_grpo.rollout.server.pool import Pool
 from lightning_grpo.rollout.server.sampling import GENERATE, Sampler, WeightVersions
 from lightning_grpo.rollout.server.tcp import own_address
 from lightning_grpo.rollout.server.transfer import TCPTransfer, pause, register_adapter, resume
-from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
+from lightning_grpo.rollout.server.turns import ServerTurns
+from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest, Sampling, Turn
 from lightning_grpo.rollout.verify import StoredTensor, WeightSyncError, place_of
 from lightning_grpo.rollout.vllm.adapter import ADAPTER_NAME
 from lightning_grpo.rollout.vllm.params import sampling_params
@@ -138,8 +141,7 @@ class ServerEngine(Engine):
 
     def generate(self, request: SampleRequest, on_group: OnGroup | None = None) -> list[list[Completion]]:
         check_stop(self._infos, request.sampling.stop)
-        params = sampling_params(request.sampling, max_tokens=request.max_tokens, eos_token_ids=self.eos_token_ids)
-        body = self._body(params | {"stream_interval": STREAM_INTERVAL} | self.sampling_args)
+        body = self._sampling_body(request.sampling, request.max_tokens)
         finished: SimpleQueue[tuple[int, list[Completion]] | None] = SimpleQueue()
         call = self._loop.start(self._sampler.sample(request, body, finished.put))
         call.add_done_callback(lambda _: finished.put(None))
@@ -150,6 +152,24 @@ class ServerEngine(Engine):
             return call.result()
         finally:
             call.cancel()
+
+    @contextmanager
+    def turns(self, sampling: Sampling) -> Iterator[ServerTurns]:
+        check_stop(self._infos, sampling.stop)
+
+        def start(turn: Turn) -> Future[Completion]:
+            body = self._sampling_body(sampling, turn.max_tokens)
+            return self._loop.start(self._sampler.sample_one(body, turn.token_ids, turn.seed, key=turn.key))
+
+        turns = ServerTurns(start)
+        try:
+            yield turns
+        finally:
+            turns.cancel()
+
+    def _sampling_body(self, sampling: Sampling, max_tokens: int) -> dict[str, Any]:
+        params = sampling_params(sampling, max_tokens=max_tokens, eos_token_ids=self.eos_token_ids)
+        return self._body(params | {"stream_interval": STREAM_INTERVAL} | self.sampling_args)
 
     def _body(self, params: dict[str, Any]) -> dict[str, Any]:
         """A request's body without its tokens; it names the adapter once the servers have one."""

@@ -32,12 +32,18 @@ class Pool:
         return alive
 
     @asynccontextmanager
-    async def room(self) -> AsyncIterator[Endpoint]:
-        """Wait for an endpoint with room and reserve a place for one request at the one with the most room."""
+    async def room(self, key: int | None = None) -> AsyncIterator[Endpoint]:
+        """Wait for an endpoint with room and reserve a place for one request at the one with the most room.
+
+        Requests with the same ``key`` are sent to the same endpoint, which has cached the common beginning of their
+        tokens, unless it has no room.
+        """
         async with self._freed:
             while not (free := [e for e in self.alive if e.in_flight < e.room]):
                 await self._freed.wait()
             endpoint = max(free, key=lambda e: e.room - e.in_flight)
+            if key is not None and (usual := self.alive[key % len(self.alive)]) in free:
+                endpoint = usual
             endpoint.in_flight += 1
         try:
             yield endpoint

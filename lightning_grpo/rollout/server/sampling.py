@@ -85,11 +85,7 @@ class Sampler:
         cutoff = Cutoff(request.count, request.spare)
 
         async def group(i: int, prompt: Sequence[int], seeds: Sequence[int]) -> list[Completion]:
-            bodies = [
-                body | {"token_ids": list(prompt), "sampling_params": body["sampling_params"] | {"seed": seed}}
-                for seed in seeds
-            ]
-            completions = list(await asyncio.gather(*(self._sample_one(body, cutoff) for body in bodies)))
+            completions = list(await asyncio.gather(*(self.sample_one(body, prompt, seed, cutoff) for seed in seeds)))
             on_group((i, completions))
             return completions
 
@@ -102,11 +98,21 @@ class Sampler:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _sample_one(self, body: dict[str, Any], cutoff: Cutoff) -> Completion:
+    async def sample_one(
+        self,
+        body: dict[str, Any],
+        prompt: Sequence[int],
+        seed: int,
+        cutoff: Cutoff | None = None,
+        key: int | None = None,
+    ) -> Completion:
+        """One completion of ``prompt``; ``body`` is as in `sample`, and ``key`` as in `Pool.room`."""
+        body = body | {"token_ids": list(prompt), "sampling_params": body["sampling_params"] | {"seed": seed}}
+        cutoff = cutoff or Cutoff(1, spare=0)
         drops = 0
         while True:
             request_id = next(self._request_ids)
-            async with self._pool.room() as endpoint:
+            async with self._pool.room(key) as endpoint:
                 try:
                     return await self._stream(endpoint, body | {"request_id": request_id, "stream": True}, cutoff)
                 except EndpointLost as error:

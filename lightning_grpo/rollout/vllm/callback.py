@@ -26,7 +26,7 @@ from lightning_grpo.rollout.callback import (
 from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.vllm.adapter import adapter_settings
 from lightning_grpo.rollout.vllm.engine import VLLMEngine, require_vllm
-from lightning_grpo.rollout.vllm.shared import SharedVLLMEngine
+from lightning_grpo.rollout.vllm.shared import SharedVLLMEngine, no_turns
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +171,8 @@ class VLLMRollout(RolloutCallback):
                 f"tensor_parallel_size is {ranks} and lora is adapter: an adapter that ranks share cannot be verified; "
                 "set lora: merged"
             )
+        if ranks > 1 and getattr(pl_module, "environment", None) is not None:
+            raise no_turns(ranks)
         if stop_strings(pl_module) or self.sampling_args:
             settings.setdefault("skip_tokenizer_init", False)
         engine = (VLLMEngine if ranks == 1 else SharedVLLMEngine)(

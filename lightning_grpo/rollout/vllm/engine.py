@@ -3,7 +3,8 @@
 import itertools
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.errors import OutOfMemoryError, UserError
 from lightning_grpo.rollout.engine import Engine
-from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
+from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest, Sampling
 from lightning_grpo.rollout.verify import StoredTensor, WeightSyncError
 from lightning_grpo.rollout.vllm.adapter import adapter_request, load_adapter
 from lightning_grpo.rollout.vllm.isolation import (
@@ -26,6 +27,7 @@ from lightning_grpo.rollout.vllm.isolation import (
 )
 from lightning_grpo.rollout.vllm.params import finish_reason, sampling_params
 from lightning_grpo.rollout.vllm.tokenizer import require_same_tokenizer, tokenizer_facts
+from lightning_grpo.rollout.vllm.turns import VLLMTurns
 from lightning_grpo.rollout.vllm.weights import load_weights, replace_functions
 
 VLLM_SERIES = "0.32."
@@ -124,12 +126,7 @@ class VLLMEngine(Engine):
         self._has_tokenizer = not settings["skip_tokenizer_init"]
 
     def generate(self, request: SampleRequest, on_group: OnGroup | None = None) -> list[list[Completion]]:
-        stop = request.sampling.stop
-        if stop and not self._has_tokenizer:
-            raise UserError(
-                f"sampling.stop is {stop}, but the engine was started without a tokenizer; set them in "
-                "model.sampling or model.validation_sampling, which the engine reads at start"
-            )
+        self._check_stop(request.sampling.stop)
         self._wake_all()
         groups: list[list[Completion | None]] = [[None] * len(group) for group in request.seeds]
         places: dict[str, tuple[int, int]] = {}
@@ -138,25 +135,62 @@ class VLLMEngine(Engine):
             try:
                 for i, (prompt, group) in enumerate(zip(request.prompts, request.seeds, strict=True)):
                     for g, seed in enumerate(group):
-                        request_id = str(next(self._request_ids))
-                        params = self._params(request, seed)
-                        internal_id = engine.add_request(
-                            request_id, {"prompt_token_ids": list(prompt)}, params, lora_request=self._lora_request
-                        )
-                        places[request_id] = places[internal_id] = (i, g)
+                        places[self.add_request(prompt, request.sampling, request.max_tokens, seed)] = (i, g)
                 while engine.has_unfinished_requests():
                     for output in engine.step() + _cut(engine, request.spare):
                         if not output.finished:
                             continue
                         i, g = places[output.request_id]
-                        groups[i][g] = self._completion(output.outputs[0])
+                        groups[i][g] = self.completion(output.outputs[0])
                         if on_group is not None and all(groups[i]):
                             with isolation.suspended():
                                 on_group(i, groups[i])
             except BaseException:
-                engine.abort_request(list(places), internal=True)
+                engine.abort_request(list(places))
                 raise
         return groups
+
+    @contextmanager
+    def turns(self, sampling: Sampling) -> Iterator[VLLMTurns]:
+        self._check_stop(sampling.stop)
+        self._wake_all()
+        turns = VLLMTurns(self, sampling)
+        try:
+            yield turns
+        finally:
+            turns.abort()
+
+    def add_request(self, token_ids: Sequence[int], sampling: Sampling, max_tokens: int, seed: int) -> str:
+        """Give vLLM a completion to sample, in its isolation; returns the request's id."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = sampling_params(sampling, max_tokens=max_tokens, eos_token_ids=self.eos_token_ids)
+        params |= {"seed": seed, "flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}
+        request_id = str(next(self._request_ids))
+        self.llm.llm_engine.add_request(
+            request_id,
+            {"prompt_token_ids": list(token_ids)},
+            SamplingParams(**(params | self.sampling_args)),
+            lora_request=self._lora_request,
+        )
+        return request_id
+
+    def completion(self, output: Any) -> Completion:
+        """The completion in vLLM's ``output``."""
+        return Completion(
+            token_ids=list(output.token_ids),
+            logprobs=list(output.logprobs.logprobs),
+            finish_reason=finish_reason(output.finish_reason),
+            versions=[self.version] * len(output.token_ids),
+        )
+
+    def _check_stop(self, stop: Sequence[str]) -> None:
+        if stop and not self._has_tokenizer:
+            raise UserError(
+                f"sampling.stop is {stop}, but the engine was started without a tokenizer; set them in "
+                "model.sampling or model.validation_sampling, which the engine reads at start"
+            )
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, *, in_flight: bool = False) -> None:
         """As `Engine.update_weights`.
@@ -231,22 +265,6 @@ class VLLMEngine(Engine):
     @property
     def _worker(self) -> Any:
         return self.llm.llm_engine.model_executor.driver_worker.worker
-
-    def _params(self, request: SampleRequest, seed: int) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = sampling_params(request.sampling, max_tokens=request.max_tokens, eos_token_ids=self.eos_token_ids)
-        params |= {"seed": seed, "flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}
-        return SamplingParams(**(params | self.sampling_args))
-
-    def _completion(self, output: Any) -> Completion:
-        return Completion(
-            token_ids=list(output.token_ids),
-            logprobs=list(output.logprobs.logprobs),
-            finish_reason=finish_reason(output.finish_reason),
-            versions=[self.version] * len(output.token_ids),
-        )
 
 
 def _cut(engine: Any, spare: int) -> list[Any]:

@@ -3,13 +3,13 @@
 import secrets
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest
+from lightning_grpo.rollout.types import Completion, OnGroup, SampleRequest, Sampling
 from lightning_grpo.rollout.verify import WeightSyncError
 from lightning_grpo.rollout.vllm.engine import VLLMEngine
 from lightning_grpo.rollout.vllm.isolation import isolate_vllm
@@ -28,7 +28,7 @@ class SharedVLLMEngine(VLLMEngine):
     """
 
     def __init__(self, model: str, *, engine_args: dict[str, Any], **kwargs: Any) -> None:
-        size = engine_args["tensor_parallel_size"]
+        size = self._size = engine_args["tensor_parallel_size"]
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world % size:
             raise UserError(
@@ -62,6 +62,10 @@ class SharedVLLMEngine(VLLMEngine):
         )
         return super().generate(joint, on_own_group)[start:stop]
 
+    def turns(self, sampling: Sampling) -> NoReturn:
+        """Raise `UserError`: the ranks step the engine together, and their conversations end at different times."""
+        raise no_turns(self._size)
+
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, *, in_flight: bool = False) -> None:
         """As `VLLMEngine.update_weights`; every rank learns the tensors and failures of the others."""
         failure = None
@@ -90,6 +94,15 @@ class SharedVLLMEngine(VLLMEngine):
         values: list[Any] = [None] * group.world_size
         dist.all_gather_object(values, value, group=group.cpu_group)
         return values, group.rank_in_group
+
+
+def no_turns(tensor_parallel_size: int) -> UserError:
+    """The error for conversations of several turns in an engine that ranks share."""
+    return UserError(
+        f"rollout tensor_parallel_size is {tensor_parallel_size}: ranks that share an engine sample single "
+        "completions, and model.environment needs conversations of several turns; set it to 1, or use "
+        "VLLMProcessRollout, whose server can have several GPUs of its own"
+    )
 
 
 def _name_shared_memory(run: str) -> None:
