@@ -19,7 +19,9 @@ from engines import EOS, PROMPTS, SEEDS, Sampler, adapted, loader, trainer_with
 from fitting import AHEAD
 from transformers import AutoModelForCausalLM
 
+from lightning_grpo.errors import RunError
 from lightning_grpo.policy.load import LoRA
+from lightning_grpo.rewards import LLMJudge, compute_rewards
 from lightning_grpo.rollout import (
     HFEngine,
     SampleRequest,
@@ -589,6 +591,32 @@ def test_a_broken_connection_costs_no_endpoint(engine):
     endpoint.client._transport = Breaking(times=10**6)
     with pytest.raises(ConnectionError, match=f"no vLLM endpoint is left: {endpoint.url}: (ReadError|ConnectTimeout)"):
         engine.generate(sample_request(32))
+
+
+def test_a_judge_is_served_by_vllm(server, policy, tokenizer, tiny_model_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    options = {"base_url": f"{server.url}/v1", "model": tiny_model_path, "api_key_env": "JUDGE_KEY"}
+    chances = []
+    for completion in ("4", "5"):
+        message = [{"role": "user", "content": f"Grade {completion}"}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        with torch.no_grad():
+            likely = (policy(torch.tensor([ids])).logits[0, -1] / 0.25).softmax(-1).topk(20)
+        chances.append(
+            dict(zip(tokenizer.convert_ids_to_tokens(likely.indices.tolist()), likely.values.tolist(), strict=True))
+        )
+    letters = {letter: i / 7 for i, letter in enumerate("@6jxJ0yM2V")}
+    words = LLMJudge(**options, template="Grade {completion}", answers=letters, request={"temperature": 0.25})
+    words.check([{}])
+    values = compute_rewards([words], ["?", "?"], ["4", "5"], [[1], [1]], [{}, {}])[:, 0].tolist()
+    for value, chance in zip(values, chances, strict=True):
+        total = sum(chance.get(letter, 0.0) for letter in letters)
+        expected = sum(chance.get(letter, 0.0) * reward for letter, reward in letters.items()) / total
+        assert value == pytest.approx(expected if total >= 0.5 else 0.0, abs=1e-3)
+    assert max(values) > 0
+    grades = LLMJudge(**options, template="Grade {completion}", pattern="(.)", max_tokens=8)
+    with pytest.raises(RunError, match="gives no grade"):
+        compute_rewards([grades], ["?", "?"], ["a", "b"], [[1], [1]], [{}, {}])
 
 
 def test_the_work_of_a_killed_server_is_done_by_the_other(both, policy, servers, first_tokens):

@@ -10,6 +10,7 @@ _MODULES = {
     "early": ("EarlyRewards",),
     "environment": ("EnvironmentReward",),
     "format": ("LengthPenalty", "RegexFormat", "RepetitionPenalty"),
+    "judge": ("LLMJudge",),
     "reasoning_gym": ("ReasoningGym",),
     "text": ("decode_completions", "template_opening"),
     "text_reward": ("TextReward",),

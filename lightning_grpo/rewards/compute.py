@@ -19,6 +19,7 @@ from torch import Tensor
 import lightning_grpo.rewards.answers
 import lightning_grpo.rewards.code
 import lightning_grpo.rewards.format
+import lightning_grpo.rewards.judge
 import lightning_grpo.rewards.reasoning_gym  # noqa: F401
 from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.rewards.base import LOGS, OFFERED, Completion, FunctionReward, Reward, Scores, call_with
