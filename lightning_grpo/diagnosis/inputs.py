@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ TRL_OPTIONS = {
 """Names of options in TRL, in which changes are given for the logs of other trainers."""
 COLUMNS = (
     *("step", "rollout", "group", "index", "reward", "advantage", "truncated"),
-    *("completion_ids", "engine_logprobs", "trainer_logprobs"),
+    *("sampled", "completion_ids", "engine_logprobs", "trainer_logprobs"),
 )
 
 
@@ -91,12 +92,20 @@ class Log:
 
         @lru_cache
         def samples(step: int) -> list[Row]:
-            return run.samples(COLUMNS, [step]).to_pylist()
+            return [sampled_tokens(row) for row in run.samples(COLUMNS, [step]).to_pylist()]
 
         info = dict(run.info)
         if run.metrics:
             info["completions_per_step"] = run.samples(["step"], [run.metrics[0]["step"]]).num_rows
         return History(options=flatten(run.config), info=info, samples=samples)
+
+
+def sampled_tokens(row: Row) -> Row:
+    """The row with only those tokens that the policy sampled."""
+    if row["sampled"] is None:
+        return row
+    lists = {name: values for name in COLUMNS if isinstance(values := row[name], list)}
+    return row | {name: [*compress(values, row["sampled"])] for name, values in lists.items()}
 
 
 def flatten(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -48,7 +48,7 @@ def rows_of(experience: Experience, places: Sequence[int], step: int, trainer: T
     rows = []
     for place in places:
         group, index = divmod(place, module.num_generations)
-        mask = experience.completion_mask[place]
+        mask, advantages = experience.completion_mask[place], experience.advantages[place]
         logprobs = {"engine": experience.rollout_logprobs, "trainer": experience.old_logprobs}
         rows.append(
             {
@@ -59,7 +59,7 @@ def rows_of(experience: Experience, places: Sequence[int], step: int, trainer: T
                 "completion_ids": experience.completion_ids[place][mask].tolist(),
                 "truncated": bool(experience.truncated[place]),
                 "reward": totals[place],
-                "advantage": float(experience.advantages[place].mean()),
+                "advantage": float(advantages[mask].mean() if advantages.dim() else advantages),
                 **{f"{name}_logprobs": x[place][mask].tolist() for name, x in logprobs.items() if x is not None},
             }
         )

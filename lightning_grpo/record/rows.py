@@ -43,10 +43,12 @@ class SampleTables:
         mask, prompt_mask = _numpy(experience.completion_mask[rows]), _numpy(experience.prompt_mask[rows])
         ids = _numpy(experience.completion_ids[rows])
         prompts = [ids[kept] for ids, kept in zip(_numpy(experience.prompt_ids[rows]), prompt_mask, strict=True)]
+        context = np.flip(np.logical_or.accumulate(np.flip(mask, 1), 1), 1)
+        is_dialogue = experience.conversations is not None
         truncated, versions = _numpy(experience.truncated[rows]), _numpy(experience.versions[rows])
-        written = [ids[kept].tolist() for ids, kept in zip(ids, mask, strict=True)]
+        written = [ids[kept].tolist() for ids, kept in zip(ids, context, strict=True)]
         n, is_empty = len(place), ~mask.any(1)
-        reasons = np.where(mask.sum(1) >= self.max_completion_length, "length", "cutoff")
+        reasons = np.where(is_dialogue | (mask.sum(1) >= self.max_completion_length), "length", "cutoff")
         columns: dict[str, Any] = {
             "step": np.full(n, step),
             "rollout": np.full(n, experience.number),
@@ -54,9 +56,12 @@ class SampleTables:
             "group": place // self.num_generations * shards + shard,
             "index": place % self.num_generations,
             "prompt": self._decode(prompts),
-            "completion": decode_completions(self.tokenizer, written, self.end_ids),
+            "completion": self._decode([*map(np.array, written)])
+            if is_dialogue
+            else decode_completions(self.tokenizer, written, self.end_ids),
             "prompt_ids": _lists(_numpy(experience.prompt_ids[rows]), prompt_mask, pa.int32()),
-            "completion_ids": _lists(ids, mask, pa.int32()),
+            "completion_ids": _lists(ids, context, pa.int32()),
+            "sampled": _lists(mask, context, pa.bool_()) if is_dialogue else None,
             "reward": _floats(total_rewards(experience.rewards[rows], self.reward_weights)),
             "advantage": _floats(_per_completion(experience.advantages[rows], experience.completion_mask[rows])),
             "truncated": truncated,
@@ -75,7 +80,7 @@ class SampleTables:
         if self.logprobs:
             trainer = experience.logprobs if experience.old_logprobs is None else experience.old_logprobs
             for field, values in zip(LOGPROBS, (experience.rollout_logprobs, trainer), strict=True):
-                lists = None if values is None else _lists(_numpy(values[rows].float()), mask, pa.float32())
+                lists = None if values is None else _lists(_numpy(values[rows].float()), context, pa.float32(), mask)
                 table = table.append_column(field, _column(lists, field.type, n))
         for name, values in _extras((experience.extras or [])[rows]).items():
             table = table.append_column(EXTRA + name, values)
@@ -107,11 +112,16 @@ def _per_completion(advantages: Tensor, mask: Tensor) -> Tensor:
     return (advantages * mask).sum(1) / mask.sum(1)
 
 
-def _lists(values: np.ndarray, mask: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """[n] lists of the ``values`` [n, T] on which ``mask`` is True; null for a row of which one of them is NaN."""
+def _lists(values: np.ndarray, mask: np.ndarray, kind: pa.DataType, known: np.ndarray | None = None) -> pa.Array:
+    """[n] lists of the ``values`` [n, T] on which ``mask`` is True, with null for those on which ``known`` is False.
+
+    A row is null if one of its known values is NaN.
+    """
+    known = mask if known is None else known
     offsets = np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int32)
-    unknown = (np.isnan(values) & mask).any(1)
-    return pa.ListArray.from_arrays(offsets, pa.array(values[mask]).cast(kind), mask=pa.array(unknown))
+    unknown = (np.isnan(values) & known).any(1)
+    items = pa.array(values[mask], mask=~known[mask]).cast(kind)
+    return pa.ListArray.from_arrays(offsets, items, mask=pa.array(unknown))
 
 
 def _column(values: Any, kind: pa.DataType, n: int) -> pa.Array:

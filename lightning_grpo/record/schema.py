@@ -33,6 +33,7 @@ COLUMNS = pa.schema(
         ("completion", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("completion_ids", pa.list_(pa.int32())),
+        ("sampled", pa.list_(pa.bool_())),
         ("reward", pa.float32()),
         ("advantage", pa.float32()),
         ("truncated", pa.bool_()),
