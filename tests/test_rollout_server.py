@@ -15,7 +15,17 @@ import psutil
 import pytest
 import torch
 from conftest import tiny_llama
-from engines import EOS, PROMPTS, SEEDS, Sampler, adapted, loader, trainer_with
+from engines import (
+    EOS,
+    PROMPTS,
+    SEEDS,
+    Sampler,
+    adapted,
+    assert_turns_are_completions,
+    converse,
+    loader,
+    trainer_with,
+)
 from fitting import AHEAD
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +37,7 @@ from lightning_grpo.rollout import (
     SampleRequest,
     Sampling,
     SyncedEngine,
+    Turn,
     VLLMProcessRollout,
     VLLMServerRollout,
     WeightSyncError,
@@ -36,6 +47,7 @@ from lightning_grpo.rollout.server.checks import as_flags
 from lightning_grpo.rollout.server.cutoff import Cutoff
 from lightning_grpo.rollout.server.endpoint import Endpoint
 from lightning_grpo.rollout.server.engine import ServerEngine
+from lightning_grpo.rollout.server.pool import Pool
 from lightning_grpo.rollout.server.process import ServerProcess
 from lightning_grpo.rollout.server.tcp import WeightServer
 from lightning_grpo.rollout.server.transfer import TCPTransfer
@@ -259,6 +271,48 @@ def test_weights_updated_in_flight(synced, policy, engine, first_tokens):
     assert worst(synced, groups, version=1) < 1e-4 < worst(synced, groups, version=0)
     # The cache holds nothing of the earlier weights.
     assert worst(synced, engine.generate(sample_request(8))) < 1e-4
+
+
+def test_turns_are_sampled_as_completions_are(both, policy, first_tokens, monkeypatch):
+    synced = synced_with(both, policy)
+    places, room = [], Pool.room
+
+    def watched(pool, key=None):
+        if key is not None:
+            places.append((key, pool.alive[key % 2]))
+        return room(pool, key)
+
+    monkeypatch.setattr(Pool, "room", watched)
+    beginnings = [prompt for prompt in PROMPTS for _ in range(2)]
+    sampled, _ = converse(synced, beginnings)
+    assert len(sampled) == 18
+    assert Counter(first_tokens) == Counter(endpoint.url for _, endpoint in places)
+    assert_turns_are_completions(synced, sampled)
+    both.sampling_args = {"stop_token_ids": []}
+    with both.turns(Sampling()) as turns:
+        turns.submit(Turn(key=0, token_ids=PROMPTS[0], seed=0, max_tokens=LONG))
+        turns.submit(Turn(key=1, token_ids=PROMPTS[0], seed=0, max_tokens=2))
+        ended = []
+        while not ended:
+            ended = turns.step()
+        assert [key for key, _ in ended] == [1] and turns.running == 1
+    wait_for(lambda: all(endpoint.in_flight == 0 for endpoint in both.endpoints))
+
+
+def test_turns_go_on_with_weights_updated_in_flight(synced, policy, engine, first_tokens):
+    engine.sampling_args = {"stop_token_ids": []}
+    ahead = synced.run_in_background(lambda: converse(synced, PROMPTS, num_turns=2, max_tokens=400))
+    wait_for(lambda: first_tokens)
+    perturb(policy)
+    synced.turn = 1
+    synced.sync(in_flight=True)
+    sampled, _ = ahead.result()
+    assert len(sampled) == 6 and all(c.versions == sorted(c.versions) for _, c in sampled)
+    assert any(set(c.versions) == {0, 1} for _, c in sampled)
+    for turn, c in sampled:
+        scored = synced.reference.logprobs([[*turn.token_ids, *c.token_ids]])[0][len(turn.token_ids) - 1 :]
+        gap = (scored - torch.tensor(c.logprobs)).abs()[torch.tensor(c.versions) == 1]
+        assert gap.numel() == 0 or gap.max() < 1e-4
 
 
 def test_requests_of_one_rank_are_not_sampled_with_the_next_weights_of_another(server, policy, first_tokens):
@@ -587,10 +641,16 @@ def test_a_broken_connection_costs_no_endpoint(engine):
     groups = engine.generate(sample_request(32))
     assert endpoint.client._transport.times == 0 and endpoint.lost is None and endpoint.in_flight == 0
     assert tokens(groups) == tokens(expected)
+    endpoint.client._transport = Breaking(times=5)
+    sampled, _ = converse(engine, PROMPTS)
+    assert endpoint.client._transport.times == 0 and endpoint.lost is None
+    assert_turns_are_completions(engine, sampled)
     # Where every connection breaks, it is given up.
     endpoint.client._transport = Breaking(times=10**6)
     with pytest.raises(ConnectionError, match=f"no vLLM endpoint is left: {endpoint.url}: (ReadError|ConnectTimeout)"):
         engine.generate(sample_request(32))
+    with pytest.raises(ConnectionError, match="no vLLM endpoint is left"):
+        converse(engine, PROMPTS)
 
 
 def test_a_judge_is_served_by_vllm(server, policy, tokenizer, tiny_model_path, monkeypatch):
