@@ -51,6 +51,12 @@ def stored_prompts(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["LIGHTNING_GRPO_PROMPTS"] = str(tmp_path_factory.mktemp("prompts"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_report() -> None:
+    """Turns the report at the end of a run off, 5 MB each, where a command line does not turn it on."""
+    os.environ["LIGHTNING_GRPO_FIT__REPORT__ENABLED"] = "false"
+
+
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"

@@ -22,6 +22,7 @@ from lightning_grpo.record.reader import read_run
 from lightning_grpo.report import command, comparison, curves, findings, header, page, phases, plan
 from lightning_grpo.report.arms import arms, run_names
 from lightning_grpo.report.callback import Report
+from lightning_grpo.report.charts import chart
 from lightning_grpo.report.markup import duration, number, script_json
 from lightning_grpo.report.series import POINTS, curve, smooth
 from lightning_grpo.report.statistics import paired_interval
@@ -190,6 +191,17 @@ def test_the_time_of_the_phases_is_stacked(tmp_path):
     assert [trace["name"] for trace in stack] == ["rollout", "sync", "update"]
     assert {trace["stackgroup"] for trace in stack} == {"phases"}
     assert "2.20 s (33%)" in html
+
+
+def test_a_chart_is_described_for_readers_who_cannot_see_it():
+    line = {"name": "reward", "x": [1, 2, 3], "y": [0.5, 0.25, 0.75]}
+    band = {"hoverinfo": "skip", "x": [1, 2], "y": [0.0, 1.0]}
+    bars = {"name": "rollout", "x": [1.5, 2.0], "y": ["a", "<b>"]}
+    html = chart("Reward", [band, line, bars], unit="mean")
+    label = (
+        "Reward (mean). reward: 0.5 at step 1, 0.75 at step 3, minimum 0.25, maximum 0.75. rollout: a 1.5, &lt;b&gt; 2."
+    )
+    assert f'role="img" aria-label="{label}"' in html
 
 
 def test_a_long_first_step_does_not_hide_the_others(tmp_path):

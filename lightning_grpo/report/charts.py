@@ -34,8 +34,25 @@ def chart(
     text = f"<p>{escape(note)}</p>" if note else ""
     return (
         f'<figure class="chart" style="--height:{height}px"><figcaption>{caption}{text}</figcaption>'
-        f'<div class="plot"></div><script type="application/json">{data}</script></figure>'
+        f'<div class="plot" role="img" aria-label="{escape(describe(title, unit, traces))}"></div>'
+        f'<script type="application/json">{data}</script></figure>'
     )
+
+
+def describe(title: str, unit: str, traces: Sequence[Trace]) -> str:
+    """Return the content of a chart as text, for readers who can't see it."""
+    sentences = [_sentence(trace) for trace in traces if trace.get("hoverinfo") != "skip"]
+    return f"{title}{f' ({unit})' if unit else ''}. " + " ".join(sentences)
+
+
+def _sentence(trace: Trace) -> str:
+    x, y = trace["x"], trace["y"]
+    subject = f"{trace['name']}: " if trace.get("name") else ""
+    if isinstance(x[0], str) or isinstance(y[0], str):
+        labels, values = (x, y) if isinstance(x[0], str) else (y, x)
+        return subject + ", ".join(f"{label} {value:.4g}" for label, value in zip(labels, values, strict=True)) + "."
+    ends = f"{y[0]:.4g} at step {x[0]:.0f}, {y[-1]:.4g} at step {x[-1]:.0f}"
+    return f"{subject}{ends}, minimum {min(y):.4g}, maximum {max(y):.4g}."
 
 
 def grid(charts: Sequence[str], *, wide: bool = False) -> str:

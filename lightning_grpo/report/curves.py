@@ -152,4 +152,4 @@ def _legend(found: Sequence[Arm]) -> str:
     if any(len(arm.runs) > 1 for arm in found):
         text = "Lines are means over the runs of a configuration, which differ in their seed; bands reach from the "
         text += "lowest to the highest run."
-    return f'<p class="lead muted">{text} Drag to zoom, double-click to zoom out.</p>'
+    return f'<p class="lead muted">{text} <span class="mouse">Drag to zoom, double-click to zoom out.</span></p>'

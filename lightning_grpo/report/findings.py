@@ -103,11 +103,9 @@ def _evidence(finding: Mapping[str, Any]) -> list[str]:
     evidence = finding.get("evidence")
     charts = []
     for i, (name, pairs) in enumerate(evidence.items() if isinstance(evidence, dict) else ()):
-        points = (
-            [pair for pair in pairs if isinstance(pair, list) and len(pair) == 2] if isinstance(pairs, list) else []
-        )
+        points = [pair for pair in pairs if _is_point(pair)] if isinstance(pairs, list) else []
         if len(points) == 1:
-            charts.append(f"<p>{escape(name)}: {escape(_value(points[0][1]))} at step {escape(points[0][0])}</p>")
+            charts.append(f"<p>{escape(name)}: {number(points[0][1])} at step {points[0][0]}</p>")
         elif points:
             trace = {
                 "type": "scatter",
@@ -120,6 +118,10 @@ def _evidence(finding: Mapping[str, Any]) -> list[str]:
             }
             charts.append(chart(str(name), [trace], height=150))
     return charts
+
+
+def _is_point(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(value, int | float) for value in pair)
 
 
 def _links(finding: Mapping[str, Any], prefix: str) -> str:
@@ -156,10 +158,6 @@ def _nested(change: Mapping[Any, Any]) -> dict[str, Any]:
 def _since(finding: Mapping[str, Any]) -> int:
     since = finding.get("since")
     return since if isinstance(since, int) else finding["step"]
-
-
-def _value(value: object) -> str:
-    return number(float(value)) if isinstance(value, int | float) else str(value)
 
 
 def _sentence(text: str) -> str:

@@ -50,7 +50,7 @@
       hovermode: "x unified", hoverlabel: { bgcolor: "--card", bordercolor: "--line", font: { color: "--text" } },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
       xaxis: merged(axis, { title: { text: "step" }, showgrid: false }),
-      yaxis: merged(axis, { nticks: 6, exponentformat: "e", ...range(data) }),
+      yaxis: merged(axis, { nticks: 6, tickformat: ".6~g", ...range(data) }),
     };
     Plotly.react(plot, colored(data, style), colored(merged(base, layout), style), {
       displayModeBar: false, responsive: true,
