@@ -67,8 +67,8 @@ class ToolEnvironment(Environment):
             raise UserError(f"two of the tools {', '.join(f.__name__ for f in functions)} have the same name")
         self._schemas = {name: _schema(function) for name, function in self._functions.items()}
 
-    @property
-    def tools(self) -> list[dict[str, Any]]:  # noqa: F811  # the argument of the same name has the functions
+    @property  # type: ignore[misc]
+    def tools(self) -> list[dict[str, Any]]:  # noqa: F811  # the argument of this name is a list of functions
         return list(self._schemas.values())
 
     async def step(self, completion: str) -> Step:
@@ -126,8 +126,8 @@ def _schema(function: Callable[..., Any]) -> dict[str, Any]:
         return get_json_schema(function)
     except Exception as error:
         raise UserError(
-            f"the tool {function.__name__!r} has no JSON schema: {error} Give every argument a type and a line under "
-            "Args: in the docstring"
+            f"the tool {function.__name__!r} has no JSON schema ({error}); give every argument a type, and a line under Args: in "
+            "the docstring"
         ) from error
 
 
