@@ -126,8 +126,8 @@ def _schema(function: Callable[..., Any]) -> dict[str, Any]:
         return get_json_schema(function)
     except Exception as error:
         raise UserError(
-            f"the tool {function.__name__!r} has no JSON schema ({error}); give every argument a type, and a line under "
-            "Args: in the docstring"
+            f"the tool {function.__name__!r} has no JSON schema ({error}); give every argument a type, and a line "
+            "under Args: in the docstring"
         ) from error
 
 
