@@ -340,7 +340,7 @@ def test_tools_and_template_arguments_that_are_none(read, column, value, message
     [
         ([{"prompt": [*HISTORY[:1], {"role": "assistant", "content": "It is 0."}]}] * 2, {},
          "2 prompts end with an assistant message, which the completion will continue"),
-        ([{"prompt": HISTORY[:1], "tools": [TOOL]}] * 2, {}, "the chat template omits the tools of the row (add)"),
+        ([{"prompt": HISTORY[:1], "tools": [TOOL]}] * 2, {}, "the chat template omits the tools (add)"),
         ([{"prompt": "b", "tools": [TOOL]}] * 2, {}, "the prompt is plain text, so its tools"),
         ([{"prompt": HISTORY[:1]}] * 2, {"chat_template_args": {"enable_thinking": False}},
          "the chat template has no variable 'enable_thinking'"),

@@ -1,17 +1,14 @@
 """The tokens between two turns: exact over real chat templates, and impossible to forge from an observation."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from chat_templates import QUESTION, SPECIAL, TEMPLATES, bpe_tokenizer
 
 from lightning_grpo.data.template import ChatTemplate
 from lightning_grpo.environments.template import TurnTemplate
 from lightning_grpo.errors import UserError
 
-TEMPLATES = Path(__file__).parent / "data" / "templates"
 END = {
     "chatml": "<|im_end|>",
     "qwen2.5": "<|im_end|>",
@@ -19,11 +16,6 @@ END = {
     "llama-3.1": "<|eot_id|>",
     "gemma": "<end_of_turn>",
 }
-SPECIAL = [
-    *("<|begin_of_text|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"),
-    *("<|eot_id|>", "<|eom_id|>", "<start_of_turn>", "<end_of_turn>", "<|User|>", "<|Assistant|>"),
-]
-QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
 CASES = [
     *((name, role) for name in ("chatml", "qwen2.5", "llama-3.1") for role in ("user", "tool")),
     ("qwen3", "tool"),
@@ -32,30 +24,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def bpe() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with merges across letters, spaces and line breaks, as those of Llama and Qwen."""
-    tokenizer = Tokenizer(models.BPE())
-    words = Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = "user\nassistant\n\nsystem tool ipython model What is the answer? It is 4.\n\n\n<tool_response>\n"
-    tokenizer.train_from_iterator([path.read_text() for path in sorted(TEMPLATES.iterdir())] + [text] * 9, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|begin_of_text|>",
-        eos_token="<|endoftext|>",
-        extra_special_tokens=SPECIAL[2:],
-        clean_up_tokenization_spaces=False,
-        name_or_path="a-model",
-    )
+def bpe():
+    return bpe_tokenizer()
 
 
 def turns(bpe: Any, name: str, **args: Any) -> TurnTemplate:

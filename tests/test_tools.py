@@ -5,7 +5,9 @@ import json
 import time
 
 import pytest
+from chat_templates import QUESTION, TEMPLATES, bpe_tokenizer
 
+from lightning_grpo.data.encoding import Encoder
 from lightning_grpo.environments.tool_calls import ToolCall, parse_calls
 from lightning_grpo.environments.tools import ToolEnvironment
 from lightning_grpo.errors import UserError
@@ -212,3 +214,16 @@ def test_wrong_tools_are_refused_at_start(tools, message):
 def test_options_are_checked(options):
     with pytest.raises(UserError, match=f"ToolEnvironment.{next(iter(options))} is 0"):
         environment(**options)
+
+
+def test_the_template_renders_the_tools_into_the_prompts():
+    bpe = bpe_tokenizer()
+    template = (TEMPLATES / "qwen2.5.jinja").read_text()
+    encoder = Encoder(tokenizer=bpe, chat_template=template, tools=environment().tools)
+    [[prompt, other]] = encoder.encode(
+        [("row 1", {"prompt": QUESTION, "tools": None}), ("row 2", {"prompt": QUESTION, "tools": [{"name": "more"}]})]
+    )
+    text, longer = (bpe.decode(row.ids) for row in (prompt, other))
+    assert '"name": "add", "description": "Add two integers."' in text
+    assert "more" not in text
+    assert longer.index('"name": "fail"') < longer.index('"name": "more"')

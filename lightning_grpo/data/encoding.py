@@ -80,6 +80,7 @@ class Encoder:
     chat template, with the row's ``tools`` and ``chat_template_kwargs``.
 
     Args:
+        tools: JSON schemas of tools that the template renders into every prompt, before the row's own ``tools``.
         vocab_size: number of rows of the model's embedding. A prompt with a token id beyond it raises an error.
     """
 
@@ -91,6 +92,7 @@ class Encoder:
     chat_template_args: dict[str, Any] = field(default_factory=dict)
     max_prompt_length: int | None = None
     overlong: Literal["drop", "error"] = "drop"
+    tools: Sequence[dict[str, Any]] = ()
     vocab_size: int | None = None
 
     def encode(
@@ -176,7 +178,7 @@ class Encoder:
                     remarks.toolless = remarks.toolless or where
                 text, special = _plain(messages, self.tokenizer.bos_token)
             else:
-                tools = as_tools(where, named.get("tools"))
+                tools = [*self.tools, *(as_tools(where, named.get("tools")) or ())] or None
                 args = as_template_args(where, named.get("chat_template_kwargs"))
                 text, special = template.render(where, messages, tools=tools, args=args), False
                 if messages[-1]["role"] == "assistant":

@@ -130,9 +130,7 @@ class ChatTemplate:
                 )
         names = [str(tool.get("function", tool).get("name")) for tool in tools or ()]
         if any(name not in text for name in names):
-            self.omissions.setdefault(
-                "tools", f"{where}: the chat template omits the tools of the row ({', '.join(names)})"
-            )
+            self.omissions.setdefault("tools", f"{where}: the chat template omits the tools ({', '.join(names)})")
         source = self.template or str(self.tokenizer.chat_template)
         for name in self.args | args:
             if name not in source:
