@@ -8,6 +8,7 @@ from typing import Any
 from lightning_grpo.errors import UserError
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
 from lightning_grpo.rewards.numbers import last_number, number_value
+from lightning_grpo.rewards.text_reward import TextReward
 
 SOLUTION = "####"
 """Marker before the final answer of a worked solution, as in GSM8K."""
@@ -26,6 +27,11 @@ def extract(text: str, how: str) -> str | None:
         return text.strip()
     found = _last_match(text, how)
     return None if found is None else found[1].strip()
+
+
+def takes_linear_time(how: str) -> bool:
+    """Whether `extract` takes a time proportional to the length of any text, unlike some regular expressions."""
+    return how in ("last_number", "whole") or _TAGS.fullmatch(how) is not None
 
 
 def _last_match(text: str, pattern: str) -> tuple[str, str] | None:
@@ -77,7 +83,7 @@ def _plain(text: str) -> str:
 
 
 @dataclass(kw_only=True, eq=False)
-class ExactMatch(Reward):
+class ExactMatch(TextReward):
     """1 if the answer in the completion equals that of the row, else 0. No reward if the row's answer is null.
 
     Numbers are compared by value, and read as a whole: 3/2, ``\\frac{3}{2}`` and 1.5 are equal, and a completion
@@ -135,19 +141,21 @@ class ExactMatch(Reward):
             except ValueError as error:
                 raise UserError(f"ExactMatch: the {self.answer!r} of row {row}: {error}") from error
 
-    def __call__(self, *, completions: list[Completion], **columns: Any) -> list[float | None]:
-        if self.answer not in columns:
-            raise UserError(f"ExactMatch.answer is {self.answer!r}; the data set has only {', '.join(columns)}")
-        scores: list[float | None] = []
-        for completion, answer in zip(completions, columns[self.answer], strict=True):
-            expected, given = self.expected(answer), extract(completion_text(completion), self.extract)
-            right = given is not None and expected is not None and same_answer(given, expected)
-            scores.append(None if expected is None else float(right))
-        return scores
+    def score(self, text: str, row: Mapping[str, Any]) -> float | None:
+        if self.answer not in row:
+            raise UserError(f"ExactMatch.answer is {self.answer!r}; the data set has only {', '.join(row)}")
+        expected = self.expected(row[self.answer])
+        if expected is None:
+            return None
+        given = extract(text, self.extract)
+        return float(given is not None and same_answer(given, expected))
 
     def final_answers(self, completions: Sequence[str]) -> list[str | None]:
-        answers = [extract(completion, self.extract) for completion in completions]
-        return [None if answer is None else _same_form(answer) for answer in answers]
+        return self.evaluate(self._final_answer, [(completion,) for completion in completions], None)
+
+    def _final_answer(self, completion: str) -> str | None:
+        answer = extract(completion, self.extract)
+        return None if answer is None else _same_form(answer)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -75,7 +75,8 @@ class Reward(ABC):
     for slow rewards. The reward is then called once per group instead of once per rollout."""
     time_limit: float | None = 1800.0
     """Maximum seconds per call. When a call exceeds it, the run ends with an error that states the completion and the
-    stack; a warning is logged after a tenth of it. null disables the limit."""
+    stack; a warning is logged after a tenth of it. null disables the limit. Rewards that worker processes compute have
+    a limit per completion instead."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -90,6 +91,14 @@ class Reward(ABC):
             raise UserError(
                 f"the time_limit of the reward {self.name!r} is {self.time_limit}; set seconds above 0, or null"
             )
+
+    @property
+    def in_workers(self) -> bool:
+        """Whether worker processes compute this reward, so that several threads may call it at once."""
+        return False
+
+    def prepare(self) -> None:  # noqa: B027  most rewards need no preparation
+        """Start what takes time to start. Called once, before the first completions are sampled."""
 
     @abstractmethod
     def __call__(

@@ -2,27 +2,19 @@
 
 import ast
 import json
-import os
 import re
-import resource
-import select
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.ranges import check_ranges
-from lightning_grpo.rewards.sandbox import program
+from lightning_grpo.rewards.sandbox.program import enforced_restrictions, run_program
 from lightning_grpo.rewards.text_reward import TextReward
 
 _FENCE = re.compile(r"^```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
-_MAX_OUTPUT = 1 << 20
 _MISSING = object()
 
 
@@ -133,82 +125,18 @@ class CodeTests(TextReward):
         assertions = [read_assertion(test) for test in tests if isinstance(test, str)]
         passed = 0
         if assertions:
-            request = {"code": code, "expressions": [expression for expression, _ in assertions]}
-            values = _values(self._run(request, deadline), len(assertions))
+            output = self._run(code, deadline, expressions=[expression for expression, _ in assertions])
+            values = _values(output, len(assertions))
             passed = sum(_equal(value, expected) for value, (_, expected) in zip(values, assertions, strict=True))
         for test in tests:
             if isinstance(test, Mapping):
-                output = self._run({"code": code, "stdin": test["input"]}, deadline)
+                output = self._run(code, deadline, stdin=test["input"])
                 passed += _lines(output.decode(errors="replace")) == _lines(test["output"])
         return float(passed == len(tests)) if self.all_or_nothing else passed / len(tests)
 
-    def _run(self, request: Mapping[str, Any], deadline: float) -> bytes:
+    def _run(self, code: str, deadline: float, **given: Any) -> bytes:
         """The output of a program, empty if it is killed."""
-        return run_program(request, deadline - time.monotonic(), self.memory_mb)
-
-
-def run_program(request: Mapping[str, Any], seconds: float, memory_mb: int = 512) -> bytes:
-    """What a program writes to its stdout; empty if it exceeds its time, or writes more than 1 MiB.
-
-    Args:
-        request: what `lightning_grpo.rewards.sandbox.program` reads.
-        seconds: after which the process is killed.
-        memory_mb: limit on its address space.
-    """
-
-    def limit() -> None:
-        limits = {
-            resource.RLIMIT_AS: memory_mb << 20,
-            resource.RLIMIT_CPU: int(seconds) + 1,
-            resource.RLIMIT_FSIZE: 1 << 20,
-            resource.RLIMIT_NOFILE: 64,
-            resource.RLIMIT_CORE: 0,
-        }
-        for name, value in limits.items():
-            resource.setrlimit(name, (value, value))
-
-    if seconds <= 0:
-        return b""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as given:
-        given.write(json.dumps(request).encode())
-        given.seek(0)
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-X", "utf8", _script()],
-            stdin=given,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={},
-            start_new_session=True,
-            preexec_fn=limit,
-        )
-        try:
-            return _read(process.stdout.fileno(), time.monotonic() + seconds)
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-
-
-@lru_cache(maxsize=1)
-def enforced_restrictions() -> dict[str, bool]:
-    """Whether this system enforces seccomp and Landlock for programs."""
-    return json.loads(run_program({"probe": True}, 60.0) or "{}")
-
-
-def _script() -> str:
-    return str(Path(program.__file__))
-
-
-def _read(pipe: int, deadline: float) -> bytes:
-    output = bytearray()
-    while (left := deadline - time.monotonic()) > 0 and len(output) <= _MAX_OUTPUT:
-        if select.select([pipe], [], [], left)[0]:
-            data = os.read(pipe, 1 << 16)
-            if not data:
-                return bytes(output)
-            output += data
-    return b""
+        return run_program(code, **given, seconds=deadline - time.monotonic(), memory_mb=self.memory_mb)
 
 
 def _values(output: bytes, count: int) -> list[Any]:

@@ -5,10 +5,11 @@ import copy
 import inspect
 import math
 import numbers
+import threading
 import traceback
 from collections.abc import Awaitable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ import lightning_grpo.rewards.reasoning_gym  # noqa: F401
 from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.rewards.base import LOGS, OFFERED, Completion, FunctionReward, Reward, Scores, call_with
 from lightning_grpo.rewards.logs import RewardLogs
-from lightning_grpo.rewards.time_limit import call_with_timeout, completion_in_frame, timeout_error
+from lightning_grpo.rewards.time_limit import completion_in_frame, time_limit, timeout_error
 
 
 def compute_rewards(
@@ -63,7 +64,7 @@ def compute_rewards(
         UserError: a reward returned the wrong number of values, or one that is not a finite number.
         RunError: a reward called ``sys.exit``. Other exceptions are passed on with a note that states the reward and
             the completion it was scoring.
-        TimeoutError: a call took longer than the reward's `time_limit`.
+        TimeoutError: an ``async`` reward took longer than its `time_limit`. Other rewards end the process then.
     """
     N = len(completions)
     for name, values in (("prompts", prompts), ("completion_ids", completion_ids), ("columns", columns)):
@@ -142,25 +143,37 @@ def _call_all(rewards: Sequence[Reward], arguments: Sequence[Mapping[str, Any]])
     answers: list[Any] = []
     try:
         for reward, given in zip(rewards, map(_copied, arguments), strict=True):
-            call = partial(_call, reward, given)
-            answers.append(call_with_timeout(reward.time_limit, repr(reward.name), given, call))
+            limit = None if reward.in_workers else reward.time_limit
+            with time_limit(limit, repr(reward.name), given):
+                answers.append(_call(reward, given))
     except Exception:
         for answer in filter(inspect.iscoroutine, answers):
             answer.close()
         raise
     waiting = [i for i, answer in enumerate(answers) if inspect.isawaitable(answer)]
     if waiting:
-        # in a new thread, since a notebook's main thread already has a running event loop, in which asyncio.run fails
-        names = " or ".join(repr(rewards[i].name) for i in waiting)
-        limits = [rewards[i].time_limit for i in waiting]
-        together = _gather([(rewards[i], answers[i], arguments[i]) for i in waiting])
-        limit = None if None in limits else max(limits)
-        # each call has its own limit; this one is for a loop that a call blocks
-        call = partial(asyncio.run, together)
-        awaited = call_with_timeout(limit, names, arguments[waiting[0]], call, loop=True)
+        awaited = _run_loop([(rewards[i], answers[i], arguments[i]) for i in waiting])
         for i, scores in zip(waiting, awaited, strict=True):
             answers[i] = scores
     return answers
+
+
+def _run_loop(calls: Sequence[tuple[Reward, Awaitable[Scores], Mapping[str, Any]]]) -> list[Scores]:
+    """Await all calls in a new thread, since a notebook's main thread already runs an event loop."""
+    limits = [reward.time_limit for reward, *_ in calls]
+    names = " or ".join(repr(reward.name) for reward, *_ in calls)
+    result: Future[list[Scores]] = Future()
+
+    def run() -> None:
+        try:
+            # each call has its own limit; this one is for a call that blocks the loop
+            with time_limit(None if None in limits else max(limits), names, calls[0][2], slack=1.0):
+                result.set_result(asyncio.run(_gather(calls)))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="async-rewards", daemon=True).start()
+    return result.result()
 
 
 async def _gather(calls: Sequence[tuple[Reward, Awaitable[Scores], Mapping[str, Any]]]) -> list[Scores]:

@@ -9,15 +9,16 @@ Scores = TypeVar("Scores")
 
 
 class EarlyRewards(Generic[Group, Scores]):
-    """Scores groups one after another in a background thread, as they are submitted.
+    """Scores groups in background threads, as they are submitted.
 
     Args:
         score: called with a group's index and the group.
+        threads: groups that may be scored at once; 1: one after another.
     """
 
-    def __init__(self, score: Callable[[int, Group], Scores]) -> None:
+    def __init__(self, score: Callable[[int, Group], Scores], threads: int = 1) -> None:
         self._score = score
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="early-rewards")
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="early-rewards")
         self._futures: dict[int, Future[Scores]] = {}
 
     def submit(self, index: int, group: Group) -> None:
@@ -25,7 +26,7 @@ class EarlyRewards(Generic[Group, Scores]):
         for earlier in self._futures.values():
             if earlier.done():
                 earlier.result()
-        self._futures[index] = self._thread.submit(self._score, index, group)
+        self._futures[index] = self._threads.submit(self._score, index, group)
 
     def gather(self) -> list[Scores]:
         """Wait for all scores and return them in the order of the indices."""
@@ -35,4 +36,4 @@ class EarlyRewards(Generic[Group, Scores]):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)

@@ -1,38 +1,50 @@
 """Rewards for the format and the length of a completion."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
+from lightning_grpo.rewards.text_reward import TextReward
+
+
+_THINK = r"\s*<think>(?:(?!</?think>).)*</think>\s*(?!</?think>)\S(?:(?!</?think>).)*"
 
 
 @dataclass(kw_only=True, eq=False)
-class RegexFormat(Reward):
+class RegexFormat(TextReward):
     """1 if the whole completion matches a regular expression, else 0.
 
     If the chat template ends the prompt with a tag such as ``<think>``, the tag counts as part of the completion.
     """
 
-    pattern: str = r"\s*<think>(?:(?!</?think>).)*</think>\s*(?!</?think>)\S(?:(?!</?think>).)*"
+    pattern: str = _THINK
     """Regular expression; the dot matches line breaks too. By default one <think>…</think> with text after it.
-    Avoid nested repetition such as (a+)+, which takes exponential time on some texts."""
+    Worker processes match other expressions, since some, such as (a+)+, take exponential time on some texts."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         try:
-            self._compiled = re.compile(self.pattern, re.DOTALL)
+            re.compile(self.pattern, re.DOTALL)
         except re.error as error:
             raise UserError(f"RegexFormat.pattern is {self.pattern!r}: {error}") from error
+        super().__post_init__()
+
+    @property
+    def in_workers(self) -> bool:
+        return self.sandbox and self.pattern != _THINK
 
     def __call__(
         self, *, completions: list[Completion], openings: list[str] | None = None, **columns: Any
-    ) -> list[float]:
+    ) -> list[float | None]:
         openings = openings or [""] * len(completions)
         texts = [opening + completion_text(c) for opening, c in zip(openings, completions, strict=True)]
-        return [float(self._compiled.fullmatch(text) is not None) for text in texts]
+        return self.evaluate(self.score, [(text, {}) for text in texts], self.failed)
+
+    def score(self, text: str, row: Mapping[str, Any]) -> float:
+        return float(re.fullmatch(self.pattern, text, re.DOTALL) is not None)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -1,10 +1,12 @@
-"""Stricter versions of the reasoning-gym 0.1.25 scorers that give the full score to wrong answers.
+"""Stricter versions of the reasoning-gym 0.1.25 scorers that give the full score to wrong answers, or evaluate the
+answer as Python code (with eval, or sympy's parser).
 
-These were found by passing each scorer its own correct answer with additions, with other numbers, and with values that
-are not finite.
+The former were found by passing each scorer its own correct answer with additions, with other numbers, and with values
+that are not finite.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -43,33 +45,55 @@ def _same_cells(answer: str, right: str) -> bool:
     return "".join(answer.split()) == "".join(right.split())
 
 
+def _same_tokens(answer: str, right: str) -> bool:
+    return answer.split() == right.split()
+
+
 EXACT: dict[str, Callable[[str, str], bool]] = {
+    "binary_matrix": _same_tokens,
     "coin_flip": _same_values,
     "game_of_life": _same_cells,
+    "game_of_life_halting": _same_text,
     "gsm_symbolic": _same_values,
     "letter_jumble": _same_text,
     "number_sorting": _same_values,
     "polynomial_equations": _same_set,
     "spell_backward": _same_text,
+    "spiral_matrix": _same_tokens,
+    "string_insertion": _same_tokens,
     "time_intervals": _same_text,
     "word_sorting": _same_words,
 }
 """Tasks with one correct answer, which scores 1. All others score 0, and the scorer is not called."""
 
+_ARITHMETIC = r"(?:[0-9+()\s-]|\*(?!\*)|/(?!/))+"
+# single letters, but not those that mean something else in sympy; exponents that can't make huge numbers
+_POLYNOMIAL = (
+    r"(?<![A-Za-z])[A-HJ-MPRT-Za-z](?![A-Za-z(])|[0-9]|[-+()\s]|/(?!/)|\*(?!\*)"
+    r"|\*\*\s*(?:[0-9]{1,2}|\(\s*-?[0-9]{1,2}(?:/[0-9]{1,2})?\s*\))(?![0-9])(?!\s*\*\*)"
+)
+_FUNCTIONS = r"(?<![A-Za-z])(?:sqrt|exp|log|a?(?:sin|cos|tan)h?)(?=\()"
 _CLAIM = r"\w+ is an? \w+"
 FORM: dict[str, Callable[[str], object]] = {
     "advanced_geometry": re.compile(r"\s*\(?[-+0-9./\s]+(?:,[-+0-9./\s]+)?\)?\s*°?\s*").fullmatch,
+    "countdown": re.compile(_ARITHMETIC).fullmatch,
     "fraction_simplification": lambda answer: number_value(answer) is not None,
+    "intermediate_integration": re.compile(f"(?:{_POLYNOMIAL}|{_FUNCTIONS})+").fullmatch,
     "kakurasu": re.compile(r"[01\s]+").fullmatch,
     "knights_knaves": re.compile(rf"\s*{_CLAIM}(?:(?:, and |, | and ){_CLAIM})*\.?\s*").fullmatch,
+    "n_queens": re.compile(r"[Q_\s]+").fullmatch,
+    "polynomial_multiplication": re.compile(f"(?:{_POLYNOMIAL})+").fullmatch,
+    "puzzle24": re.compile(_ARITHMETIC).fullmatch,
     "quantum_lock": re.compile(r"\s*[A-Z](?:\s*→\s*[A-Z])*\s*").fullmatch,
+    "simple_integration": re.compile(f"(?:{_POLYNOMIAL})+").fullmatch,
     "sokoban": re.compile(r"[UDLRudlr\s]+").fullmatch,
     "survo": re.compile(r"[0-9\s]+").fullmatch,
     "tower_of_hanoi": re.compile(
         r"\s*(?:Move disk [0-9]+ from Peg [0-9]+ to Peg [0-9]+\.?\s*)+", re.IGNORECASE
     ).fullmatch,
 }
-"""Tasks whose scorer ignores additional text in the answer: answers of any other form score 0."""
+"""Tasks whose scorer ignores additional text in the answer, or evaluates it as code: answers of any other form score
+0."""
 
 
 def strict_score(task: str, answer: str, entry: dict, score: Callable[[str, dict], float]) -> float:
@@ -88,4 +112,6 @@ def strict_score(task: str, answer: str, entry: dict, score: Callable[[str, dict
         return float(same(answer, str(right)))
     if (form := FORM.get(task)) and not form(answer):
         return 0.0
+    if task == "puzzle24" and Counter(re.findall("[0-9]+", answer)) != Counter(map(str, entry["metadata"]["numbers"])):
+        return 0.0  # the scorer takes any four numbers
     return float(score(answer, entry))

@@ -4,7 +4,7 @@ import logging
 import pickle
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,11 +30,15 @@ class TextReward(Reward):
     """Limit on the time of one completion in a worker process."""
     failed: ClassVar[float] = 0.0
     """Reward of a completion that can't be scored."""
+    raises: ClassVar[bool] = False
+    """Whether `score` may raise for any completion. Otherwise a reward that has raised for all of them, and scored
+    none yet, ends the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, {"seconds": "(0, inf)"}, prefix=f"{type(self).__name__}.")
-        if self.sandbox:
+        self._has_scored = False
+        if self.in_workers:
             try:
                 pickle.dumps(self)
             except Exception as error:
@@ -42,6 +46,15 @@ class TextReward(Reward):
                     f"the reward {self.name!r} can't be sent to worker processes: {error}; define it in a module "
                     "that can be imported, or set sandbox: false"
                 ) from error
+
+    @property
+    def in_workers(self) -> bool:
+        """Whether worker processes score. Override it for options with which no text takes long."""
+        return self.sandbox
+
+    def prepare(self) -> None:
+        if self.in_workers:
+            shared_pool().prepare(self.score)
 
     @abstractmethod
     def score(self, text: str, row: Mapping[str, Any]) -> float | None:
@@ -55,13 +68,18 @@ class TextReward(Reward):
     def __call__(self, *, completions: list[Completion], **columns: Any) -> list[float | None]:
         names = [name for name in columns if name not in ("prompts", "completion_ids", "trainer_state")]
         rows = [{name: columns[name][i] for name in names} for i in range(len(completions))]
-        jobs = list(zip(map(completion_text, completions), rows, strict=True))
-        if not self.sandbox:
-            return [self.score(*job) for job in jobs]
-        values = shared_pool().map(self.score, jobs, self.seconds)
-        failures = Counter(value.reason for value in values if isinstance(value, Failure))
-        for reason, count in failures.items():
-            log.warning("%d of %d completions get %g from %s: %s", count, len(values), self.failed, self.name, reason)
-        if failures.total() == len(values) > 1 and len(failures) == 1 and not any(value.timed_out for value in values):
-            raise RunError(f"the reward {self.name!r} scores no completion: {next(iter(failures))}")
-        return [self.failed if isinstance(value, Failure) else value for value in values]
+        return self.evaluate(self.score, list(zip(map(completion_text, completions), rows, strict=True)), self.failed)
+
+    def evaluate(self, function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], failed: Any) -> list[Any]:
+        """What ``function``, a method of this reward, returns for each of the jobs, computed where this reward scores;
+        ``failed`` for jobs that fail in a worker process."""
+        if not self.in_workers:
+            return [function(*job) for job in jobs]
+        values = shared_pool().map(function, jobs, self.seconds)
+        failures = Counter(value for value in values if isinstance(value, Failure))
+        for failure, count in failures.items():
+            log.warning("%d of %d completions get %s from %s: %s", count, len(values), failed, self.name, failure.reason)
+        self._has_scored |= failures.total() < len(values)
+        if not (self._has_scored or self.raises or any(failure.limit for failure in failures)) and len(values) > 1:
+            raise RunError(f"the reward {self.name!r} scores no completion: {next(iter(failures)).reason}")
+        return [failed if isinstance(value, Failure) else value for value in values]

@@ -1,68 +1,71 @@
-"""Time limits for reward functions.
+"""Time limits for rewards that are computed in this process.
 
-How a call is interrupted depends on the thread that makes it:
-
-- **In the main thread** (rewards computed after sampling), SIGVTALRM interrupts it, since rewards may use SIGALRM
-  themselves. This ends loops, blocking calls, and `re`, which blocks all other threads but checks for signals.
-- **In other threads** (early rewards), which receive no signals, and for async rewards, the call runs in a daemon
-  thread. A loop in it is interrupted, a blocking call is abandoned.
-- **If neither works**, as for `re` in another thread, faulthandler writes all stacks to stderr and ends the process
-  `GRACE` seconds later. It does not need the interpreter lock.
+Nothing can interrupt an arbitrary call in every thread, so a call that exceeds its limit ends the process: a watchdog
+thread first logs the completion and the stack. If the call blocks all other threads, as `re` does, faulthandler, which
+does not need the interpreter lock, ends the process a little later and prints the stacks of all threads.
 """
 
-import ctypes
 import faulthandler
 import logging
-import signal
+import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from types import FrameType, FunctionType
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 Stack = Sequence[tuple[FrameType, int]]
 """Frames and their current line numbers, innermost last."""
 
 WARN_AFTER = 0.1
 """Fraction of the limit after which a warning is logged."""
 GRACE = 10.0
-"""Seconds after the limit at which the process is ended."""
+"""Seconds after the limit at which faulthandler ends the process."""
 
 
-class RewardTimeout(BaseException):
-    """Raised inside a call to end it. Not an `Exception`, since rewards catch those to return 0."""
-
-
-def call_with_timeout(
-    limit: float | None, name: str, arguments: Mapping[str, Any], call: Callable[[], T], *, loop: bool = False
-) -> T:
-    """Return ``call()``, and pass on what it raises.
+@contextmanager
+def time_limit(
+    limit: float | None, name: str, arguments: Mapping[str, Any], *, slack: float = 0.0
+) -> Iterator[None]:
+    """End the process if what runs in this context takes longer.
 
     Args:
-        limit: seconds that the call may take; None for no limit.
+        limit: seconds; None for no limit.
         name: name of the reward.
         arguments: arguments of the reward, of which messages quote ``prompts`` and ``completions``.
-        call: runs in the current thread if that is the main thread, else in a new one.
-        loop: whether the call runs an event loop that enforces the limits itself. It then runs in a new thread and has
-            one second more.
-
-    Raises:
-        TimeoutError: the call took longer than ``limit``.
+        slack: further seconds after the limit.
     """
     if limit is None:
-        return _run_in_thread(limit, name, arguments, call) if loop else call()
-    call = _with_frame_name(f"the reward {name}, limited by its time_limit to {limit:g} s", call)
-    with _kill_process_after(limit + GRACE):
-        if not loop and threading.current_thread() is threading.main_thread():
-            return _run_in_main_thread(limit, name, arguments, call)
-        return _run_in_thread(limit, name, arguments, call, slack=1.0 if loop else 0.0)
+        yield
+        return
+    done, thread, caller = threading.Event(), threading.get_ident(), sys._getframe(2)
+
+    def watch() -> None:
+        if not done.wait(limit * WARN_AFTER):
+            log.warning(
+                "The reward %s has been running for %g s; the run will stop at its time_limit of %g s.",
+                *(name, limit * WARN_AFTER, limit),
+            )
+        if not done.wait(limit * (1 - WARN_AFTER) + slack):
+            frames = traceback.walk_stack(sys._current_frames()[thread])
+            stack = list(takewhile(lambda frame: frame[0] is not caller, frames))[::-1]
+            error = timeout_error(limit, name, arguments, stack)
+            log.error("%s\n%s", error, *error.__notes__)
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(1)
+
+    with _kill_process_after(limit + slack + GRACE):
+        threading.Thread(target=watch, name="reward-time-limit", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
 
 
 def timeout_error(limit: float, name: str, arguments: Mapping[str, Any], stack: Stack) -> TimeoutError:
@@ -89,96 +92,6 @@ def completion_in_frame(stack: Stack, arguments: Mapping[str, Any]) -> str | Non
                 row, text = rows[id(value)]
                 return f"row {row}, the completion {text[:80]!r} of the prompt {str(arguments['prompts'][row])[:80]!r}"
     return None
-
-
-def _run_in_main_thread(limit: float, name: str, arguments: Mapping[str, Any], call: Callable[[], T]) -> T:
-    if signal.getsignal(signal.SIGVTALRM) is not signal.SIG_DFL or any(signal.getitimer(signal.ITIMER_VIRTUAL)):
-        # the program uses this signal itself, so only _kill_process_after limits the call
-        return call()
-    done, deadline = threading.Event(), time.monotonic() + limit
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        # a second signal must not interrupt the handler while it creates the error
-        nested = any(at.f_code is on_signal.__code__ for at, _ in traceback.walk_stack(frame))
-        if not nested and not done.is_set() and time.monotonic() >= deadline:
-            raise RewardTimeout(timeout_error(limit, name, arguments, _stack_of_call(frame)))
-
-    def watch() -> None:
-        in_time = _wait_and_warn(done, limit, name)
-        # repeated, since a bare except in the reward may catch the exception
-        while not in_time and not done.is_set():
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGVTALRM)
-            done.wait(1.0)
-
-    watcher = threading.Thread(target=watch, name="reward-time-limit", daemon=True)
-    try:
-        signal.signal(signal.SIGVTALRM, on_signal)
-        # a timer too: if the call never releases the interpreter lock, the handler lets the watcher run
-        signal.setitimer(signal.ITIMER_VIRTUAL, limit * WARN_AFTER, limit * WARN_AFTER)
-        watcher.start()
-        try:
-            return call()
-        finally:
-            done.set()
-    except RewardTimeout as timeout:
-        raise timeout.args[0] from None
-    finally:
-        done.set()
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        watcher.join()
-        # SIG_IGN first discards a pending signal, which would end the process under SIG_DFL
-        signal.signal(signal.SIGVTALRM, signal.SIG_IGN)
-        signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
-
-
-def _run_in_thread(
-    limit: float | None, name: str, arguments: Mapping[str, Any], call: Callable[[], T], slack: float = 0.0
-) -> T:
-    result: Future[T] = Future()
-    done = threading.Event()
-
-    def run() -> None:
-        try:
-            result.set_result(call())
-        except BaseException as error:
-            result.set_exception(error)
-        finally:
-            done.set()
-
-    thread = threading.Thread(target=run, name="reward", daemon=True)
-    thread.start()
-    if not _wait_and_warn(done, limit, name) and not done.wait(slack):
-        stack = _stack_of_call(sys._current_frames().get(thread.ident))
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(RewardTimeout))
-        raise timeout_error(limit, name, arguments, stack)
-    return result.result()
-
-
-def _wait_and_warn(done: threading.Event, limit: float | None, name: str) -> bool:
-    """Wait for ``done`` and return whether it was set within the limit."""
-    if limit is None:
-        return done.wait()
-    if not done.wait(warn_after := limit * WARN_AFTER):
-        log.warning(
-            "The reward %s has been running for %g s; the run will stop at its time_limit of %g s.",
-            *(name, warn_after, limit),
-        )
-    return done.wait(limit * (1 - WARN_AFTER))
-
-
-def _stack_of_call(frame: FrameType | None) -> Stack:
-    # without the outer frames, which begin with one of this file
-    frames = traceback.walk_stack(frame) if frame is not None else ()
-    return list(takewhile(lambda at: at[0].f_code.co_filename != __file__, frames))[::-1]
-
-
-def _with_frame_name(name: str, call: Callable[[], T]) -> Callable[[], T]:
-    def named() -> T:
-        return call()
-
-    # when faulthandler ends a process, it prints only the names of functions
-    code = named.__code__.replace(co_name=name, co_qualname=name)
-    return FunctionType(code, globals(), closure=named.__closure__)
 
 
 _deadlines: dict[object, float] = {}

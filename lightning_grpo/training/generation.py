@@ -100,7 +100,9 @@ class Generation:
 
         with ExitStack() as stack:
             sample = self._sampler(engine, batch, seeds, sampling, stack)
-            scores = stack.enter_context(EarlyRewards(score_group))
+            # worker processes may score several groups at once, so that a slow completion delays its own group only
+            threads = 16 if all(reward.in_workers for reward in self.early) else 1
+            scores = stack.enter_context(EarlyRewards(score_group, threads))
             rollout = self._collate(batch, sample(on_group=scores.submit if self.early else None))
             rollout.seeds = [seed for group in seeds for seed in group]
             if self.early:

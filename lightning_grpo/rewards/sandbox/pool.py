@@ -7,24 +7,33 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing.connection import Connection
-from queue import LifoQueue
+from pathlib import Path
+from queue import Empty, LifoQueue, SimpleQueue
 from typing import Any
 
+import lightning_grpo
 from lightning_grpo.errors import RunError
+from lightning_grpo.rewards.sandbox.program import enforced_restrictions
+from lightning_grpo.rewards.sandbox.worker import DROP, RUN
 
 log = logging.getLogger(__name__)
 
 CHUNK = 32
 """Jobs that are sent to a worker at once, at most."""
+PATIENCE = 0.05
+"""Seconds that a job may take before the jobs behind it in its chunk are passed to other workers."""
 START = 60.0
 """Seconds within which a worker must start."""
 _MAX_ANSWER = 1 << 20
@@ -32,16 +41,21 @@ _MAX_ANSWER = 1 << 20
 
 @dataclass(frozen=True)
 class Failure:
-    """A job without a value: it exceeded its time, raised, or ended its worker."""
+    """A job without a value.
+
+    Attributes:
+        reason: what happened.
+        limit: whether it exceeded its time or memory, or ended its worker. Otherwise the function raised.
+    """
 
     reason: str
-    timed_out: bool = False
+    limit: bool = False
 
 
 @lru_cache(maxsize=1)
 def isolation() -> tuple[str, ...]:
     """The command that starts a process in its own namespaces (network, processes, users, mounts): bubblewrap's, else
-    that of util-linux, else none, which is logged."""
+    that of util-linux, else none. What this system can't enforce is logged."""
     bubblewrap = (
         *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--ro-bind", "/", "/"),
         *("--dev", "/dev", "--proc", "/proc", "--tmpfs", "/var/tmp", "--setenv", "TMPDIR", "/var/tmp", "--"),
@@ -50,29 +64,36 @@ def isolation() -> tuple[str, ...]:
         *("unshare", "--user", "--map-root-user", "--net", "--ipc", "--uts", "--mount", "--pid"),
         *("--fork", "--kill-child", "--mount-proc", "--"),
     )
-    for command in (bubblewrap, namespaces):
-        if shutil.which(command[0]):
-            tried = subprocess.run([*command, "true"], capture_output=True, stdin=subprocess.DEVNULL, timeout=START)
-            if tried.returncode == 0:
-                if command is namespaces:
-                    log.warning(
-                        "Reward workers can write files of this user: bubblewrap (bwrap) is not installed or not "
-                        "permitted. They have no network and don't see other processes."
-                    )
-                return command
-    log.warning(
-        "Reward workers are not isolated: neither bubblewrap nor unshare may create namespaces on this system. "
-        "Network, files and signals are restricted for the programs of CodeTests only, time and memory for all."
-    )
-    return ()
+    command = next(filter(_starts, (bubblewrap, namespaces)), ())
+    enforced = enforced_restrictions()
+    missing = [] if command else ["they see the processes of this user and can send them signals (no namespaces)"]
+    if not command and not enforced["seccomp"]:
+        missing.append("they have the network (neither namespaces nor seccomp)")
+    if command != bubblewrap and not enforced["landlock"]:
+        missing.append("they can write files of this user (neither bubblewrap nor Landlock)")
+    if missing:
+        log.warning("The isolation of reward workers is limited on this system: %s.", "; ".join(missing))
+    return command
+
+
+def _starts(command: tuple[str, ...]) -> bool:
+    if not shutil.which(command[0]):
+        return False
+    return not subprocess.run(
+        [*command, "true"], capture_output=True, stdin=subprocess.DEVNULL, timeout=START
+    ).returncode
 
 
 class _Worker:
     def __init__(self) -> None:
         self.folder = tempfile.mkdtemp(prefix="reward-worker-")
+        paths = [path or os.getcwd() for path in sys.path]
+        self.tokens, self._of_worker = socket.socketpair()
+        command = isolation()
         start = (
-            f"import sys; sys.path[:] = {[path or os.getcwd() for path in sys.path]!r}; "
-            "from lightning_grpo.rewards.sandbox.worker import main; main()"
+            f"import sys; sys.path.append({str(Path(lightning_grpo.__file__).parents[1])!r}); "
+            "from lightning_grpo.rewards.sandbox.supervisor import main; "
+            f"main({paths!r}, {self._of_worker.fileno()}, isolated={bool(command)})"
         )
         environment = {
             "PATH": os.defpath,
@@ -82,12 +103,13 @@ class _Worker:
             "TMPDIR": self.folder,
         }
         self.process = subprocess.Popen(
-            [*isolation(), sys.executable, "-I", "-c", start],
+            [*command, sys.executable, "-I", "-S", "-X", "utf8", "-c", start],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=self.folder,
             env=environment,
+            pass_fds=[self._of_worker.fileno()],
             start_new_session=True,
         )
         self.jobs = Connection(os.dup(self.process.stdin.fileno()), readable=False)
@@ -96,7 +118,7 @@ class _Worker:
         self.process.stdout.close()
         self.started = False
 
-    def start(self) -> None:
+    def wait_until_started(self) -> None:
         if not self.started:
             try:
                 if not self.answers.poll(START):
@@ -109,24 +131,50 @@ class _Worker:
                 ) from None
             self.started = True
 
+    def send(self, function: bytes, jobs: Sequence[tuple[Any, ...]]) -> None:
+        self.tokens.send(RUN * len(jobs))
+        self.jobs.send_bytes(pickle.dumps((function, jobs)))
+
+    def take_back(self, count: int) -> int:
+        """Take back up to ``count`` jobs, the last of those that were sent, and return how many had not begun."""
+        try:
+            taken = len(self._of_worker.recv(count, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return 0
+        self.tokens.send(DROP)
+        return taken
+
     def kill(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.jobs.close()
-        self.answers.close()
+        for connection in (self.jobs, self.answers, self.tokens, self._of_worker):
+            connection.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of `Pool.map`."""
+
+    function: bytes
+    jobs: Sequence[tuple[Any, ...]]
+    seconds: float
+    results: SimpleQueue = field(default_factory=SimpleQueue)
+    """Pairs of the index of a job and its value; or an exception as the value, which ends the call."""
 
 
 class Pool:
     """Worker processes, started when they are first needed. Safe to use from several threads.
 
     Args:
-        size: number of workers; None: one per core that this process may use.
+        size: number of workers; None: one per core that this process may use, divided among the ranks of this machine,
+            and at least two, so that one job that exceeds its time does not delay the others.
     """
 
     def __init__(self, size: int | None = None) -> None:
-        self.size = size or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.size = size or max(2, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._idle: LifoQueue[_Worker | None] = LifoQueue()
         for _ in range(self.size):
             self._idle.put(None)
@@ -134,6 +182,17 @@ class Pool:
         self._threads = ThreadPoolExecutor(self.size, thread_name_prefix="reward-workers")
         self._workers: set[_Worker] = set()
         atexit.register(self.close)
+
+    def prepare(self, function: Any) -> None:
+        """Start all workers, and have them import what the function needs, without waiting for them."""
+        workers = []
+        with suppress(Empty):
+            while True:
+                workers.append(self._idle.get_nowait() or self._new_worker())
+        for worker in workers:
+            with suppress(OSError):  # it ended; `map` finds out
+                worker.send(pickle.dumps(function), [])
+            self._idle.put(worker)
 
     def map(self, function: Any, jobs: Sequence[tuple[Any, ...]], seconds: float) -> list[Any]:
         """What ``function(*job)`` returns for each job, in order; a `Failure` for one that returned nothing.
@@ -144,43 +203,61 @@ class Pool:
             seconds: limit on the time of each job, after which its worker is killed and replaced.
         """
         isolation()  # warns once, before threads ask for it
-        pickled = pickle.dumps(function)
+        call = _Call(pickle.dumps(function), jobs, seconds)
         size = min(CHUNK, max(1, -(-len(jobs) // (2 * self.size))))
-        chunks = [jobs[first : first + size] for first in range(0, len(jobs), size)]
-        parts = self._threads.map(lambda chunk: self._run(pickled, chunk, seconds), chunks)
-        return [value for part in parts for value in part]
-
-    def _run(self, function: bytes, jobs: Sequence[tuple[Any, ...]], seconds: float) -> list[Any]:
-        worker = self._idle.get()
-        values: list[Any] = []
-        try:
-            while len(values) < len(jobs):
-                if worker is None:
-                    worker = _Worker()
-                    self._workers.add(worker)
-                try:
-                    worker.start()
-                    self._converse(worker, function, jobs[len(values) :], seconds, values)
-                except BaseException as error:
-                    self._discard(worker)
-                    worker = None
-                    if not isinstance(error, _WorkerLost):
-                        raise
-                    values.append(error.failure)
-        finally:
-            self._idle.put(worker)
+        for first in range(0, len(jobs), size):
+            self._threads.submit(self._run, call, range(first, min(first + size, len(jobs))))
+        values: list[Any] = [None] * len(jobs)
+        for _ in jobs:
+            index, value = call.results.get()
+            if isinstance(value, BaseException):
+                raise value
+            values[index] = value
         return values
 
-    def _converse(self, worker: _Worker, function: bytes, jobs: Sequence[Any], seconds: float, values: list) -> None:
+    def _run(self, call: _Call, chunk: Sequence[int]) -> None:
+        """Have a worker do the jobs of a chunk, and another one if it is lost."""
+        worker, pending = self._idle.get(), deque(chunk)
         try:
-            worker.jobs.send_bytes(pickle.dumps((function, seconds, list(jobs))))
-            for _ in jobs:
-                if not worker.answers.poll(seconds):
-                    raise _WorkerLost(Failure(f"it took more than {seconds:g} s", timed_out=True))
+            while pending:
+                worker = worker or self._new_worker()
+                try:
+                    self._converse(worker, call, pending)
+                except _WorkerLost as lost:
+                    self._discard(worker)
+                    worker = None
+                    call.results.put((pending.popleft(), lost.failure))
+        except BaseException as error:
+            if worker:
+                self._discard(worker)
+            worker = None
+            call.results.put((None, error))
+        finally:
+            self._idle.put(worker)
+
+    def _converse(self, worker: _Worker, call: _Call, pending: deque[int]) -> None:
+        """Send the pending jobs to a worker and read its answers. If a job takes long, the rest goes to others."""
+        worker.wait_until_started()
+        try:
+            worker.send(call.function, [call.jobs[index] for index in pending])
+            while pending:
+                deadline = time.monotonic() + call.seconds
+                if len(pending) > 1 and not worker.answers.poll(min(PATIENCE, call.seconds)):
+                    taken = [pending.pop() for _ in range(worker.take_back(len(pending) - 1))]
+                    if taken:
+                        self._threads.submit(self._run, call, taken[::-1])
+                if not worker.answers.poll(max(0.0, deadline - time.monotonic())):
+                    raise _WorkerLost(Failure(f"it took more than {call.seconds:g} s", limit=True))
                 answer = json.loads(worker.answers.recv_bytes(_MAX_ANSWER))
-                values.append(Failure(answer["error"]) if "error" in answer else answer["value"])
+                failed = "error" in answer and Failure(answer["error"], limit="limit" in answer)
+                call.results.put((pending.popleft(), failed or answer["value"]))
         except (EOFError, OSError, ValueError, KeyError, TypeError) as error:
-            raise _WorkerLost(Failure("it ended its worker process")) from error
+            raise _WorkerLost(Failure("it ended its worker process", limit=True)) from error
+
+    def _new_worker(self) -> _Worker:
+        worker = _Worker()
+        self._workers.add(worker)
+        return worker
 
     def _discard(self, worker: _Worker) -> None:
         self._workers.discard(worker)

@@ -3,22 +3,25 @@
 It reads pickled jobs from its parent, which it trusts, and answers in JSON, since its parent doesn't trust it.
 """
 
-import ctypes
-import faulthandler
 import json
 import math
 import os
 import pickle
 import resource
-import sys
+import socket
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
+
+from lightning_grpo.rewards.sandbox import program
+from lightning_grpo.rewards.sandbox.confine import confine_worker
 
 MEMORY = 2 << 30
 """Bytes of address space of a worker."""
 NOTE = 500
 """Characters of an error that are passed on."""
+RUN, DROP = b"r", b"d"
+"""Tokens: run the next job of the chunk; forget the rest of the chunk."""
 
 
 @lru_cache(maxsize=64)
@@ -33,13 +36,25 @@ def _answer(function: bytes, arguments: tuple[Any, ...]) -> bytes:
             raise ValueError(f"the result is {value}")
         return json.dumps({"value": value}, allow_nan=False).encode()
     except MemoryError:
-        return json.dumps({"error": "MemoryError: the worker's memory limit was reached"}).encode()
+        return json.dumps({"error": "MemoryError: the worker's memory limit was reached", "limit": True}).encode()
     except BaseException as error:
-        return json.dumps({"error": f"{type(error).__name__}: {str(error)[:NOTE]}"}).encode()
+        return json.dumps({"error": f"{type(error).__name__}: {_text(error)}"}).encode()
 
 
-def main() -> None:
-    """Answer jobs from standard input on standard output until it is closed."""
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:NOTE]
+    except BaseException:
+        return "its message can't be shown"
+
+
+def main(supervisor: socket.socket, tokens: int) -> None:
+    """Answer jobs from standard input on standard output until it is closed.
+
+    Args:
+        supervisor: starts processes for programs.
+        tokens: socket with one token for each job, so that the parent can take back jobs that have not begun.
+    """
     jobs = Connection(os.dup(0), writable=False)
     answers = Connection(os.dup(1), readable=False)
     null = os.open(os.devnull, os.O_RDWR)
@@ -50,17 +65,18 @@ def main() -> None:
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
-    if sys.platform == "linux":
-        # a program of the same user can't read the memory of this process
-        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
-    answers.send_bytes(b"{}")
+    program.supervisor = supervisor
+    answers.send_bytes(json.dumps(confine_worker()).encode())
     try:
         while True:
-            function, seconds, jobs_arguments = pickle.loads(jobs.recv_bytes())
-            for arguments in jobs_arguments:
-                # in case that the parent died meanwhile
-                faulthandler.dump_traceback_later(seconds + 30, exit=True, file=null)
+            function, chunk = pickle.loads(jobs.recv_bytes())
+            try:
+                _function(function)  # imports its module before the first job
+            except BaseException:
+                pass  # each job reports it
+            for arguments in chunk:
+                if os.read(tokens, 1) == DROP:
+                    break
                 answers.send_bytes(_answer(function, arguments))
-                faulthandler.cancel_dump_traceback_later()
     except (EOFError, BrokenPipeError):
         pass
