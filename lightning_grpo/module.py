@@ -519,6 +519,8 @@ class GRPOModule(TrainablePolicy):
     def setup(self, stage: str) -> None:
         """Check everything that can be checked before a weight is loaded."""
         checks.check_run(self, stage)
+        for reward in (*self.rewards, *self.eval_rewards):
+            reward.prepare()
         if stage == "fit":
             self._begin_fit()
 

@@ -84,7 +84,7 @@ OPTIONS = [
         "max_completion_length": ([10, 50], [0]), "soft_punish_cache": ([1, 100], [0, 101]), "weight": ANY,
         "time_limit": POSITIVE,
     }),
-    (ReasoningGym, {}, {"threshold": ANY, "weight": ANY, "time_limit": POSITIVE}),
+    (ReasoningGym, {}, {"threshold": ANY, "weight": ANY, "time_limit": POSITIVE, "seconds": POSITIVE}),
     (GRPOModule, MODULE, {
         "max_prompt_length": COUNT, "max_completion_length": COUNT, "validation_generations": COUNT,
         "pass_threshold": ANY, "warmup_steps": ([0, 0.1, 5], [-1, 1.5]), "seed": ([0, 5], [-1]),

@@ -23,7 +23,7 @@ from lightning_grpo.rewards import (
 )
 from lightning_grpo.rewards.answers import same_answer
 from lightning_grpo.rewards.numbers import last_number, number_value
-from lightning_grpo.rewards.reasoning_gym import REFUSED
+from lightning_grpo.rewards.strict import strict_score
 
 CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
 
@@ -440,25 +440,38 @@ def test_scorer_that_raises_counts_as_zero_and_is_logged(caplog):
     with caplog.at_level(logging.WARNING):
         table = evaluate(ReasoningGym(), completions=["?", "x y", columns[0]["answer"]], columns=columns)
     assert table[:, 0].tolist() == [0, 0, 1]
-    assert "prime_factorization raised ValueError for 2 of 3 answers" in caplog.text
+    assert caplog.messages == [
+        "1 of 3 completions get 0 from reasoning_gym: ValueError: invalid literal for int() with base 10: '?'",
+        "1 of 3 completions get 0 from reasoning_gym: ValueError: invalid literal for int() with base 10: 'x y'",
+    ]
 
 
-@pytest.mark.parametrize("task", REFUSED)
-def test_scorers_that_cannot_be_trusted_are_refused(task, tmp_path):
+EVALUATING = (
+    *("binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24"),
+    *("simple_integration", "spiral_matrix", "string_insertion"),
+)
+
+
+@pytest.mark.parametrize("task", EVALUATING)
+def test_no_code_reaches_scorers_that_evaluate_it(task):
     columns = gym_columns(task)
-    payload = f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"
-    with pytest.raises(ValueError, match=f"the scorer of the reasoning-gym task '{task}'.*choose a task other than"):
-        evaluate(ReasoningGym(), completions=[payload], columns=[columns])
-    with pytest.raises(ValueError, match=task):
-        ReasoningGym().check([columns])
-    assert not (tmp_path / "ran").exists()
+    called = []
+    scorer = lambda answer, entry: called.append(answer) or 1.0
+    payloads = ["exit()", "__import__('os')", "exec(chr(49))", "().__class__", "x.y", "lambda: 1", "9**9**9", "x!"]
+    payloads += ["[1][0]", "S('1')", "eval(input())", "print(1)", "(1).real", "f'{1}'", "x=1", "9**99999", "0x1", "1j"]
+    payloads += ["9**(9**9)", "2**-999", "1e9999999"]
+    assert [strict_score(task, payload, columns["entry"], scorer) for payload in payloads] == [0.0] * len(payloads)
+    assert called == []
 
 
-def test_a_composite_cannot_smuggle_a_refused_scorer_in():
-    entry = {"question": "", "answer": "", "metadata": {"source_dataset": "countdown"}}
-    columns = {"task": "composite", "task_args": {}, "entry": entry}
-    with pytest.raises(ValueError, match="'countdown' evaluates the model's answer as Python code"):
-        evaluate(ReasoningGym(), completions=["1"], columns=[columns])
+def test_tasks_whose_scorers_evaluate_answers():
+    tasks = [gym_columns(task) for task in EVALUATING]
+    right = [columns["answer"] for columns in tasks]
+    assert evaluate(ReasoningGym(), completions=right, columns=tasks)[:, 0].tolist() == [1] * len(tasks)
+    entry = {"answer": "1*(7*4 - 4)", "metadata": {"source_dataset": "puzzle24", "numbers": [7, 4, 4, 1]}}
+    composite = {"task": "puzzle24", "task_args": {}, "entry": entry}
+    texts = ["(7*4-4)/1", "6*4*1*1", "24"]
+    assert evaluate(ReasoningGym(), completions=texts, columns=[composite] * 3)[:, 0].tolist() == [1, 0, 0]
 
 
 def test_reasoning_gym_needs_its_own_rows():

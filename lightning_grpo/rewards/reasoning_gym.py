@@ -43,6 +43,9 @@ class ReasoningGym(TextReward):
         check_ranges(self, {"threshold": "(-inf, inf)"}, prefix="ReasoningGym.")
         super().__post_init__()
 
+    def warm_up(self) -> None:
+        optional("reasoning_gym", "reasoning-gym", "the reward ReasoningGym")
+
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
         for row, values in enumerate(columns):
             if not {"task", "task_args", "entry"} <= set(values):

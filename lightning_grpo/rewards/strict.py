@@ -69,10 +69,10 @@ EXACT: dict[str, Callable[[str, str], bool]] = {
 _ARITHMETIC = r"(?:[0-9+()\s-]|\*(?!\*)|/(?!/))+"
 # single letters, but not those that mean something else in sympy; exponents that can't make huge numbers
 _POLYNOMIAL = (
-    r"(?<![A-Za-z])[A-HJ-MPRT-Za-z](?![A-Za-z(])|[0-9]|[-+()\s]|/(?!/)|\*(?!\*)"
+    r"(?<![A-Za-z0-9])[A-HJ-MPRT-Za-z](?![A-Za-z0-9(])|[0-9]|[-+()\s]|/(?!/)|\*(?!\*)"
     r"|\*\*\s*(?:[0-9]{1,2}|\(\s*-?[0-9]{1,2}(?:/[0-9]{1,2})?\s*\))(?![0-9])(?!\s*\*\*)"
 )
-_FUNCTIONS = r"(?<![A-Za-z])(?:sqrt|exp|log|a?(?:sin|cos|tan)h?)(?=\()"
+_FUNCTIONS = r"(?<![A-Za-z0-9])(?:sqrt|exp|log|a?(?:sin|cos|tan)h?)(?=\()"
 _CLAIM = r"\w+ is an? \w+"
 FORM: dict[str, Callable[[str], object]] = {
     "advanced_geometry": re.compile(r"\s*\(?[-+0-9./\s]+(?:,[-+0-9./\s]+)?\)?\s*°?\s*").fullmatch,

@@ -54,7 +54,10 @@ class TextReward(Reward):
 
     def prepare(self) -> None:
         if self.in_workers:
-            shared_pool().prepare(self.score)
+            shared_pool().prepare(self.warm_up)
+
+    def warm_up(self) -> None:
+        """Import what `score` needs and what takes long. Called in each worker process when it starts."""
 
     @abstractmethod
     def score(self, text: str, row: Mapping[str, Any]) -> float | None:
@@ -77,8 +80,9 @@ class TextReward(Reward):
             return [function(*job) for job in jobs]
         values = shared_pool().map(function, jobs, self.seconds)
         failures = Counter(value for value in values if isinstance(value, Failure))
+        given = "nothing" if failed is None else f"{failed:g}"
         for failure, count in failures.items():
-            log.warning("%d of %d completions get %s from %s: %s", count, len(values), failed, self.name, failure.reason)
+            log.warning("%d of %d completions get %s from %s: %s", count, len(values), given, self.name, failure.reason)
         self._has_scored |= failures.total() < len(values)
         if not (self._has_scored or self.raises or any(failure.limit for failure in failures)) and len(values) > 1:
             raise RunError(f"the reward {self.name!r} scores no completion: {next(iter(failures)).reason}")

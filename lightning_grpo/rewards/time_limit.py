@@ -29,9 +29,7 @@ GRACE = 10.0
 
 
 @contextmanager
-def time_limit(
-    limit: float | None, name: str, arguments: Mapping[str, Any], *, slack: float = 0.0
-) -> Iterator[None]:
+def time_limit(limit: float | None, name: str, arguments: Mapping[str, Any], *, slack: float = 0.0) -> Iterator[None]:
     """End the process if what runs in this context takes longer.
 
     Args:

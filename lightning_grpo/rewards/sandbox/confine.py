@@ -11,21 +11,19 @@ from functools import partial
 
 # x86-64 numbers of: socket, connect, bind, listen; ptrace and the memory of other processes; mounts and namespaces;
 # keys, bpf, io_uring
-OUTSIDE = (
-    *(41, 42, 49, 50, 101, 310, 311, 155, 161, 165, 166, 272, 308, 428, 429, 430, 442, 248, 249, 250, 298, 321, 323),
-    425,
+OUTSIDE = frozenset(
+    (41, 42, 49, 50, 101, 310, 311, 155, 161, 165, 166, 272, 308, 428, 429, 430, 442, 248, 249, 250, 298, 321, 323, 425)
 )
 """System calls that workers and programs are refused."""
 # fork, vfork, execve, execveat; kill, tkill, tgkill and their siblings; setpgid, setsid; modes, owners and extended
 # attributes, which Landlock does not cover
-PROGRAM = (57, 58, 59, 322, 62, 200, 234, 129, 297, 424, 434, 109, 112)
-PROGRAM += (90, 91, 92, 93, 94, 188, 189, 190, 260, 268, 452)
-"""System calls that programs are refused too."""
+PROCESSES = frozenset((57, 58, 59, 322, 62, 200, 234, 129, 297, 424, 434, 109, 112))
+MODES = frozenset((90, 91, 92, 93, 94, 188, 189, 190, 260, 268, 452))
 CLONE, CLONE3, PRLIMIT, CLONE_THREAD = 56, 435, 302, 0x10000
 EPERM, ENOSYS = 1, 38
 SET_DEATH_SIGNAL, SET_DUMPABLE, SET_NO_NEW_PRIVS, SET_SECCOMP = 1, 4, 38, 22
-# Landlock's rights of its first version: all; execute, read file, read folder; write and read file
-EVERY, READ, READ_WRITE = 0x1FFF, 0b1101, 0b110
+# Landlock's rights of its first version: execute, write file, read file, read folder, and nine more
+EVERY, OF_FILES, READ, READ_WRITE = 0x1FFF, 0b111, 0b1101, 0b110
 
 
 def seccomp(libc: ctypes.CDLL, refused: Iterable[int], *, processes: bool) -> bool:
@@ -37,7 +35,7 @@ def seccomp(libc: ctypes.CDLL, refused: Iterable[int], *, processes: bool) -> bo
     answer = lambda value: (0x06, 0, 0, value)
     program = [load(4), (0x15, 1, 0, 0xC000003E), answer(refuse | EPERM)]  # another architecture's calls
     program += [load(0), (0x35, 0, 1, 0x40000000), answer(refuse | EPERM)]
-    for number in refused:
+    for number in sorted(refused):
         program += [(0x15, 0, 1, number), answer(refuse | EPERM)]
     if not processes:
         program += [(0x15, 0, 1, CLONE3), answer(refuse | ENOSYS)]  # libc then falls back to clone
@@ -61,7 +59,9 @@ def landlock(libc: ctypes.CDLL, allowed: Mapping[str, int]) -> bool:
         except OSError:
             continue
         of_files = 0b111
-        libc.syscall(add, rules, 1, struct.pack("=Qi", rights if os.path.isdir(path) else rights & of_files, beneath), 0)
+        libc.syscall(
+            add, rules, 1, struct.pack("=Qi", rights if os.path.isdir(path) else rights & of_files, beneath), 0
+        )
         os.close(beneath)
     done = libc.syscall(restrict, rules, 0) == 0
     os.close(rules)
@@ -77,8 +77,8 @@ def confine_program() -> dict[str, bool]:
     """Refuse this process the network, other processes, and all files but the standard library (to read) and those in
     the current folder; return what is enforced."""
     paths = (sys.base_prefix, "/usr", "/lib", "/lib64", "/dev/urandom", "/etc/localtime")
-    readable = {path: READ & ~1 for path in paths} | {"/dev/null": READ_WRITE}
-    return _confine(readable, OUTSIDE + PROGRAM, processes=False)
+    readable = dict.fromkeys(paths, READ & ~1) | {"/dev/null": READ_WRITE}
+    return _confine(readable, OUTSIDE | PROCESSES | MODES, processes=False)
 
 
 def _confine(readable: Mapping[str, int], refused: Iterable[int], *, processes: bool) -> dict[str, bool]:

@@ -23,7 +23,6 @@ from pathlib import Path
 from queue import Empty, LifoQueue, SimpleQueue
 from typing import Any
 
-import lightning_grpo
 from lightning_grpo.errors import RunError
 from lightning_grpo.rewards.sandbox.program import enforced_restrictions
 from lightning_grpo.rewards.sandbox.worker import DROP, RUN
@@ -91,7 +90,7 @@ class _Worker:
         self.tokens, self._of_worker = socket.socketpair()
         command = isolation()
         start = (
-            f"import sys; sys.path.append({str(Path(lightning_grpo.__file__).parents[1])!r}); "
+            f"import sys; sys.path.append({str(Path(__file__).parents[3])!r}); "
             "from lightning_grpo.rewards.sandbox.supervisor import main; "
             f"main({paths!r}, {self._of_worker.fileno()}, isolated={bool(command)})"
         )
@@ -131,8 +130,9 @@ class _Worker:
                 ) from None
             self.started = True
 
-    def send(self, function: bytes, jobs: Sequence[tuple[Any, ...]]) -> None:
-        self.tokens.send(RUN * len(jobs))
+    def send(self, function: bytes, jobs: Sequence[tuple[Any, ...]] | None) -> None:
+        """Send jobs. None: call the function once, without an answer."""
+        self.tokens.send(RUN * len(jobs or ()))
         self.jobs.send_bytes(pickle.dumps((function, jobs)))
 
     def take_back(self, count: int) -> int:
@@ -184,14 +184,14 @@ class Pool:
         atexit.register(self.close)
 
     def prepare(self, function: Any) -> None:
-        """Start all workers, and have them import what the function needs, without waiting for them."""
+        """Start all workers, and have each call the function, which imports what jobs need, without waiting for it."""
         workers = []
         with suppress(Empty):
             while True:
                 workers.append(self._idle.get_nowait() or self._new_worker())
         for worker in workers:
             with suppress(OSError):  # it ended; `map` finds out
-                worker.send(pickle.dumps(function), [])
+                worker.send(pickle.dumps(function), None)
             self._idle.put(worker)
 
     def map(self, function: Any, jobs: Sequence[tuple[Any, ...]], seconds: float) -> list[Any]:

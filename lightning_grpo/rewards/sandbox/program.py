@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import IO
 
 from lightning_grpo.errors import RunError
 from lightning_grpo.rewards.sandbox import confine
@@ -58,9 +59,9 @@ def run_program(
             supervisor.recv(1)
 
 
-def _file(text: str) -> tempfile._TemporaryFileWrapper:
-    file = tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogatepass", newline="")
-    file.write(text)
+def _file(text: str) -> IO[bytes]:
+    file = tempfile.TemporaryFile()  # noqa: SIM115
+    file.write(text.encode(errors="surrogatepass"))
     file.seek(0)
     return file
 

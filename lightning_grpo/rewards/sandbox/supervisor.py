@@ -25,8 +25,10 @@ REQUEST = struct.Struct("dQ")
 stdout, a file with what it has to do, and its folder."""
 PROCESSES = 128
 """Processes and threads of a worker and its programs, if it has a user namespace of its own."""
-PRELOADED = "bisect collections copy dataclasses datetime decimal fractions functools heapq io itertools math operator "
-PRELOADED += "random re statistics string threading time typing"
+PRELOADED = (
+    *("bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools", "heapq", "io"),
+    *("itertools", "math", "operator", "random", "re", "statistics", "string", "threading", "time", "typing"),
+)
 """Modules that programs often import."""
 
 
@@ -53,7 +55,7 @@ def main(paths: Sequence[str], tokens: int, *, isolated: bool) -> None:
     of_worker.close()
     os.close(tokens)
     os.dup2(2, 1)
-    for name in PRELOADED.split():
+    for name in PRELOADED:
         __import__(name)
     gc.collect()
     gc.freeze()
@@ -122,7 +124,7 @@ def _run(descriptors: Sequence[int], seconds: float, memory: int, own_path: Sequ
     sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("lightning_grpo")]
     for module in [name for name in sys.modules if name.startswith("lightning_grpo")]:
         del sys.modules[module]
-    builtins.exit = builtins.quit = sys.exit  # type: ignore[attr-defined]  # as the module site does
+    builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # as the module site does
     sys.modules["__main__"] = program = ModuleType("__main__")
     code, expressions = request["code"], request.get("expressions", ())
     del request, file

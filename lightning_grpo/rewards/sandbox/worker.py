@@ -70,10 +70,9 @@ def main(supervisor: socket.socket, tokens: int) -> None:
     try:
         while True:
             function, chunk = pickle.loads(jobs.recv_bytes())
-            try:
-                _function(function)  # imports its module before the first job
-            except BaseException:
-                pass  # each job reports it
+            if chunk is None:
+                _answer(function, ())  # errors are reported by the jobs that follow
+                continue
             for arguments in chunk:
                 if os.read(tokens, 1) == DROP:
                     break
