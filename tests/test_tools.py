@@ -1,7 +1,9 @@
 """Tools: parsing of calls, their execution, and objects written for TRL."""
 
 import asyncio
+import copy
 import json
+import threading
 import time
 
 import pytest
@@ -10,6 +12,7 @@ from chat_templates import QUESTION, TEMPLATES, bpe_tokenizer
 from lightning_grpo.data.encoding import Encoder
 from lightning_grpo.environments.tool_calls import ToolCall, parse_calls
 from lightning_grpo.environments.tools import ToolEnvironment
+from lightning_grpo.environments.trl import TRLEnvironment, get_reward
 from lightning_grpo.errors import UserError
 
 # ── Parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -185,7 +188,7 @@ def test_results_and_errors_are_bounded():
 
 def test_tools_are_found_by_import_path_and_have_schemas():
     found = ToolEnvironment(tools=["test_tools.add"])
-    assert found.tools[0]["function"]["parameters"]["required"] == ["a"]
+    assert found.tool_schemas[0]["function"]["parameters"]["required"] == ["a"]
     assert run(found, call("add", a=1, b=1)).observation[0]["content"] == "2"
 
 
@@ -219,7 +222,7 @@ def test_options_are_checked(options):
 def test_the_template_renders_the_tools_into_the_prompts():
     bpe = bpe_tokenizer()
     template = (TEMPLATES / "qwen2.5.jinja").read_text()
-    encoder = Encoder(tokenizer=bpe, chat_template=template, tools=environment().tools)
+    encoder = Encoder(tokenizer=bpe, chat_template=template, tools=environment().tool_schemas)
     [[prompt, other]] = encoder.encode(
         [("row 1", {"prompt": QUESTION, "tools": None}), ("row 2", {"prompt": QUESTION, "tools": [{"name": "more"}]})]
     )
@@ -227,3 +230,81 @@ def test_the_template_renders_the_tools_into_the_prompts():
     assert '"name": "add", "description": "Add two integers."' in text
     assert "more" not in text
     assert longer.index('"name": "fail"') < longer.index('"name": "more"')
+
+
+# ── Objects written for TRL ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Counter:
+    """In the form that TRL documents for ``environment_factory``."""
+
+    def __init__(self):
+        self.client = threading.Lock()  # as a connection, it can't be copied
+        self.total = 0.0
+
+    def reset(self, **kwargs) -> str | None:
+        self.total = float(kwargs["start"])
+        return f"It is {kwargs['start']}." if kwargs["start"] else None
+
+    def increment(self, step: int) -> str:
+        """
+        Increment the counter.
+
+        Args:
+            step: The value to add
+
+        Returns:
+            The new value.
+        """
+        if step < 0:
+            raise ValueError("Game over.")
+        self.total += step
+        return f"{self.total:g}"
+
+    async def peek(self) -> float:
+        """
+        Return the value.
+        """
+        return self.total
+
+    def get_reward(self) -> float:
+        return self.total
+
+    def _private(self) -> None: ...
+
+
+def test_objects_written_for_trl_run_unchanged():
+    prototype = TRLEnvironment(factory="test_tools.Counter")
+    assert [tool["function"]["name"] for tool in prototype.tool_schemas] == ["increment", "peek"]
+    first, second = copy.deepcopy(prototype), copy.deepcopy(prototype)
+
+    async def episodes():
+        opened = [await first.reset({"prompt": QUESTION, "start": 5}), await second.reset({"prompt": [], "start": 0})]
+        steps = [await first.step(call("increment", step=2) + call("peek") + call("increment", step=-1))]
+        steps += [await second.step(call("increment", step=1)), await second.step("One.")]
+        return opened, steps
+
+    opened, (one, two, last) = asyncio.run(episodes())
+    assert opened == [[{"role": "user", "content": "It is 5."}], None]
+    assert [message["content"] for message in one.observation] == ["7", "7.0", "Error: ValueError: Game over."]
+    assert two.observation[0]["content"] == "1"
+    assert (one.done, two.done, last.done) == (False, False, True)
+    assert get_reward([first.for_rewards, second.for_rewards]) == [7.0, 1.0]
+
+
+def test_an_object_serves_one_episode_after_another():
+    prototype = TRLEnvironment(factory=Counter, tools=[add])
+    seen = []
+    for start in (1, 2):
+        sample = copy.deepcopy(prototype)
+        asyncio.run(sample.reset({"start": start}))
+        seen.append(sample.for_rewards)
+        assert run(sample, call("increment", step=1)).observation[0]["content"] == str(start + 1)
+        assert run(sample, call("add", a=1)).observation[0]["content"] == "1"
+        sample.close()
+    assert seen[0] is seen[1]
+
+
+def test_a_factory_without_reset_is_refused():
+    with pytest.raises(UserError, match="have no method reset"):
+        TRLEnvironment(factory=dict)

@@ -228,7 +228,7 @@ class PromptDataModule(lightning.LightningDataModule):
             chat_template_args=self.chat_template_args,
             max_prompt_length=max_length,
             overlong=self.overlong,
-            tools=getattr(getattr(module, "environment", None), "tools", ()),
+            tools=getattr(getattr(module, "environment", None), "tool_schemas", ()),
             vocab_size=getattr(module, "vocab_size", None),
         )
         dataset = DataSetReader(

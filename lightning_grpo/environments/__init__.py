@@ -6,6 +6,7 @@ _MODULES = {
     "protocol": ("Environment", "Step"),
     "template": ("TurnTemplate",),
     "tools": ("ToolEnvironment",),
+    "trl": ("TRLEnvironment",),
 }
 __all__ = sorted(name for names in _MODULES.values() for name in names)
 

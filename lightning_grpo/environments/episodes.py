@@ -232,7 +232,7 @@ class Episodes:
         """The prompt of an episode, followed by messages."""
         prompt = episode.prompt
         messages = cast(list[Message], prompt.messages)
-        tools = [*self.prototype.tools, *(as_tools(prompt.place, prompt.columns.get("tools")) or [])]
+        tools = [*self.prototype.tool_schemas, *(as_tools(prompt.place, prompt.columns.get("tools")) or [])]
         ids = self.template.start(prompt.place, messages, appended, tools=tools or None, args=episode.template_args)
         if len(ids) > self.max_prompt_length:
             raise UserError(

@@ -53,9 +53,14 @@ class Environment(ABC):
         check_ranges(self, ranges, prefix=f"{type(self).__name__}.")
 
     @property
-    def tools(self) -> list[dict[str, Any]]:
+    def tool_schemas(self) -> list[dict[str, Any]]:
         """JSON schemas of the tools that the chat template describes to the policy."""
         return []
+
+    @property
+    def for_rewards(self) -> Any:
+        """What reward functions are given for this sample under ``environments``."""
+        return self
 
     def reset(self, row: Mapping[str, Any]) -> list[Message] | Awaitable[list[Message] | None] | None:
         """Begin an episode, and return messages to append to the prompt; None leaves the prompt as it is.

@@ -5,7 +5,7 @@ import inspect
 import json
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass
 from pkgutil import resolve_name
 from threading import Thread
 from typing import Any
@@ -47,28 +47,25 @@ class ToolEnvironment(Environment):
     or `lightning_grpo.rewards.sandbox`.
     """
 
-    tools: InitVar[list[str | Callable[..., Any]]] = field()
+    tools: list[str | Callable[..., Any]]
     """The functions, or their import paths (``package.module.function``)."""
     tool_time_limit: float = 30.0
     """Seconds after which the policy no longer waits for a call. A plain function goes on in its thread."""
     max_result_length: int = 1000
     """Characters of a result that the policy reads. The rest is cut off."""
 
-    def __post_init__(self, tools: list[str | Callable[..., Any]]) -> None:
+    def __post_init__(self) -> None:
         super().__post_init__()
         ranges = {"tool_time_limit": "(0, inf)", "max_result_length": "[1, inf)"}
         check_ranges(self, ranges, prefix=f"{type(self).__name__}.")
-        self.set_tools([resolve(tool, "tool") for tool in tools])
-
-    def set_tools(self, functions: list[Callable[..., Any]]) -> None:
-        """Let the policy call these functions."""
+        functions = [resolve(tool, "tool") for tool in self.tools]
         self._functions = {function.__name__: function for function in functions}
         if len(self._functions) < len(functions):
             raise UserError(f"two of the tools {', '.join(f.__name__ for f in functions)} have the same name")
-        self._schemas = {name: _schema(function) for name, function in self._functions.items()}
+        self._schemas = {name: schema(function) for name, function in self._functions.items()}
 
-    @property  # type: ignore[misc]
-    def tools(self) -> list[dict[str, Any]]:  # noqa: F811  # the argument of this name is a list of functions
+    @property
+    def tool_schemas(self) -> list[dict[str, Any]]:
         return list(self._schemas.values())
 
     async def step(self, completion: str) -> Step:
@@ -101,7 +98,7 @@ class ToolEnvironment(Environment):
         _check_arguments(call, function, self._schemas[call.name]["function"]["parameters"]["properties"])
         try:
             async with asyncio.timeout(self.tool_time_limit) as limit:
-                return await _call(function, call.arguments)
+                return await run_tool(function, call.arguments)
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -121,7 +118,8 @@ def resolve(path: str | Callable[..., Any], what: str) -> Callable[..., Any]:
     return found
 
 
-def _schema(function: Callable[..., Any]) -> dict[str, Any]:
+def schema(function: Callable[..., Any]) -> dict[str, Any]:
+    """The JSON schema of a function, for the chat template."""
     try:
         return get_json_schema(function)
     except Exception as error:
@@ -137,15 +135,15 @@ def _check_arguments(call: ToolCall, function: Callable[..., Any], schemas: dict
     except TypeError as error:
         raise ToolError(f"{call.name}: {error}; its arguments are {', '.join(schemas) or 'none'}") from None
     for name, value in call.arguments.items():
-        schema = schemas.get(name, {})
-        kinds = schema.get("type", [])
+        allowed = schemas.get(name, {})
+        kinds = allowed.get("type", [])
         kinds = [kinds] if isinstance(kinds, str) else [*kinds]
-        if value is None and schema.get("nullable"):
+        if value is None and allowed.get("nullable"):
             continue
         if kinds and not any(_has_type(value, kind) for kind in kinds):
             raise ToolError(f"{call.name}: the argument {name} must be of type {' or '.join(kinds)}, not {value!r}")
-        if "enum" in schema and value not in schema["enum"]:
-            raise ToolError(f"{call.name}: the argument {name} must be one of {schema['enum']}, not {value!r}")
+        if "enum" in allowed and value not in allowed["enum"]:
+            raise ToolError(f"{call.name}: the argument {name} must be one of {allowed['enum']}, not {value!r}")
 
 
 def _has_type(value: Any, kind: str) -> bool:
@@ -157,14 +155,14 @@ def _as_text(result: Any) -> str:
     return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
 
 
-async def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+async def run_tool(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """Call a function; a plain one in a thread, which does not keep the process from ending."""
     if inspect.iscoroutinefunction(function):
         return await function(**arguments)
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()  # so that it can't be cancelled
 
-    def call() -> None:
+    def run() -> None:
         try:
             future.set_result(function(**arguments))
         except Exception as error:
@@ -172,5 +170,5 @@ async def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         except BaseException as error:  # sys.exit, for example, would end the event loop
             future.set_exception(ToolError(f"{type(error).__name__}: {error}"))
 
-    Thread(target=call, name=f"tool {function.__name__}", daemon=True).start()
+    Thread(target=run, name="tool", daemon=True).start()
     return await asyncio.wrap_future(future)

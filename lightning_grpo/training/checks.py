@@ -207,7 +207,7 @@ def check_environment(
 
 def check_conversations(environment: Environment, trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that an environment can continue the prompts with the chat template."""
-    turn_template(tokenizer, trainer).require_prefix_property("tool" if environment.tools else "user")
+    turn_template(tokenizer, trainer).require_prefix_property("tool" if environment.tool_schemas else "user")
     data = trainer.datamodule
     prompts = data.prompts_to_check if trainer.state.fn == TrainerFn.FITTING else ()
     require_messages([*prompts, *getattr(data, "validation", ())])

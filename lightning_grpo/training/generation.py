@@ -178,7 +178,7 @@ class Generation:
         episodes = cast(Sequence[Episode], group)
         offered: dict[str, Sequence[Any]] = {
             "turn_rewards": [[reward for _, reward in episode.turn_rewards] for episode in episodes],
-            "environments": [episode.environment for episode in episodes],
+            "environments": [episode.environment.for_rewards for episode in episodes],
         }
         conversations = [episode.messages for episode in episodes]
         return self._score(self.early, ids, [episode.prompt for episode in episodes], conversations, offered)
