@@ -53,7 +53,7 @@ These differences change results without an error message. `convert-trl` and `co
 | mixture of experts | adds a load-balancing loss | adds none |
 | logged values | means over `logging_steps` steps | values of one step |
 | prompts too long | earlier versions cut them | dropped, and their number is logged |
-| reward models | a model's name as a reward | not supported; call the model in a reward function |
+| reward models | a model's name as a reward | `{class_path: RewardModel, init_args: {model: …}}` |
 | the end of a run | the model in `output_dir` | the model in `checkpoints/last`, beside checkpoints for an exact resume |
 
 [docs/metrics.md](metrics.md) describes the logged metrics.

@@ -96,7 +96,7 @@ def test_weights_are_finite_numbers(weight):
 
 
 def test_a_models_name_is_no_function():
-    with pytest.raises(ValueError, match=r"looks like a model's name or a file\. Reward models are not loaded by name"):
+    with pytest.raises(ValueError, match=r"looks like a model's name or a file\. For a reward model, set class_path"):
         as_rewards(["Skywork/Skywork-Reward-V2-Qwen3-0.6B"])
 
 

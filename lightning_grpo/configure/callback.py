@@ -27,6 +27,7 @@ from lightning_grpo.data.dataset import token_ids
 from lightning_grpo.devices import GiB, Hardware
 from lightning_grpo.errors import UserError
 from lightning_grpo.module import GRPOModule
+from lightning_grpo.rewards import RewardModel
 from lightning_grpo.rollout import HFRollout, RolloutCallback, VLLMProcessRollout, VLLMRollout
 from lightning_grpo.rollout.callback import policy_module
 
@@ -239,6 +240,11 @@ def workload_of(trainer: Trainer, pl_module: GRPOModule, hardware: Hardware) -> 
         beta=float(pl_module.needs_reference),
         optimizer="adamw_8bit" if "8bit" in optimizer else "sgd" if optimizer == "SGD" else "adamw",
         learning_rate=_learning_rate(trainer),
+        reward_models=sum(
+            reward.bytes_on(trainer.strategy.root_device)
+            for reward in (*pl_module.rewards, *pl_module.eval_rewards)
+            if isinstance(reward, RewardModel)
+        ),
         ranks=pl_module.data_ranks,
         shards=trainer.world_size if sharded else 1,
         ranks_per_node=max(1, trainer.num_devices),

@@ -74,7 +74,10 @@ def _states(w: Workload) -> Parts:
     parts["optimizer"] = w.trained * state
     if w.needs_reference and not w.lora_rank:
         parts["reference"] = w.shape.params * w.weight_bytes
-    return {part: size / w.shards for part, size in parts.items()}
+    parts = {part: size / w.shards for part, size in parts.items()}
+    if w.reward_models:
+        parts["reward models"] = w.reward_models
+    return parts
 
 
 def _gathered(w: Workload) -> Parts:

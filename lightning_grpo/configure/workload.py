@@ -80,6 +80,8 @@ class Workload:
     ranks_per_node: int = 1
     engine_sleep: bool = True
     """Whether vLLM frees weights and cache while the policy trains (GPU only)."""
+    reward_models: float = 0.0
+    """Bytes of reward models on the policy's device."""
     share_prompt: bool = True
     """Whether the trainer computes a prompt once for all its completions in a micro-batch. Has no effect with gradient
     checkpointing or FSDP."""

@@ -73,17 +73,26 @@ def load_config(model: str | Pretrained, *, dropout: bool = False) -> PreTrained
         UserError: the folder or hub name has no readable configuration, or the model is not causal.
     """
     model = Pretrained.of(model)
-    options = model.options()
-    try:
-        config = AutoConfig.from_pretrained(model.name, **options)
-    except Exception as error:
-        raise unreadable("config.json", model.name, error) from error
+    config = read_config(model)
     require_causal(model.name, config)
     for name, value in model.configured(config).items():
         setattr(config, name, value)
     if not dropout:
         _switch_off_dropout(config)
     return config
+
+
+def read_config(model: Pretrained) -> PreTrainedConfig:
+    """Return the configuration of any model as it was saved.
+
+    Raises:
+        UserError: the folder or hub name has no readable configuration.
+    """
+    options = model.options()
+    try:
+        return AutoConfig.from_pretrained(model.name, **options)
+    except Exception as error:
+        raise unreadable("config.json", model.name, error) from error
 
 
 def _switch_off_dropout(config: PreTrainedConfig) -> None:
@@ -158,13 +167,13 @@ def load_policy(
                 cause = "from_scratch is true" if from_scratch else "model is an object"
                 raise UserError(f"quantization is {quantization}, but {cause}; set model to a checkpoint's folder")
             options["quantization_config"] = nf4()
-        with _errors_named(model.name, attn_implementation):
+        with errors_named(model.name, attn_implementation):
             if isinstance(model, InMemory):
                 if from_scratch:
                     raise UserError("from_scratch is true, but model is an object that has weights; leave it unset")
                 base = _taken(model, **options)
             else:
-                build = build_model if from_scratch else _load_weights
+                build = build_model if from_scratch else load_weights
                 base = build(config, model, **options)
         if quantization is not None:
             compute_alike(base)
@@ -178,7 +187,7 @@ def load_policy(
 
 
 def _taken(model: InMemory, *, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
-    """Return a model in memory as `_load_weights` returns one: without dropout, and with this dtype and attention."""
+    """Return a model in memory as `load_weights` returns one: without dropout, and with this dtype and attention."""
     policy = model.take()
     _refuse_quantized("an object", policy)
     require_finite("an object", policy)
@@ -209,7 +218,8 @@ def enable_gradient_checkpointing(policy: PreTrainedModel | PeftModel) -> None:
 
 
 @contextmanager
-def _errors_named(model: str, attn_implementation: str) -> Iterator[None]:
+def errors_named(model: str, attn_implementation: str) -> Iterator[None]:
+    """Raise `UserError`, which names the model or the option, for what transformers raises when it loads weights."""
     try:
         yield
     except UserError:
@@ -229,15 +239,17 @@ def _errors_named(model: str, attn_implementation: str) -> Iterator[None]:
         ) from error
 
 
-def _load_weights(config: PreTrainedConfig, model: Pretrained, **options: Any) -> PreTrainedModel:
-    """Load the weights of a checkpoint, and check that they are complete and finite."""
+def load_weights(
+    config: PreTrainedConfig, model: Pretrained, *, kind: Any = AutoModelForCausalLM, **options: Any
+) -> PreTrainedModel:
+    """Load the weights of a checkpoint with the auto class ``kind``, and check that they are complete and finite."""
     options |= model.options()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # `require_complete` reports missing tensors instead
     try:
         # `require_complete` rejects weights with another shape, and reports both shapes.
         # with ``output_loading_info`` a pair, which transformers does not declare
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             model.name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
         policy, info = loaded

@@ -12,6 +12,7 @@ _MODULES = {
     "format": ("LengthPenalty", "RegexFormat", "RepetitionPenalty"),
     "judge": ("LLMJudge",),
     "reasoning_gym": ("ReasoningGym",),
+    "reward_model": ("RewardModel",),
     "text": ("decode_completions", "template_opening"),
     "text_reward": ("TextReward",),
 }

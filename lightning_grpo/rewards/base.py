@@ -167,8 +167,8 @@ def load_function(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     if "/" in path:
         raise UserError(
-            f"reward function {path!r} can't be imported: it looks like a model's name or a file. Reward models are "
-            "not loaded by name; write a Reward that loads the model, and set its class path"
+            f"reward function {path!r} can't be imported: it looks like a model's name or a file. For a reward "
+            "model, set class_path: RewardModel and init_args: {{model: …}}"
         )
     try:
         return getattr(importlib.import_module(module), name)

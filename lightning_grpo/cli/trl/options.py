@@ -213,7 +213,7 @@ SCRIPT = [
     Row("streaming", False, "data.streaming", "as dataset_streaming"),
     Row("test_split_size", None, "data.validation_size", "a number of prompts, not a share"),
     Row("reward_funcs", None, "model.rewards", "a function by its dotted path is a FunctionReward"),
-    Row("reward_model_name_or_path", None, "", "reward models are not supported"),
+    Row("reward_model_name_or_path", None, "", "a reward model is a reward: {class_path: RewardModel, init_args: {model: …}}"),
     Row("gradient_checkpointing_use_reentrant", False, "", "always without reentrance"),
     Row("ignore_bias_buffers", False),
     Row("num_processes", 1, "trainer.devices", "an argument of accelerate"),
