@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_grpo.data import DifficultySampler, PassSampler, PromptBatch, PromptDataModule, sources
-from lightning_grpo.data.prompts import Prompt, fingerprint
+from lightning_grpo.data.prompts import Prompt, fingerprint, identify
 from lightning_grpo.data.stream import Stream
 
 pytestmark = [
@@ -654,7 +654,7 @@ def test_the_fingerprint_sees_every_column_and_is_the_same_in_every_process(writ
         pass
 
     def of(**columns):
-        return fingerprint([Prompt(index=0, place="here", ids=[1, 2], messages="p", columns=columns)])
+        return fingerprint([identify(Prompt(index=0, place="here", ids=[1, 2], messages="p", columns=columns))])
 
     assert of(answer="4", level=np.int64(2)) == of(level=2, answer="4")
     assert len({of(answer="4"), of(answer="5"), of(answer=4), of(answer=[4, {"a": 1}]), of(target="4"), of()}) == 6

@@ -8,11 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from lightning_grpo.data import MixtureSampler, PromptDataModule, Source, encoding, store
+from lightning_grpo.data import MixtureSampler, PromptDataModule, Source, dataset, encoding, store
 from lightning_grpo.data.dataset import DataSetReader
+from lightning_grpo.data.prompts import fingerprint
 from lightning_grpo.data.stream import Stream
 from lightning_grpo.errors import UserError
-from lightning_grpo.rewards import compute_rewards
+from lightning_grpo.rewards import Reward, check, compute_rewards
 from lightning_grpo.rewards.base import as_rewards
 from lightning_grpo.rewards.check import check_rows
 
@@ -241,6 +242,14 @@ def test_stored_prompts_are_not_used_for_other_data_or_options(large, tokenizer,
     assert len(calls) == 6
 
 
+def test_few_held_out_prompts_of_another_file_are_stored_beside_many(large, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "test.jsonl").write_text(lines([{"prompt": "held out", "answer": "1"}]))
+    calls = count_divisions(monkeypatch)
+    first, second = (read(str(large), tokenizer, validation_source=str(tmp_path / "test.jsonl")) for _ in range(2))
+    assert len(calls) == 1
+    assert contents(first.validation) == contents(second.validation) and second.validation[0].messages == "held out"
+
+
 def test_damaged_stored_prompts_are_read_again(large, tokenizer, tmp_path):
     expected = contents(read(str(large), tokenizer).train)
     (facts,) = (tmp_path / "stored").glob("*/facts.json")
@@ -249,6 +258,63 @@ def test_damaged_stored_prompts_are_read_again(large, tokenizer, tmp_path):
     (table,) = (tmp_path / "stored").glob("*/train.arrow")
     table.write_bytes(table.read_bytes()[:-20])
     assert contents(read(str(large), tokenizer).train) == expected
+
+
+class Counting(Reward):
+    """Records how many rows it is asked to check."""
+
+    def __init__(self, column: str = "answer", seen: list | None = None):
+        super().__init__()
+        self.column = column
+        Counting.seen = [] if seen is None else seen
+
+    def __call__(self, completions, **columns):
+        return [0.0] * len(completions)
+
+    def check(self, columns):
+        self.seen.append(len(columns))
+        if missing := [row for row in columns if self.column not in row]:
+            raise ValueError(f"{missing[0]} has no {self.column}")
+
+
+def test_rewards_check_stored_prompts_once(large, tokenizer, monkeypatch):
+    monkeypatch.setattr(check, "FIRST", 2)
+    seen: list[int] = []
+    for expected in (6, 2, 2):
+        check_rows([Counting(seen=seen)], read(str(large), tokenizer).prompts_to_check)
+        assert seen[-1] == expected
+    # with other options, and beside another reward, nothing is known
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: .* has no level"):
+        check_rows([Counting("level", seen)], read(str(large), tokenizer).prompts_to_check)
+    assert seen[3] == 6
+    check_rows([Counting(seen=seen), *as_rewards([contents])], read(str(large), tokenizer).prompts_to_check)
+    assert seen[-1] == 6
+
+
+def test_what_a_reward_rejected_is_checked_again(large, tokenizer):
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"line 1: .* has no level"):
+            check_rows([Counting("level")], read(str(large), tokenizer).prompts_to_check)
+
+
+def test_rewards_without_a_description_are_checked_every_time(large, tokenizer, monkeypatch):
+    monkeypatch.setattr(check, "FIRST", 2)
+    seen: list[int] = []
+    for _ in range(2):
+        reward = Counting(seen=seen)
+        reward.parser = json  # a module: whether it is the same one is unknown
+        check_rows([reward], read(str(large), tokenizer).prompts_to_check)
+    assert seen == [6, 6]
+
+
+def test_facts_of_stored_prompts_are_those_of_prompts_in_memory(large, tokenizer):
+    stored, plain = (read(str(large), tokenizer, cache=cache, validation_size=1).train for cache in (True, False))
+    assert isinstance(stored, store.PromptTable)
+    assert dataset.lengths(stored).tolist() == dataset.lengths(plain).tolist() == [len(p.ids) for p in plain]
+    assert fingerprint(dataset.encoded(stored)) == fingerprint(dataset.encoded(plain))
+    shuffled = store.PromptTable(stored.table, stored.rows[[3, 0, 2, 1]])
+    assert contents(shuffled) == [contents(plain)[i] for i in (3, 0, 2, 1)]
+    assert [p.row for p in dataset.encoded(shuffled)] == [plain[i].index for i in (3, 0, 2, 1)]
 
 
 def test_remarks_are_repeated_for_stored_prompts(large, tokenizer, caplog):

@@ -23,7 +23,7 @@ from lightning_grpo.configure.speed import slow_choices, speed_line
 from lightning_grpo.configure.summary import describe_run, identity_line
 from lightning_grpo.configure.workload import Precision, Workload
 from lightning_grpo.data import PromptDataModule
-from lightning_grpo.data.dataset import token_ids
+from lightning_grpo.data.dataset import lengths
 from lightning_grpo.devices import GiB, Hardware
 from lightning_grpo.errors import UserError
 from lightning_grpo.module import GRPOModule
@@ -254,7 +254,7 @@ def workload_of(trainer: Trainer, pl_module: GRPOModule, hardware: Hardware) -> 
 
 def _longest_prompt(data: PromptDataModule) -> int:
     """Number of tokens of the longest training prompt; 0 if it is unknown, as they are streamed."""
-    return 0 if data.streaming else max((len(ids) for ids in token_ids(data.train)), default=0)
+    return 0 if data.streaming else int(lengths(data.train).max(initial=0))
 
 
 def _with_engine(w: Workload, trainer: Trainer, hardware: Hardware) -> Workload:

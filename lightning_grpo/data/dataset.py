@@ -13,7 +13,7 @@ import numpy as np
 
 from lightning_grpo.data import store
 from lightning_grpo.data.encoding import Encoder, Remarks
-from lightning_grpo.data.prompts import Prompt, fingerprint
+from lightning_grpo.data.prompts import Encoded, Prompt, fingerprint, identify
 from lightning_grpo.data.sources import Opened, open_source, require_rows, stream_rows
 from lightning_grpo.data.store import PromptTable, PromptWriter, open_table
 from lightning_grpo.data.streaming import FIRST, StreamedPrompts
@@ -140,7 +140,9 @@ class DataSetReader:
         )
         first = train[:FIRST]
         remarks += train.remarks.sentences()
-        return DataSet(train, validation, fingerprint(first), [len(train)], remarks, _source_names(first))
+        return DataSet(
+            train, validation, fingerprint(map(identify, first)), [len(train)], remarks, _source_names(first)
+        )
 
     def _open(self, sources: Mapping[str, Source], seed: int, option: str) -> Iterator["_Opened"]:
         for name, source in sources.items():
@@ -179,18 +181,20 @@ class DataSetReader:
         rows, sizes = self._encode(train_sources, folder and folder / "train.arrow", remarks)
         if validation_sources:
             chosen = np.empty(0, dtype=np.int64)
-            validation, _ = self._encode(validation_sources, folder and folder / "validation.arrow", remarks)
+            file = folder / "validation.arrow" if folder and isinstance(rows, PromptTable) else None
+            validation, _ = self._encode(validation_sources, file, remarks, stored_from=1)
         else:
             chosen = self._held_out(len(rows))
             validation = select(rows, chosen)
-        held_out = {tuple(prompt.ids) for prompt in validation}
-        duplicates = [i for i, ids in enumerate(token_ids(rows)) if tuple(ids) in held_out]
+        held_out = {prompt.ids.tobytes() for prompt in encoded(validation)}
+        candidates = encoded(rows) if held_out else ()
+        duplicates = [i for i, prompt in enumerate(candidates) if prompt.ids.tobytes() in held_out]
         kept = np.setdiff1d(np.arange(len(rows)), [*chosen, *duplicates])
         if dropped := len(rows) - len(chosen) - len(kept):
             remarks.append(f"dropped {dropped} training prompts that are also held-out prompts")
-        train = select(rows, kept)
+        train = select(rows, kept, folder)
         counts = np.histogram(kept, bins=np.cumsum([0, *sizes]))[0].tolist() if all(sizes) else sizes
-        dataset = DataSet(train, validation, fingerprint(train), counts, remarks, _source_names(train))
+        dataset = DataSet(train, validation, fingerprint(encoded(train)), counts, remarks, _source_names(train))
         if isinstance(rows, PromptTable) and isinstance(validation, PromptTable) and folder is not None:
             _save(dataset, folder, kept, None if validation_sources else chosen)
         return dataset
@@ -209,15 +213,15 @@ class DataSetReader:
         return " and ".join(repr(source.source) for source in self.sources.values())
 
     def _encode(
-        self, opened: Sequence["_Opened"], file: Path | None, remarks: list[str]
+        self, opened: Sequence["_Opened"], file: Path | None, remarks: list[str], stored_from: int | None = None
     ) -> tuple[Sequence[Prompt], list[int]]:
         """All prompts of some sources, and the number of prompts of each."""
-        writer, sizes, first = PromptWriter(file), [], 0
+        writer, sizes, first = PromptWriter(file, stored_from or store.STORED_FROM), [], 0
         for part in opened:
             counter = _Counter(islice(part.opened.rows, part.source.size))
             found, kept = Remarks(), 0
-            for prompts in self._encoder(part.source).encode(counter, found, first=first):
-                writer.add([part.label(prompt) for prompt in prompts])
+            for prompts in self._encoder(part).encode(counter, found, first=first, stored=file is not None):
+                writer.add(prompts)
                 kept += len(prompts)
             require_rows(counter.count, part.option, part.source.source)
             remarks += found.sentences()
@@ -236,9 +240,10 @@ class DataSetReader:
             first += counter.count
         return writer.finish(), sizes
 
-    def _encoder(self, source: Source) -> Encoder:
-        own = {name: getattr(source, name) for name in ("columns", "chat", "system_prompt")}
-        return replace(self.encoder, **{name: value for name, value in own.items() if value is not None})
+    def _encoder(self, part: "_Opened") -> Encoder:
+        own = {name: getattr(part.source, name) for name in ("columns", "chat", "system_prompt", "rewards")}
+        given = {name: value for name, value in own.items() if value is not None}
+        return replace(self.encoder, source=part.name, **given)
 
 
 class _Opened(NamedTuple):
@@ -246,12 +251,6 @@ class _Opened(NamedTuple):
     source: Source
     opened: Opened
     option: str
-
-    def label(self, prompt: Prompt) -> Prompt:
-        """The prompt with the name of its source, and the rewards that apply to it."""
-        if not self.name:
-            return prompt
-        return replace(prompt, columns=prompt.columns | {"source": self.name}, rewards=self.source.rewards)
 
 
 class _Counter:
@@ -267,20 +266,29 @@ class _Counter:
             yield row
 
 
-def select(prompts: Sequence[Prompt], rows: np.ndarray) -> Sequence[Prompt]:
-    """The prompts at the indices ``rows``."""
+def select(prompts: Sequence[Prompt], rows: np.ndarray, folder: Path | None = None) -> Sequence[Prompt]:
+    """The prompts at the indices ``rows``; ``folder`` is that of the `PromptTable`."""
     if isinstance(prompts, PromptTable):
-        return PromptTable(prompts.table, rows)
+        return PromptTable(prompts.table, rows, folder)
     return [prompts[i] for i in rows]
 
 
 def _source_names(prompts: Sequence[Prompt]) -> list[str]:
+    if isinstance(prompts, PromptTable):
+        return sorted(prompts.column("source").unique().to_pylist())
     return sorted({prompt.source for prompt in prompts})
 
 
-def token_ids(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-    """The token ids of each prompt."""
-    return prompts.ids() if isinstance(prompts, PromptTable) else (prompt.ids for prompt in prompts)
+def encoded(prompts: Sequence[Prompt]) -> Iterator[Encoded]:
+    """What identifies each prompt."""
+    return prompts.encoded() if isinstance(prompts, PromptTable) else map(identify, prompts)
+
+
+def lengths(prompts: Sequence[Prompt]) -> np.ndarray:
+    """Number of tokens of each prompt."""
+    if isinstance(prompts, PromptTable):
+        return prompts.lengths()
+    return np.array([len(prompt.ids) for prompt in prompts], dtype=np.int64)
 
 
 def _save(dataset: DataSet, folder: Path, train: np.ndarray, validation: np.ndarray | None) -> None:
@@ -298,4 +306,4 @@ def _load(folder: Path) -> DataSet:
         validation = PromptTable(rows.table, np.load(folder / "validation.npy"))
     else:
         validation = open_table(folder / "validation.arrow")
-    return DataSet(PromptTable(rows.table, np.load(folder / "train.npy")), validation, **facts)
+    return DataSet(PromptTable(rows.table, np.load(folder / "train.npy"), folder), validation, **facts)

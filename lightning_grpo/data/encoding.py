@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
+from pyarrow import RecordBatch
+
 from lightning_grpo.data.prompts import Prompt
 from lightning_grpo.data.rows import Message, Row, as_messages, as_template_args, as_tools, name_columns
+from lightning_grpo.data.store import as_batch
 from lightning_grpo.data.template import ChatTemplate
 from lightning_grpo.errors import UserError
 from lightning_grpo.processor import cores
@@ -94,10 +97,14 @@ class Encoder:
     overlong: Literal["drop", "error"] = "drop"
     tools: Sequence[dict[str, Any]] = ()
     vocab_size: int | None = None
+    source: str = ""
+    """Value of the column ``source`` of every prompt. Empty: as in the row."""
+    rewards: list[str] | None = None
+    """`Prompt.rewards` of every prompt."""
 
     def encode(
-        self, rows: Iterable[tuple[str, Row]], remarks: Remarks | None = None, *, first: int = 0
-    ) -> Iterator[list[Prompt]]:
+        self, rows: Iterable[tuple[str, Row]], remarks: Remarks | None = None, *, first: int = 0, stored: bool = False
+    ) -> Iterator[list[Prompt] | RecordBatch]:
         """Yield the prompts of each `CHUNK` rows, without those that are too long if ``overlong`` is drop.
 
         Rows are encoded by as many processes as there are cores if there are more than `PARALLEL_FROM`.
@@ -106,6 +113,7 @@ class Encoder:
             rows: each with its location, for messages ("train.jsonl, line 7").
             remarks: to which remarks on the rows are added.
             first: index of the first row.
+            stored: prompts are to be stored, so that other processes may return them as batches of `as_batch`.
 
         Raises:
             UserError: a row is invalid, or its columns are not those of the first row.
@@ -113,9 +121,9 @@ class Encoder:
         chunks = self._chunks(rows, first, CHUNK)
         start = list(islice(chunks, PARALLEL_FROM // CHUNK))
         rest = next(chunks, None)
-        encoded: Iterator[tuple[list[Prompt], Remarks]] = map(self.encode_chunk, start)
+        encoded: Iterator[tuple[list[Prompt] | RecordBatch, Remarks]] = map(self.encode_chunk, start)
         if rest is not None:
-            encoded = self._encode_in_parallel(chain(start, [rest], chunks))
+            encoded = self._encode_in_parallel(chain(start, [rest], chunks), stored)
         for prompts, found in encoded:
             if remarks is not None:
                 remarks.add(found)
@@ -129,14 +137,16 @@ class Encoder:
             remarks.add(found)
             yield prompts
 
-    def _encode_in_parallel(self, chunks: Iterator["Chunk"]) -> Iterator[tuple[list[Prompt], Remarks]]:
+    def _encode_in_parallel(
+        self, chunks: Iterator["Chunk"], stored: bool
+    ) -> Iterator[tuple[list[Prompt] | RecordBatch, Remarks]]:
         # forked, as a new interpreter would import the user's script again
         fork, processes = multiprocessing.get_context("fork"), cores()
         with _serial_tokenizers(), ProcessPoolExecutor(processes, fork, _set_encoder, (self,)) as pool:
-            waiting = deque(pool.submit(_encode_chunk, chunk) for chunk in islice(chunks, 4 * processes))
+            waiting = deque(pool.submit(_encode_chunk, chunk, stored) for chunk in islice(chunks, 4 * processes))
             while waiting:
                 yield waiting.popleft().result()
-                waiting.extend(pool.submit(_encode_chunk, chunk) for chunk in islice(chunks, 1))
+                waiting.extend(pool.submit(_encode_chunk, chunk, stored) for chunk in islice(chunks, 1))
 
     def _chunks(self, rows: Iterable[tuple[str, Row]], first: int, size: int) -> Iterator["Chunk"]:
         iterator, names = iter(rows), None
@@ -153,8 +163,17 @@ class Encoder:
         for row, ids in zip(rendered, encode(rendered, self.tokenizer), strict=True):
             _check_tokens(row, ids, self.tokenizer, self.vocab_size)
             if self.max_prompt_length is None or len(ids) <= self.max_prompt_length:
-                prompt = Prompt(index=row.index, place=row.where, ids=ids, messages=row.messages, columns=row.columns)
-                prompts.append(prompt)
+                columns = row.columns | {"source": self.source} if self.source else row.columns
+                prompts.append(
+                    Prompt(
+                        index=row.index,
+                        place=row.where,
+                        ids=ids,
+                        messages=row.messages,
+                        columns=columns,
+                        rewards=self.rewards,
+                    )
+                )
             elif self.overlong == "error":
                 raise UserError(
                     f"{row.where}: the prompt has {len(ids)} tokens, above max_prompt_length = "
@@ -211,8 +230,10 @@ def _set_encoder(encoder: Encoder) -> None:
     _encoder = encoder
 
 
-def _encode_chunk(chunk: "Chunk") -> tuple[list[Prompt], Remarks]:
-    return _encoder.encode_chunk(chunk)
+def _encode_chunk(chunk: "Chunk", stored: bool) -> tuple[list[Prompt] | RecordBatch, Remarks]:
+    prompts, remarks = _encoder.encode_chunk(chunk)
+    batch = as_batch(prompts) if stored else None
+    return prompts if batch is None else batch, remarks
 
 
 class Chunk(NamedTuple):

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from lightning_grpo.data.dataset import DataSetReader, Source, check_sources
+from lightning_grpo.data.dataset import DataSetReader, Source, check_sources, encoded
 from lightning_grpo.data.encoding import Encoder
 from lightning_grpo.data.prompts import Prompt, PromptBatch
 from lightning_grpo.data.sampling import MixtureSampler, PassSampler, Sampler
@@ -255,9 +255,9 @@ class PromptDataModule(lightning.LightningDataModule):
         rank_zero_info(f"{count} training and {len(self.validation)} held-out prompts from {self._source_names}")
 
     @property
-    def prompts_to_check(self) -> list[Prompt]:
+    def prompts_to_check(self) -> Sequence[Prompt]:
         """The training prompts that can be checked before training: all, or the first of a stream."""
-        return [*(self.train[:FIRST] if self.streaming else self.train)]
+        return self.train[:FIRST] if self.streaming else self.train
 
     @property
     def _source_names(self) -> str:
@@ -333,7 +333,7 @@ class PromptDataModule(lightning.LightningDataModule):
             return
         means = torch.as_tensor(mean_rewards, dtype=torch.float32, device="cpu").tolist()
         if self._row_of_index is None:
-            self._row_of_index = {prompt.index: row for row, prompt in enumerate(self.train)}
+            self._row_of_index = {prompt.row: row for row, prompt in enumerate(encoded(self.train))}
         rewards = {self._row_of_index[i]: mean for i, mean in zip(prompt_indices, means, strict=True) if mean == mean}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             gathered: list[dict[int, float]] = [{}] * torch.distributed.get_world_size()

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,13 +86,35 @@ class PromptBatch:
         return self
 
 
-def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Return a hash of the rows in their order: their token ids and all columns for reward functions."""
+class Encoded(NamedTuple):
+    """What identifies a prompt."""
+
+    row: int
+    """`Prompt.index`"""
+    ids: np.ndarray
+    """int32"""
+    columns: str
+    """See `encoded_columns`."""
+
+
+def encoded_columns(columns: dict[str, Any], **options: Any) -> str:
+    """JSON of a list of pairs (name, value), sorted by name; ``options`` are those of `json.dumps`."""
+    return json.dumps([[name, columns[name]] for name in sorted(columns)], **options)
+
+
+def identify(prompt: Prompt) -> Encoded:
+    """The prompt with columns as JSON, in which values that JSON can't represent are described."""
+    columns = encoded_columns(prompt.columns, default=_plain, skipkeys=True)
+    return Encoded(prompt.index, np.array(prompt.ids, dtype=np.int32), columns)
+
+
+def fingerprint(prompts: Iterable[Encoded]) -> str:
+    """Return a hash of prompts in their order: their token ids and all columns for reward functions."""
     digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(np.array([prompt.index, len(prompt.ids), *prompt.ids], dtype=np.int64).tobytes())
-        columns = [[name, prompt.columns[name]] for name in sorted(prompt.columns)]
-        digest.update(json.dumps(columns, default=_plain, skipkeys=True).encode())
+    for row, ids, columns in prompts:
+        digest.update(np.array([row, len(ids)], dtype=np.int64).tobytes())
+        digest.update(ids.astype(np.int64).tobytes())
+        digest.update(columns.encode())
     return digest.hexdigest()
 
 

@@ -1,10 +1,18 @@
 """Checks before training that every reward can score every row of the data set."""
 
+import hashlib
+import inspect
+import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from types import FunctionType
+from typing import Any, Protocol, runtime_checkable
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.rewards.base import Reward
+
+FIRST = 100
+"""Number of rows to check again if an earlier run checked all of them, since some rewards also check the machine."""
 
 
 class Row(Protocol):
@@ -18,13 +26,34 @@ class Row(Protocol):
     def rewards(self) -> Collection[str] | None: ...
 
 
+@runtime_checkable
+class Stored(Protocol):
+    """Rows that are stored together with the keys of the rewards that accepted them."""
+
+    def accepts(self, key: str) -> bool: ...
+    def accept(self, key: str) -> None: ...
+
+
 def check_rows(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
     """Call `Reward.check` of every reward with the rows that it applies to.
+
+    Of stored rows that the same rewards accepted in an earlier run, only the first ones are checked.
 
     Raises:
         UserError: a reward rejects a row, or a row names a reward that does not exist. The message states its location
             ("train.jsonl, line 7").
     """
+    key = _key(rewards) if isinstance(rows, Stored) else None
+    if not isinstance(rows, Stored) or key is None:
+        _check(rewards, rows)
+    elif rows.accepts(key):
+        _check(rewards, list(rows[:FIRST]))
+    else:
+        _check(rewards, list(rows))
+        rows.accept(key)
+
+
+def _check(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
     names = [reward.name for reward in rewards]
     for row in rows:
         if unknown := [name for name in row.rewards or () if name not in names]:
@@ -47,3 +76,22 @@ def _rejects(reward: Reward, row: Mapping[str, Any]) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _key(rewards: Sequence[Reward]) -> str | None:
+    """A hash of the options of rewards and of the files that define them; None if they can't be described."""
+    try:
+        parts = [[*map(_code, type(reward).__mro__[:-1]), vars(reward)] for reward in rewards]
+        text = json.dumps(parts, default=_code)
+    except (TypeError, ValueError, OSError):  # such as an option that is a module, or a class without a file
+        return None
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _code(definition: Any) -> list[str]:
+    """The name of a class or function, and the contents of the file that defines it."""
+    if not isinstance(definition, type | FunctionType) or getattr(definition, "__closure__", None):
+        raise TypeError(f"{definition!r} has a state that is not described by code")
+    if definition.__module__ == "builtins" or definition.__module__ == "abc":
+        return [definition.__qualname__]
+    return [definition.__qualname__, Path(inspect.getfile(definition)).read_text(encoding="utf-8")]
