@@ -1,5 +1,7 @@
 """Conversations turn by turn with the policy's own modules; vLLM's are in the tests of its engines."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engines import EOS, PROMPTS, CopyEngine, assert_turns_are_completions, converse, perturb
@@ -104,6 +106,14 @@ def test_only_new_tokens_are_computed(policy):
         expected += len(turn.token_ids) - before[turn.key]
         before[turn.key] = len(turn.token_ids) + len(completion.token_ids) - 1
     assert computed == expected
+    with engine_of(policy).turns(Sampling()) as turns:
+        for key in (0, 1):  # the second of them begins while the first is running
+            turns.submit(Turn(key=key, token_ids=BEGINNINGS[3], seed=0, max_tokens=9))
+            ended = turns.step(timeout=0)
+        assert turns.computed_tokens == len(BEGINNINGS[3]) + 1
+        while turns.running:
+            ended += turns.step()
+    assert ended[0][1] == replace(ended[1][1], logprobs=pytest.approx(ended[1][1].logprobs, abs=1e-4))
     # With a single row the conversations alternate, and each begins again.
     sampled, computed = converse(engine_of(policy, max_num_seqs=1), [PROMPTS[0], PROMPTS[1]])
     assert computed > sum(len(PROMPTS[key]) for key in (0, 1))

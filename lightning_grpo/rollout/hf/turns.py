@@ -82,8 +82,7 @@ class _Slot:
         return self.row.prompt[len(self.cached) :]
 
     def begin(self, turn: Turn, number: int) -> None:
-        if turn.key != self.key:
-            self.cached = []
+        """Run ``turn``, the one of this ``number``, and keep those cached tokens with which it begins."""
         self.key, self.used = turn.key, number
         self.row = Row(prompt=turn.token_ids, seed=turn.seed, max_tokens=turn.max_tokens)
         # The last token is computed again if all are cached: its logits are needed.
@@ -108,7 +107,7 @@ class SlotTurns(HFTurns):
     def end(self, key: int) -> None:
         for slot in self._slots:
             if slot.key == key:
-                slot.key, slot.cached, slot.used = None, [], 0
+                slot.key, slot.used = None, 0
 
     def advance(self) -> list[tuple[int, Row]]:
         begun = self._begin()
@@ -129,6 +128,8 @@ class SlotTurns(HFTurns):
             if slot is None:
                 waiting.append(turn)
                 continue
+            if slot.key != turn.key:
+                self._share(list(turn.token_ids[:-1]), slot)
             self._begun += 1
             slot.begin(turn, self._begun)
             begun.append(slot)
@@ -141,6 +142,13 @@ class SlotTurns(HFTurns):
             idle = _Slot()
             self._slots.append(idle)
         return idle
+
+    def _share(self, beginning: list[int], slot: _Slot) -> None:
+        """Copy the cache of ``beginning`` to ``slot`` from another row that has it, as the samples of a prompt do."""
+        owner = next((other for other in self._slots if other.cached[: len(beginning)] == beginning), None)
+        if beginning and owner is not None and owner is not slot:
+            self._cache.copy([self._slots.index(owner)], [self._slots.index(slot)], len(beginning))
+            slot.cached = beginning
 
     def _compact(self) -> None:
         """Move rows whose turn is running to the front."""
