@@ -54,7 +54,7 @@ class TextReward(Reward):
 
     def prepare(self) -> None:
         if self.in_workers:
-            shared_pool().prepare(self.warm_up)
+            shared_pool().prepare(self.score)
 
     def warm_up(self) -> None:
         """Import what `score` needs and what takes long. Called in each worker process when it starts."""

@@ -21,6 +21,7 @@ from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, LifoQueue, SimpleQueue
+from threading import Event
 from typing import Any
 
 from lightning_grpo.errors import RunError
@@ -35,6 +36,8 @@ PATIENCE = 0.05
 """Seconds that a job may take before the jobs behind it in its chunk are passed to other workers."""
 START = 60.0
 """Seconds within which a worker must start."""
+FOLDER = "{folder}"
+"""Stands for a worker's folder in the command of `isolation`."""
 _MAX_ANSWER = 1 << 20
 
 
@@ -57,7 +60,7 @@ def isolation() -> tuple[str, ...]:
     that of util-linux, else none. What this system can't enforce is logged."""
     bubblewrap = (
         *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--ro-bind", "/", "/"),
-        *("--dev", "/dev", "--proc", "/proc", "--tmpfs", "/var/tmp", "--setenv", "TMPDIR", "/var/tmp", "--"),
+        *("--dev", "/dev", "--proc", "/proc", "--bind", FOLDER, FOLDER, "--"),
     )
     namespaces = (
         *("unshare", "--user", "--map-root-user", "--net", "--ipc", "--uts", "--mount", "--pid"),
@@ -78,9 +81,12 @@ def isolation() -> tuple[str, ...]:
 def _starts(command: tuple[str, ...]) -> bool:
     if not shutil.which(command[0]):
         return False
-    return not subprocess.run(
-        [*command, "true"], capture_output=True, stdin=subprocess.DEVNULL, timeout=START
-    ).returncode
+    tried = [*_in_folder(command, tempfile.gettempdir()), "true"]
+    return subprocess.run(tried, capture_output=True, stdin=subprocess.DEVNULL, timeout=START).returncode == 0
+
+
+def _in_folder(command: tuple[str, ...], folder: str) -> list[str]:
+    return [shutil.which(part) or part for part in command[:1]] + [folder if p == FOLDER else p for p in command[1:]]
 
 
 class _Worker:
@@ -102,7 +108,7 @@ class _Worker:
             "TMPDIR": self.folder,
         }
         self.process = subprocess.Popen(
-            [*command, sys.executable, "-I", "-S", "-X", "utf8", "-c", start],
+            [*_in_folder(command, self.folder), sys.executable, "-I", "-S", "-X", "utf8", "-c", start],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -115,10 +121,19 @@ class _Worker:
         self.answers = Connection(os.dup(self.process.stdout.fileno()), writable=False)
         self.process.stdin.close()
         self.process.stdout.close()
-        self.started = False
+        self.starting = 1
+        """Messages that the worker has still to send before it is ready for jobs."""
+        self._loaded: set[bytes] = set()
 
-    def wait_until_started(self) -> None:
-        if not self.started:
+    def load(self, function: bytes) -> None:
+        """Have the worker import what a function needs, without waiting for it."""
+        if function not in self._loaded:
+            self._loaded.add(function)
+            self.starting += 1
+            self.jobs.send_bytes(pickle.dumps((function, None)))
+
+    def wait_until_ready(self) -> None:
+        while self.starting:
             try:
                 if not self.answers.poll(START):
                     raise EOFError
@@ -128,11 +143,10 @@ class _Worker:
                     "a reward worker process did not start; set sandbox: false in the reward, or run "
                     f"{sys.executable} -c 'import lightning_grpo.rewards.sandbox.worker' to see why"
                 ) from None
-            self.started = True
+            self.starting -= 1
 
-    def send(self, function: bytes, jobs: Sequence[tuple[Any, ...]] | None) -> None:
-        """Send jobs. None: call the function once, without an answer."""
-        self.tokens.send(RUN * len(jobs or ()))
+    def send(self, function: bytes, jobs: Sequence[tuple[Any, ...]]) -> None:
+        self.tokens.send(RUN * len(jobs))
         self.jobs.send_bytes(pickle.dumps((function, jobs)))
 
     def take_back(self, count: int) -> int:
@@ -162,6 +176,7 @@ class _Call:
     seconds: float
     results: SimpleQueue = field(default_factory=SimpleQueue)
     """Pairs of the index of a job and its value; or an exception as the value, which ends the call."""
+    ended: Event = field(default_factory=Event)
 
 
 class Pool:
@@ -184,14 +199,14 @@ class Pool:
         atexit.register(self.close)
 
     def prepare(self, function: Any) -> None:
-        """Start all workers, and have each call the function, which imports what jobs need, without waiting for it."""
+        """Start all workers, and have each import what the function needs, without waiting for it."""
         workers = []
         with suppress(Empty):
             while True:
                 workers.append(self._idle.get_nowait() or self._new_worker())
         for worker in workers:
             with suppress(OSError):  # it ended; `map` finds out
-                worker.send(pickle.dumps(function), None)
+                worker.load(pickle.dumps(function))
             self._idle.put(worker)
 
     def map(self, function: Any, jobs: Sequence[tuple[Any, ...]], seconds: float) -> list[Any]:
@@ -208,18 +223,24 @@ class Pool:
         for first in range(0, len(jobs), size):
             self._threads.submit(self._run, call, range(first, min(first + size, len(jobs))))
         values: list[Any] = [None] * len(jobs)
-        for _ in jobs:
-            index, value = call.results.get()
-            if isinstance(value, BaseException):
-                raise value
-            values[index] = value
+        try:
+            for _ in jobs:
+                index, value = call.results.get()
+                if isinstance(value, BaseException):
+                    raise value
+                values[index] = value
+        finally:
+            call.ended.set()
         return values
 
     def _run(self, call: _Call, chunk: Sequence[int]) -> None:
         """Have a worker do the jobs of a chunk, and another one if it is lost."""
         worker, pending = self._idle.get(), deque(chunk)
         try:
-            while pending:
+            while pending and not call.ended.is_set():
+                if worker and worker.process.poll() is not None:  # it ended while it was idle
+                    self._discard(worker)
+                    worker = None
                 worker = worker or self._new_worker()
                 try:
                     self._converse(worker, call, pending)
@@ -237,8 +258,9 @@ class Pool:
 
     def _converse(self, worker: _Worker, call: _Call, pending: deque[int]) -> None:
         """Send the pending jobs to a worker and read its answers. If a job takes long, the rest goes to others."""
-        worker.wait_until_started()
         try:
+            worker.load(call.function)
+            worker.wait_until_ready()  # the time that imports take is not that of a job
             worker.send(call.function, [call.jobs[index] for index in pending])
             while pending:
                 deadline = time.monotonic() + call.seconds
@@ -251,7 +273,7 @@ class Pool:
                 answer = json.loads(worker.answers.recv_bytes(_MAX_ANSWER))
                 failed = "error" in answer and Failure(answer["error"], limit="limit" in answer)
                 call.results.put((pending.popleft(), failed or answer["value"]))
-        except (EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        except (EOFError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise _WorkerLost(Failure("it ended its worker process", limit=True)) from error
 
     def _new_worker(self) -> _Worker:

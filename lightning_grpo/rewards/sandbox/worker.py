@@ -9,6 +9,7 @@ import os
 import pickle
 import resource
 import socket
+from contextlib import suppress
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
@@ -25,13 +26,17 @@ RUN, DROP = b"r", b"d"
 
 
 @lru_cache(maxsize=64)
-def _function(pickled: bytes) -> Any:
-    return pickle.loads(pickled)
+def _load(pickled: bytes) -> Any:
+    """The function. If it is a method of an object that has ``warm_up``, this is called first."""
+    function = pickle.loads(pickled)
+    if warm_up := getattr(getattr(function, "__self__", None), "warm_up", None):
+        warm_up()
+    return function
 
 
 def _answer(function: bytes, arguments: tuple[Any, ...]) -> bytes:
     try:
-        value = _function(function)(*arguments)
+        value = _load(function)(*arguments)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"the result is {value}")
         return json.dumps({"value": value}, allow_nan=False).encode()
@@ -71,7 +76,9 @@ def main(supervisor: socket.socket, tokens: int) -> None:
         while True:
             function, chunk = pickle.loads(jobs.recv_bytes())
             if chunk is None:
-                _answer(function, ())  # errors are reported by the jobs that follow
+                with suppress(BaseException):  # the jobs that follow report it
+                    _load(function)
+                answers.send_bytes(b"{}")
                 continue
             for arguments in chunk:
                 if os.read(tokens, 1) == DROP:
