@@ -18,7 +18,7 @@ from lightning_grpo.policy.files import hub_reachable
 
 KINDS = (
     "a .jsonl, .json, .csv, .parquet or .arrow file or a pattern of such files, a folder written by "
-    "datasets.save_to_disk, a hub name (owner/name), reasoning_gym:TASK, arithmetic, or letters"
+    "datasets.save_to_disk, a hub name (owner/name), reasoning_gym:TASK, arithmetic, hidden_numbers, or letters"
 )
 MAX_ENUMERATED = 100_000
 Rows = TypeVar("Rows", bound=Iterable)
@@ -75,6 +75,31 @@ def letters(size: int | None, seed: int, *, alphabet: str = ascii_lowercase, rep
     for i in range(len(order) if size is None else size):
         letter = order[i % len(order)]
         yield {"prompt": letter, "answer": letter * repeats}
+
+
+def hidden_numbers(
+    size: int | None,
+    seed: int,
+    *,
+    width: int = 10,
+    highest: int = 100,
+    template: str = "I think of a whole number from {low} to {high}. Guess it. Answer with just the number.",
+) -> Iterator[Row]:
+    """Yield numbers to guess: ``answer`` is one of the ``width`` numbers from ``low`` to ``high``.
+
+    ``high`` is at most ``highest``; ``template`` contains {low} and {high}.
+    """
+    _require_whole({"width": width, "highest": highest}, least=1)
+    if highest < width:
+        raise UserError(f"data.source_args.highest is {highest}, below width = {width}; set it to {width} or more")
+    if size is None:
+        raise UserError("data.size is unset, but hidden_numbers can generate any number of prompts; set data.size")
+    drawn = random.Random(f"hidden_numbers {seed}")
+    for _ in range(size):
+        low = drawn.randint(1, highest - width + 1)
+        high = low + width - 1
+        prompt = template.format(low=low, high=high)
+        yield {"prompt": prompt, "low": low, "high": high, "answer": str(drawn.randint(low, high))}
 
 
 def _require_whole(arguments: dict[str, Any], least: int | None = None) -> None:
@@ -267,4 +292,8 @@ def _numbered(source: str, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
     return ((f"{source}, row {i}", row) for i, row in enumerate(rows))
 
 
-PROCEDURAL: dict[str, Callable[..., Iterable[Row]]] = {"arithmetic": arithmetic, "letters": letters}
+PROCEDURAL: dict[str, Callable[..., Iterable[Row]]] = {
+    "arithmetic": arithmetic,
+    "hidden_numbers": hidden_numbers,
+    "letters": letters,
+}

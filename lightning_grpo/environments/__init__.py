@@ -3,7 +3,9 @@
 from lightning_grpo.lazy import lazy_names
 
 _MODULES = {
+    "guess": ("GuessNumber",),
     "protocol": ("Environment", "Step"),
+    "python_tools": ("calculate", "run_python"),
     "template": ("TurnTemplate",),
     "tools": ("ToolEnvironment",),
     "trl": ("TRLEnvironment",),

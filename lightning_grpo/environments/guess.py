@@ -1,0 +1,51 @@
+"""`GuessNumber`: a game of several turns, in which the policy finds a number by asking."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_grpo.environments.protocol import Environment, Step
+from lightning_grpo.errors import UserError
+
+_NUMBER = re.compile(r"-?\d{1,18}")
+
+
+@dataclass(kw_only=True, eq=False)
+class GuessNumber(Environment):
+    """Answers every guess with "higher" or "lower", until the policy has found the number of the row.
+
+    The guess is the last number of a turn. Rows have the columns ``low``, ``high`` and ``answer``, as those of the
+    source ``hidden_numbers``.
+    """
+
+    max_turns: int = 6
+    guess_reward: float = 0.0
+    """Reward of a guess that agrees with all that was said before, in addition to 1 for the right one. It helps a small
+    model to begin with."""
+    _low: int = field(default=0, init=False, repr=False)
+    _high: int = field(default=0, init=False, repr=False)
+    _answer: int = field(default=0, init=False, repr=False)
+
+    def reset(self, row: Mapping[str, Any]) -> None:
+        try:
+            self._low, self._high, self._answer = (int(row[name]) for name in ("low", "high", "answer"))
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"GuessNumber needs whole numbers in the columns low, high and answer ({error!r}); set data.source to "
+                "hidden_numbers, or add the columns"
+            ) from error
+
+    def step(self, completion: str) -> Step:
+        numbers = _NUMBER.findall(completion)
+        if not numbers:
+            return Step(observation="Answer with a number.")
+        guess = int(numbers[-1])
+        if guess == self._answer:
+            return Step(reward=1.0, done=True)
+        reward = self.guess_reward if self._low <= guess <= self._high else 0.0
+        if guess < self._answer:
+            self._low = max(self._low, guess + 1)
+            return Step(observation=f"My number is higher than {guess}.", reward=reward)
+        self._high = min(self._high, guess - 1)
+        return Step(observation=f"My number is lower than {guess}.", reward=reward)
