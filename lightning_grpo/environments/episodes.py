@@ -25,6 +25,7 @@ from lightning_grpo.environments.protocol import Environment, Step
 from lightning_grpo.environments.template import TurnTemplate
 from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.rewards import decode_completions
+from lightning_grpo.rewards.logs import plain
 from lightning_grpo.rollout import Completion, Engine, FinishReason, OnGroup, Sampling, SyncedEngine, Turn
 from lightning_grpo.rollout.seeds import turn_seed
 
@@ -90,12 +91,12 @@ class Episode(Completion):
         if not math.isfinite(step.reward):
             raise RunError(f"{self.where('step')} returned the reward {step.reward}; return a finite number")
         self.turn_rewards.append((len(self.token_ids) - 1, float(step.reward)))
-        self.extras |= step.extras
+        self.extras |= {str(name): plain(value) for name, value in step.extras.items()}
         for name, value in step.metrics.items():
             if isinstance(value, Sequence):
-                self.metric_values.setdefault(name, []).extend(value)
+                self.metric_values.setdefault(name, []).extend(map(float, value))
             else:
-                self.metric_sums[name] = self.metric_sums.get(name, 0.0) + value
+                self.metric_sums[name] = self.metric_sums.get(name, 0.0) + float(value)
 
 
 def metrics(episodes: Sequence[Episode]) -> dict[str, list[float]]:

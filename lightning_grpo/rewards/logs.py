@@ -31,7 +31,7 @@ class RewardLogs:
         Raises:
             UserError: ``value`` is not a number.
         """
-        number = _plain(value)
+        number = plain(value)
         if not isinstance(number, numbers.Real):
             raise UserError(f"log_metric({name!r}) got {value!r} ({type(value).__name__}); pass a number")
         self.metrics.setdefault(str(name), []).append(float(number))
@@ -43,7 +43,7 @@ class RewardLogs:
         Raises:
             UserError: the number of values differs from that of the completions.
         """
-        values = [_plain(value) for value in values]
+        values = [plain(value) for value in values]
         if len(values) != len(rows):
             raise UserError(
                 f"log_extra({column!r}) got {len(values)} values for {len(rows)} completions; pass one value for each, "
@@ -53,7 +53,7 @@ class RewardLogs:
             self.extras[row][str(column)] = value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as a number, text or None, which any checkpoint can store."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()

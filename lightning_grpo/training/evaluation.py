@@ -120,15 +120,17 @@ class Evaluation:
         names: Sequence[str],
         completions: Sequence[str],
     ) -> list[dict[str, Any]]:
-        """One record per completion: prompt, completion, rewards, and whether the completion was truncated."""
+        """One record per completion: prompt, completion, rewards, whether the completion was truncated, and with an
+        environment the conversation, of which ``completion`` is the last message."""
         rows = zip(completions, rewards.tolist(), rollout.truncated.tolist(), strict=True)
         return [
             {
-                "prompt": batch.messages[n // self.num_generations],
+                "prompt": rollout.prompts[n] if rollout.prompts else batch.messages[n // self.num_generations],
                 "completion": completion,
                 "rewards": {name: None if x != x else x for name, x in zip(names, values, strict=True)},
                 "truncated": truncated,
             }
+            | ({"conversation": rollout.conversations[n]} if rollout.conversations else {})
             for n, (completion, values, truncated) in enumerate(rows)
             if batch.real[n // self.num_generations]
         ]
