@@ -50,7 +50,7 @@ def game(**options):
 def test_the_game_ends_with_the_right_guess():
     environment = game()
     steps = [environment.step(text) for text in ("I guess 55.", "It is not 55, so 58", "57")]
-    assert [step.observation for step in steps] == ["My number is higher than 55.", "My number is lower than 58.", None]
+    assert [step.observation for step in steps] == ["It is higher than 55.", "It is lower than 58.", None]
     assert [(step.reward, step.done) for step in steps] == [(0.0, False), (0.0, False), (1.0, True)]
 
 

@@ -46,6 +46,6 @@ class GuessNumber(Environment):
         reward = self.guess_reward if self._low <= guess <= self._high else 0.0
         if guess < self._answer:
             self._low = max(self._low, guess + 1)
-            return Step(observation=f"My number is higher than {guess}.", reward=reward)
+            return Step(observation=f"It is higher than {guess}.", reward=reward)
         self._high = min(self._high, guess - 1)
-        return Step(observation=f"My number is lower than {guess}.", reward=reward)
+        return Step(observation=f"It is lower than {guess}.", reward=reward)
