@@ -5,6 +5,7 @@ import copy
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from chat_templates import QUESTION, TEMPLATES, bpe_tokenizer
@@ -76,6 +77,39 @@ def test_a_malformed_call_states_why(text):
     [call] = parse_calls(f"<tool_call>{text}</tool_call>")
     assert call.error
     assert not call.arguments
+
+
+DESCRIPTION = {
+    "start_anchor": "<assistant>",
+    "fields": {
+        "content": {"content": "text"},
+        "tool_calls": {
+            "open": "[CALL]",
+            "close": "[/CALL]",
+            "content": "json",
+            "repeats": True,
+            "transform": {"type": "function", "function": "{content}"},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("completion", "calls"),
+    [
+        ("It is 3.", []),
+        (f"I add. [CALL]{JSON}[/CALL][CALL]{JSON}[/CALL]", [ADD, ADD]),
+        ('[CALL]{"name": "add"}[/CALL]', [ToolCall(error="a call must have a name and arguments")]),
+    ],
+    ids=range(3),
+)
+def test_calls_are_read_in_the_format_that_the_tokenizer_describes(completion, calls):
+    assert parse_calls(completion, DESCRIPTION) == calls
+
+
+def test_a_call_that_does_not_fit_the_description_states_why():
+    [call] = parse_calls("[CALL]{bad[/CALL]", DESCRIPTION)
+    assert "the call can't be read" in call.error
 
 
 def test_many_openings_take_linear_time():
@@ -178,6 +212,14 @@ def test_the_policy_reads_why_a_call_failed(completion, reason):
 def test_a_call_ends_at_its_time_limit():
     step = run(environment(tool_time_limit=0.05), call("fail", kind="wait") + call("add", a=1))
     assert [message["content"] for message in step.observation] == ["Error: fail took more than 0.05 seconds", "1"]
+
+
+def test_the_tokenizer_describes_the_format():
+    described = environment()
+    described.prepare(SimpleNamespace(response_template=DESCRIPTION))
+    assert run(copy.deepcopy(described), f"[CALL]{JSON}[/CALL]").observation[0]["content"] == "3"
+    described.prepare(SimpleNamespace())
+    assert run(described, f"[CALL]{JSON}[/CALL]").done
 
 
 def test_results_and_errors_are_bounded():

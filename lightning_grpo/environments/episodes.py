@@ -136,6 +136,7 @@ class Episodes:
         max_prompt_length: int,
         max_tokens: int,
     ) -> None:
+        prototype.prepare(tokenizer)
         self.prototype = prototype
         self.tokenizer = tokenizer
         self.end_ids = end_ids

@@ -52,6 +52,10 @@ class Environment(ABC):
         ranges = {"max_turns": "[1, inf)", "max_turn_tokens": "[1, inf)"}
         check_ranges(self, ranges, prefix=f"{type(self).__name__}.")
 
+    def prepare(self, tokenizer: Any) -> None:  # noqa: B027  most environments need no tokenizer
+        """Called with the policy's tokenizer before episodes begin. A copy of the tokenizer for every sample would be
+        slow, so keep what is needed of it instead."""
+
     @property
     def tool_schemas(self) -> list[dict[str, Any]]:
         """JSON schemas of the tools that the chat template describes to the policy."""

@@ -2,8 +2,11 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from transformers.utils.chat_parsing import parse_response
 
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _JSON = json.JSONDecoder()
@@ -19,16 +22,32 @@ class ToolCall:
     """Why it can't be executed; empty if its form is right."""
 
 
-def parse_calls(completion: str) -> list[ToolCall]:
+def parse_calls(completion: str, response_template: Mapping[str, Any] | None = None) -> list[ToolCall]:
     """Return the tool calls of a completion in their order; none in what precedes ``</think>``.
 
-    Two formats are read: ``<tool_call>{"name": …, "arguments": {…}}</tool_call>`` (Hermes, Qwen, SmolLM), and a
-    completion that consists of JSON objects with ``name`` and ``parameters``, separated by semicolons (Llama 3).
+    Args:
+        completion: its text.
+        response_template: the tokenizer's description of the model's format, which transformers parses.
+
+    Without such a description, two formats are read: ``<tool_call>{"name": …, "arguments": {…}}</tool_call>`` (Hermes,
+    Qwen, SmolLM), and a completion that consists of JSON objects with ``name`` and ``parameters``, separated by
+    semicolons (Llama 3).
     """
+    if response_template is not None:
+        return _described_calls(completion, response_template)
     text = completion.rpartition("</think>")[2]
     if tagged := _TAGGED.findall(text):
         return [_tagged_call(part) for part in tagged]
     return _bare_calls(text.strip().removeprefix("<|python_tag|>"))
+
+
+def _described_calls(completion: str, response_template: Mapping[str, Any]) -> list[ToolCall]:
+    try:
+        calls = parse_response(completion, response_template, prefix="").get("tool_calls") or []
+    except Exception as error:
+        return [ToolCall(error=f"the call can't be read ({error})")]
+    wrong = ToolCall(error="a call must have a name and arguments")
+    return [as_call(call.get("function", call) if isinstance(call, dict) else call) or wrong for call in calls]
 
 
 def _tagged_call(text: str) -> ToolCall:

@@ -63,6 +63,10 @@ class ToolEnvironment(Environment):
         if len(self._functions) < len(functions):
             raise UserError(f"two of the tools {', '.join(f.__name__ for f in functions)} have the same name")
         self._schemas = {name: schema(function) for name, function in self._functions.items()}
+        self._response_template: dict[str, Any] | None = None
+
+    def prepare(self, tokenizer: Any) -> None:
+        self._response_template = getattr(tokenizer, "response_template", None)
 
     @property
     def tool_schemas(self) -> list[dict[str, Any]]:
@@ -70,7 +74,7 @@ class ToolEnvironment(Environment):
 
     async def step(self, completion: str) -> Step:
         """Execute the calls of a completion in their order."""
-        calls = parse_calls(completion)
+        calls = parse_calls(completion, self._response_template)
         messages: list[Message] = []
         failures: list[float] = []
         for call in calls:
