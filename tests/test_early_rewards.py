@@ -5,7 +5,7 @@ import threading
 import pytest
 from fitting import checksum, fit, largest_difference, module, parameters
 
-from lightning_grpo.rewards import FunctionReward, PrefixMatch
+from lightning_grpo.rewards import EarlyRewards, FunctionReward, PrefixMatch
 from lightning_grpo.rollout import HFRollout
 from lightning_grpo.rollout.hf.engine import HFEngine
 
@@ -45,6 +45,19 @@ def test_a_group_is_judged_while_others_are_sampled(tmp_path, tiny_model_path, m
     fit(tmp_path, policy, steps=1, rollout=HFRollout(max_num_seqs=16))
     assert len(halves) == 2
     assert calls == [(False, 4)] * 8
+
+
+def test_groups_are_scored_at_once_if_workers_score():
+    barrier = threading.Barrier(2)
+
+    def score(index, group):
+        barrier.wait(30)
+        return index + group
+
+    with EarlyRewards(score, threads=2) as scores:
+        for index in range(2):
+            scores.submit(index, 10)
+        assert scores.gather() == [10, 11]
 
 
 def test_an_error_ends_the_sampling_and_names_the_reward(tmp_path, tiny_model_path, monkeypatch):

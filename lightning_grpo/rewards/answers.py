@@ -96,11 +96,15 @@ class ExactMatch(TextReward):
     extract: str = "last_number"
     """Where to find the answer in the completion: ``last_number``, ``whole`` (all of it), or a regular expression
     with one group, such as ``<answer>(.*?)</answer>`` (the last match counts). With last_number each row's answer must
-    be one number."""
+    be one number. Worker processes score with expressions that may take long on some texts."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_extraction("ExactMatch.extract", self.extract)
+        super().__post_init__()
+
+    @property
+    def in_workers(self) -> bool:
+        return self.sandbox and not takes_linear_time(self.extract)
 
     def expected(self, answer: Any) -> str | None:
         """The correct answer as text, None if the row has none. Raises `UserError` if no completion could match it."""
