@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ class ToolCall:
     """Why it can't be executed; empty if its form is right."""
 
 
-def parse_calls(completion: str, response_template: Mapping[str, Any] | None = None) -> list[ToolCall]:
+def parse_calls(completion: str, response_template: dict[str, Any] | None = None) -> list[ToolCall]:
     """Return the tool calls of a completion in their order; none in what precedes ``</think>``.
 
     Args:
@@ -41,7 +40,7 @@ def parse_calls(completion: str, response_template: Mapping[str, Any] | None = N
     return _bare_calls(text.strip().removeprefix("<|python_tag|>"))
 
 
-def _described_calls(completion: str, response_template: Mapping[str, Any]) -> list[ToolCall]:
+def _described_calls(completion: str, response_template: dict[str, Any]) -> list[ToolCall]:
     try:
         calls = parse_response(completion, response_template, prefix="").get("tool_calls") or []
     except Exception as error:
