@@ -29,7 +29,8 @@ lightning-grpo fit --config configs/base.yaml --config configs/trl.yaml
 
 A reward function needs no change: it gets `prompts`, `completions`, `completion_ids`, the columns of the data set,
 `trainer_state`, `log_metric` and `log_extra`, and returns one number per completion, or None if it does not apply
-([docs/rewards.md](rewards.md)).
+([docs/rewards.md](rewards.md)). The functions of `tools=` and the objects of `environment_factory=` run unchanged in
+`ToolEnvironment` and `TRLEnvironment` ([docs/environments.md](environments.md)).
 
 ## Traps
 

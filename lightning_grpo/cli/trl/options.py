@@ -81,7 +81,7 @@ GRPO_CONFIG = [
     Row("entropy_coef_max", 1.0, "model.objective.adaptive_entropy.maximum"),
     Row("entropy_coef_delta", 0.005, "model.objective.adaptive_entropy.delta"),
     Row("entropy_target", 0.2, "model.objective.adaptive_entropy.target"),
-    Row("max_tool_calling_iterations", None, "", "there are no tools"),
+    Row("max_tool_calling_iterations", None, "", "the max_turns of an environment, which counts the last answer too"),
     Row("vllm_importance_sampling_correction", True, "model.objective.rollout_correction", "off by default here"),
     Row("vllm_importance_sampling_mode", "sequence_mask", "model.objective.rollout_correction.level, model.objective.rollout_correction.mode"),
     Row("vllm_importance_sampling_clip_max", 3.0, "model.objective.rollout_correction.upper", "2 by default here"),
