@@ -17,9 +17,13 @@ _TAGS = re.compile(
 )
 
 
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_NAMED = ("boxed", "last_number", "whole")
+
+
 def extract(text: str, how: str) -> str | None:
-    """Extract the answer from a text: its ``last_number``, the ``whole`` text, or the group in a regular expression's
-    last match. None if there is no answer.
+    """Extract the answer from a text: the content of its last ``\\boxed{…}`` (``boxed``), its ``last_number``, the
+    ``whole`` text, or the group in a regular expression's last match. None if there is no answer.
     """
     if how == "last_number":
         return last_number(text)
@@ -31,11 +35,13 @@ def extract(text: str, how: str) -> str | None:
 
 def takes_linear_time(how: str) -> bool:
     """Whether `extract` takes a time proportional to the length of any text, unlike some regular expressions."""
-    return how in ("last_number", "whole") or _TAGS.fullmatch(how) is not None
+    return how in _NAMED or _TAGS.fullmatch(how) is not None
 
 
 def _last_match(text: str, pattern: str) -> tuple[str, str] | None:
-    """The last match of a pattern with one group, and the text of the group."""
+    """The last match of a pattern with one group, or of ``boxed``, and the text of the group."""
+    if pattern == "boxed":
+        return _last_box(text)
     if tags := _TAGS.fullmatch(pattern):
         # two literals are searched from the end: linear time even if the text repeats the first one
         first, last = (re.sub(r"\\(.)", r"\1", literal) for literal in tags.groups())
@@ -46,18 +52,32 @@ def _last_match(text: str, pattern: str) -> tuple[str, str] | None:
     return (matches[-1][0], matches[-1][1] or "") if matches else None
 
 
+def _last_box(text: str) -> tuple[str, str] | None:
+    """The last ``\\boxed{…}`` with balanced braces, and its content."""
+    last: tuple[str, str] | None = None
+    opened: list[re.Match[str] | None] = []
+    for token in _BOX.finditer(text):
+        if token[0] == "}":
+            box = opened.pop() if opened else None
+            if box is not None:
+                last = text[box.start() : token.end()], text[box.end() : token.start()]
+        elif token[0].endswith("{") and token[0] != "\\{":
+            opened.append(token if token[0] != "{" else None)
+    return last
+
+
 def check_extraction(option: str, how: str) -> None:
     """Raise `UserError` if `extract` can't use ``how``."""
-    if how in ("last_number", "whole"):
+    if how in _NAMED:
         return
     try:
         groups = re.compile(how).groups
     except re.error as error:
-        raise UserError(f"{option} is {how!r}: {error}; set last_number, whole, or a regular expression") from error
+        raise UserError(f"{option} is {how!r}: {error}; set {', '.join(_NAMED)}, or a regular expression") from error
     if groups != 1:
         raise UserError(
-            f"{option} is {how!r}, an expression with {groups} groups; set last_number, whole, or an expression with "
-            "one group (...) around the answer"
+            f"{option} is {how!r}, an expression with {groups} groups; set {', '.join(_NAMED)}, or an expression "
+            "with one group (...) around the answer"
         )
 
 
@@ -94,9 +114,10 @@ class ExactMatch(TextReward):
     """Column with the correct answer, as text or a number. If it holds worked solutions, the answer is what follows the
     last ``####``, or what ``extract`` finds between its tags."""
     extract: str = "last_number"
-    """Where to find the answer in the completion: ``last_number``, ``whole`` (all of it), or a regular expression
-    with one group, such as ``<answer>(.*?)</answer>`` (the last match counts). With last_number each row's answer must
-    be one number. Worker processes score with expressions that may take long on some texts."""
+    """Where to find the answer in the completion: ``last_number``, ``boxed`` (the last ``\\boxed{…}``), ``whole`` (all
+    of it), or a regular expression with one group, such as ``<answer>(.*?)</answer>`` (the last match counts). With
+    last_number each row's answer must be one number. Worker processes score with expressions that may take long on some
+    texts."""
 
     def __post_init__(self) -> None:
         check_extraction("ExactMatch.extract", self.extract)

@@ -18,11 +18,17 @@ from torch import Tensor
 
 # imported so that configuration files can name their classes
 import lightning_grpo.rewards.answers
+import lightning_grpo.rewards.choice
 import lightning_grpo.rewards.code
+import lightning_grpo.rewards.constraints
+import lightning_grpo.rewards.cosine
 import lightning_grpo.rewards.format
+import lightning_grpo.rewards.fuzzy
 import lightning_grpo.rewards.judge
+import lightning_grpo.rewards.mathematics
 import lightning_grpo.rewards.reasoning_gym
-import lightning_grpo.rewards.reward_model  # noqa: F401
+import lightning_grpo.rewards.reward_model
+import lightning_grpo.rewards.schema  # noqa: F401
 from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.rewards.base import LOGS, OFFERED, Completion, FunctionReward, Reward, Scores, call_with
 from lightning_grpo.rewards.logs import RewardLogs

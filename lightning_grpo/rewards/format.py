@@ -10,7 +10,10 @@ from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
 from lightning_grpo.rewards.text_reward import TextReward
 
-_THINK = r"\s*<think>(?:(?!</?think>).)*</think>\s*(?!</?think>)\S(?:(?!</?think>).)*"
+THINK = r"\s*<think>(?:(?!</?think>).)*</think>\s*(?!</?think>)\S(?:(?!</?think>).)*"
+THINK_ANSWER = r"\s*<think>(?:(?!</?(?:think|answer)>).)*</think>\s*<answer>(?:(?!</?(?:think|answer)>).)*</answer>\s*"
+PATTERNS = {"think": THINK, "think_answer": THINK_ANSWER}
+"""Patterns by name."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -20,20 +23,21 @@ class RegexFormat(TextReward):
     If the chat template ends the prompt with a tag such as ``<think>``, the tag counts as part of the completion.
     """
 
-    pattern: str = _THINK
-    """Regular expression; the dot matches line breaks too. By default one <think>…</think> with text after it.
-    Worker processes match other expressions, since some, such as (a+)+, take exponential time on some texts."""
+    pattern: str = "think"
+    """Regular expression (the dot matches line breaks too), or ``think``: one <think>…</think> with text after it, or
+    ``think_answer``: <think>…</think> and then <answer>…</answer>, as in DeepSeek-R1 (arXiv:2501.12948). Worker
+    processes match your own expressions, since some, such as (a+)+, take exponential time on some texts."""
 
     def __post_init__(self) -> None:
         try:
-            re.compile(self.pattern, re.DOTALL)
+            re.compile(PATTERNS.get(self.pattern, self.pattern), re.DOTALL)
         except re.error as error:
             raise UserError(f"RegexFormat.pattern is {self.pattern!r}: {error}") from error
         super().__post_init__()
 
     @property
     def in_workers(self) -> bool:
-        return self.sandbox and self.pattern != _THINK
+        return self.sandbox and self.pattern not in PATTERNS
 
     def __call__(
         self, *, completions: list[Completion], openings: list[str] | None = None, **columns: Any
@@ -43,7 +47,8 @@ class RegexFormat(TextReward):
         return self.evaluate(self.score, [(text, {}) for text in texts], self.failed)
 
     def score(self, text: str, row: Mapping[str, Any]) -> float:
-        return float(re.fullmatch(self.pattern, text, re.DOTALL) is not None)
+        pattern = PATTERNS.get(self.pattern, self.pattern)
+        return float(re.fullmatch(pattern, text, re.DOTALL) is not None)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -32,8 +32,8 @@ class ReasoningGym(TextReward):
     raises: ClassVar[bool] = True
 
     extract: str = "whole"
-    """Where to find the answer in the completion: ``whole``, ``last_number``, or a regular expression with one group,
-    such as ``<answer>(.*?)</answer>`` (the last match counts)."""
+    """Where to find the answer in the completion: ``whole``, ``last_number``, ``boxed``, or a regular expression
+    with one group, such as ``<answer>(.*?)</answer>`` (the last match counts)."""
     threshold: float | None = 1.0
     """The reward is 1 for scores of at least this value and 0 below it, since many tasks give 0.01 to 0.09 to any
     answer. null uses the score itself."""
