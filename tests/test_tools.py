@@ -9,12 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 from chat_templates import QUESTION, TEMPLATES, bpe_tokenizer
+from test_environments import Script, ScriptedEngine
 
 from lightning_grpo.data.encoding import Encoder
+from lightning_grpo.data.template import ChatTemplate
+from lightning_grpo.environments.episodes import Episodes, metrics
+from lightning_grpo.environments.template import TurnTemplate
 from lightning_grpo.environments.tool_calls import ToolCall, parse_calls
 from lightning_grpo.environments.tools import ToolEnvironment
 from lightning_grpo.environments.trl import TRLEnvironment, get_reward
 from lightning_grpo.errors import UserError
+from lightning_grpo.rollout import Sampling
 
 # ── Parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -272,6 +277,43 @@ def test_the_template_renders_the_tools_into_the_prompts():
     assert '"name": "add", "description": "Add two integers."' in text
     assert "more" not in text
     assert longer.index('"name": "fail"') < longer.index('"name": "more"')
+
+
+def test_an_episode_has_the_tokens_of_the_rendered_conversation():
+    bpe = bpe_tokenizer()
+    template = ChatTemplate(bpe, (TEMPLATES / "qwen2.5.jinja").read_text())
+    schemas = environment().tool_schemas
+    said = [call("add", a=40, b=2), call("add", a="x") + call("add", a=0), "It is 42."]
+
+    def write(turn):
+        return bpe(
+            said[bpe.decode(turn.token_ids).count("<|im_start|>assistant") - 1], add_special_tokens=False
+        ).input_ids
+
+    [[prompt]] = Encoder(tokenizer=bpe, chat_template=template.template, tools=schemas).encode(
+        [("row 1", {"prompt": QUESTION})]
+    )
+    end = bpe.convert_tokens_to_ids("<|im_end|>")
+    episodes = Episodes(
+        environment(),
+        tokenizer=bpe,
+        end_ids=[end],
+        template=TurnTemplate(bpe, template),
+        max_prompt_length=1000,
+        max_tokens=1000,
+    )
+    with episodes:
+        [[episode]] = episodes.run(ScriptedEngine(Script(write, end=[end])), [prompt], [[0]], Sampling())
+    texts = {message["content"] for message in episode.messages}
+    assert texts == {*said, "42", "0", "Error: add: the argument a must be of type integer, not 'x'"}
+    whole = bpe.apply_chat_template(
+        [*QUESTION, *episode.messages], tools=schemas, chat_template=template.template, tokenize=False
+    )
+    assert bpe(whole.rstrip(), add_special_tokens=False).input_ids == [*prompt.ids, *episode.token_ids]
+    sampled = [token for token, is_sampled in zip(episode.token_ids, episode.mask, strict=True) if is_sampled]
+    assert bpe.decode(sampled) == "<|im_end|>".join([*said, ""])
+    logged = metrics([episode])
+    assert (logged["tools/call_frequency"], logged["tools/failure_frequency"]) == ([3.0], [0.0, 1.0, 0.0])
 
 
 # ── Objects written for TRL ──────────────────────────────────────────────────────────────────────────────────────────
