@@ -8,13 +8,16 @@ from lightning_grpo.cli.trl.conversion import Conversion
 from lightning_grpo.cli.trl.options import ROWS
 from lightning_grpo.errors import UserError
 
-BOXED = r"\\boxed\{(.+?)\}"
+BOXED = "the answer must be in \\boxed{}, numbers are compared exactly, and answers in thoughts do not count"
+MATH = {"class_path": "lightning_grpo.rewards.MathMatch", "init_args": {"answer": "solution"}}
+FORMAT = {
+    "class_path": "lightning_grpo.rewards.RegexFormat",
+    "init_args": {"pattern": "<think>(?!.*<think>).*?</think>.*"},
+}
 REWARDS: dict[str, tuple[dict[str, Any], str]] = {
-    "accuracy_reward": (
-        {"class_path": "lightning_grpo.rewards.ExactMatch", "init_args": {"extract": BOXED, "answer": "solution"}},
-        "accuracy_reward compares with math-verify, ExactMatch compares numbers and text",
-    ),
-    "think_format_reward": ({"class_path": "lightning_grpo.rewards.RegexFormat"}, ""),
+    "accuracy_reward": (MATH, f"accuracy_reward: {BOXED}"),
+    "reasoning_accuracy_reward": (MATH, f"reasoning_accuracy_reward: {BOXED}; completions without thoughts are scored"),
+    "think_format_reward": (FORMAT, "think_format_reward: the default pattern requires an answer after the thoughts"),
     "get_soft_overlong_punishment": (
         {
             "class_path": "lightning_grpo.rewards.LengthPenalty",
@@ -54,7 +57,7 @@ def rewards(run: Conversion) -> None:
     notes: list[str] = []
     for name, weight in zip(functions, weights, strict=False):
         reward, note = REWARDS.get(name, ({"class_path": "lightning_grpo.rewards.FunctionReward"}, ""))
-        options = dict(reward.get("init_args", {})) | ({} if name in REWARDS else {"function": name})
+        options = dict(reward.get("init_args", {})) | ({"name": name} if name in REWARDS else {"function": name})
         converted.append({**reward, "init_args": options | {"weight": float(weight)}})
         notes += [note] if note else []
     if not converted:
