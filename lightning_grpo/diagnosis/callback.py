@@ -76,8 +76,7 @@ class Diagnosis(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
         """Remember the completions of the step, which the module may forget after it."""
         progress, accumulate = cast(GRPOModule, pl_module).progress, trainer.accumulate_grad_batches
-        rows = progress.rows_of_step(accumulate, begun=accumulate)
-        self._trained = progress.experience, range(rows.start, rows.stop)
+        self._trained = progress.experience, progress.rows_of_step(accumulate, begun=accumulate)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Check the rules after an optimizer step."""
@@ -122,13 +121,14 @@ class Diagnosis(Callback):
             log.warning("the cause of the error was not found: %s: %s", type(error).__name__, error)
 
     def _report_nonfinite(self, trainer: Trainer, module: GRPOModule, exception: NonFiniteError) -> None:
-        experience, places = self._trained
+        experience, trained = self._trained
+        places = range(trained.start, trained.stop)
         step, rank = trainer.global_step + 1, trainer.global_rank
         origin = find_origin(module, experience, places, trainer)
         path = self._folder / f"nonfinite-step{step}{f'-rank{rank}' if rank else ''}.pt"
         save_batch(path, experience, places, self.history.latest, origin)
         place = None if origin is None else origin.place
-        rows = rows_of(experience, [] if place is None else [place], step, trainer)
+        rows = [] if place is None else rows_of(experience, slice(place, place + 1), step, trainer)
         message = str(exception).split(":")[0] + (f", first in {origin.tensor}" if origin else "")
         exception.add_note(f"{message}; the batch was saved to {path}")
         if trainer.is_global_zero:

@@ -1,13 +1,13 @@
 """What the callback reads from a running training: options, facts and samples."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from lightning import Trainer
 
 from lightning_grpo.diagnosis.history import Row
+from lightning_grpo.diagnosis.inputs import sampled_tokens
 from lightning_grpo.module import GRPOModule
-from lightning_grpo.objective import total_rewards
+from lightning_grpo.record.rows import SampleTables
 from lightning_grpo.training.experience import Experience
 
 
@@ -40,27 +40,7 @@ def info_of(trainer: Trainer, module: GRPOModule) -> dict[str, Any]:
     return {"reward_names": module.reward_names, "completions_per_step": size}
 
 
-def rows_of(experience: Experience, places: Sequence[int], step: int, trainer: Trainer) -> list[Row]:
-    """The completions at ``places`` of this rank's experience, as `Row`."""
-    module: Any = trainer.lightning_module
-    groups = {"num_replicas": 1, "rank": 0} | (trainer.distributed_sampler_kwargs or {})
-    totals = total_rewards(experience.rewards, module.reward_weights).tolist()
-    rows = []
-    for place in places:
-        group, index = divmod(place, module.num_generations)
-        mask, advantages = experience.completion_mask[place], experience.advantages[place]
-        logprobs = {"engine": experience.rollout_logprobs, "trainer": experience.old_logprobs}
-        rows.append(
-            {
-                "step": step,
-                "rollout": experience.number,
-                "group": group * groups["num_replicas"] + groups["rank"],
-                "index": index,
-                "completion_ids": experience.completion_ids[place][mask].tolist(),
-                "truncated": bool(experience.truncated[place]),
-                "reward": totals[place],
-                "advantage": float(advantages[mask].mean() if advantages.dim() else advantages),
-                **{f"{name}_logprobs": x[place][mask].tolist() for name, x in logprobs.items() if x is not None},
-            }
-        )
-    return rows
+def rows_of(experience: Experience, rows: slice, step: int, trainer: Trainer) -> list[Row]:
+    """The completions in ``rows`` of this rank's experience, as they are recorded with their log-probs."""
+    table = SampleTables.of(trainer, logprobs=True).table(experience, rows, step)
+    return [sampled_tokens(row) for row in table.to_pylist()]

@@ -1,6 +1,5 @@
 """The `Record` callback: writes the samples and metrics of a run to its folder, and shows a few samples."""
 
-import copy
 import logging
 import os
 import platform
@@ -29,7 +28,6 @@ from lightning_grpo.record.files import SampleFiles, append_line
 from lightning_grpo.record.rows import SampleTables
 from lightning_grpo.record.schema import FORMAT, HELD_OUT, METRICS
 from lightning_grpo.record.start import identify, start
-from lightning_grpo.rollout.callback import eos_token_ids
 from lightning_grpo.training.experience import Experience
 
 log = logging.getLogger(__name__)
@@ -96,18 +94,7 @@ class Record(Callback):
 
     def _open(self, folder: Path, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(Any, pl_module)  # `GRPOModule`, which imports packages above this one
-        shard = trainer.distributed_sampler_kwargs if trainer.world_size > 1 else {"num_replicas": 1, "rank": 0}
-        self._tables = SampleTables(
-            tokenizer=copy.deepcopy(module.tokenizer),
-            end_ids=eos_token_ids(module.policy, module.tokenizer),
-            reward_names=module.reward_names,
-            reward_weights=module.reward_weights,
-            num_generations=module.num_generations,
-            max_completion_length=module.max_completion_length,
-            rank=trainer.global_rank,
-            shard=(shard["num_replicas"], shard["rank"]),
-            logprobs=self.logprobs,
-        )
+        self._tables = SampleTables.of(trainer, logprobs=self.logprobs)
         limit = self.max_gib * 2**30 / trainer.world_size
         self._files = SampleFiles(folder, rank=trainer.global_rank, max_bytes=limit)
         self._metrics = folder / METRICS

@@ -3,18 +3,21 @@
 Shapes: N completions of a rollout on this rank, n of them in the step, P prompt length, T completion length.
 """
 
+import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+from lightning import Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.objective import total_rewards
 from lightning_grpo.record.schema import COLUMNS, EXTRA, LOGPROBS, REWARD
 from lightning_grpo.rewards import decode_completions
+from lightning_grpo.rollout.callback import eos_token_ids
 from lightning_grpo.training.experience import Experience
 
 
@@ -35,6 +38,23 @@ class SampleTables:
     """Number of data-parallel ranks, and the index of this one among them."""
     logprobs: bool
     """Whether to include `LOGPROBS`."""
+
+    @classmethod
+    def of(cls, trainer: Trainer, *, logprobs: bool) -> Self:
+        """For the rows of this rank of the trainer's module."""
+        module: Any = trainer.lightning_module  # `GRPOModule`, which imports packages above this one
+        shard = {"num_replicas": 1, "rank": 0} | (trainer.distributed_sampler_kwargs if trainer.world_size > 1 else {})
+        return cls(
+            tokenizer=copy.deepcopy(module.tokenizer),
+            end_ids=eos_token_ids(module.policy, module.tokenizer),
+            reward_names=module.reward_names,
+            reward_weights=module.reward_weights,
+            num_generations=module.num_generations,
+            max_completion_length=module.max_completion_length,
+            rank=trainer.global_rank,
+            shard=(shard["num_replicas"], shard["rank"]),
+            logprobs=logprobs,
+        )
 
     def table(self, experience: Experience, rows: slice, step: int) -> pa.Table:
         """The ``rows`` of ``experience`` on which optimizer step ``step`` was taken."""

@@ -229,4 +229,4 @@ class Truncation(Rule):
         return truncated.median < reward.median - 0.25 * max(history.last("reward_std", 10).median, 1e-9)
 
     def choose(self, rows: Sequence[Row]) -> Iterable[Row]:
-        return sorted((row for row in rows if row["truncated"]), key=lambda row: row["reward"])
+        return sorted((row for row in rows if row["truncated"]), key=lambda row: row["reward"] or 0.0)

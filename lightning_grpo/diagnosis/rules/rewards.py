@@ -237,7 +237,7 @@ class RewardHacking(Rule):
         )
 
     def choose(self, rows: Sequence[Row]) -> Iterable[Row]:
-        return sorted(rows, key=lambda row: row["reward"], reverse=True)
+        return sorted(rows, key=lambda row: row["reward"] or 0.0, reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True)
