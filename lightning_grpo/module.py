@@ -659,6 +659,11 @@ class GRPOModule(TrainablePolicy):
         )
 
     @property
+    def completions_per_step(self) -> int:
+        """Completions per optimizer step, on all ranks together."""
+        return self.micro_batch_size * self.trainer.accumulate_grad_batches * self.data_ranks
+
+    @property
     def updates_per_rollout(self) -> int:
         """Optimizer steps per rollout."""
         return self.steps_per_rollout // self.trainer.accumulate_grad_batches

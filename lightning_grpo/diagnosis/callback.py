@@ -1,7 +1,6 @@
 """The callback that diagnoses a run while it trains."""
 
 import logging
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +18,7 @@ from lightning_grpo.diagnosis.ruleset import RuleSet, keys
 from lightning_grpo.diagnosis.text import describe
 from lightning_grpo.errors import NonFiniteError, RunError, UserError
 from lightning_grpo.module import GRPOModule
-from lightning_grpo.monitor.checkpoint import Checkpoint
+from lightning_grpo.monitor.checkpoint import save_now
 from lightning_grpo.monitor.terminal import run_folder
 from lightning_grpo.record.reader import read_run
 from lightning_grpo.record.schema import FINDINGS, HELD_OUT
@@ -70,7 +69,7 @@ class Diagnosis(Callback):
         self._folder, self._step = run_folder(trainer), trainer.global_step
         self._continues, self.findings = trainer.global_step > 0, []
         self.rules.reported.clear()
-        options, info = options_of(trainer, module), info_of(trainer, module)
+        options, info = options_of(trainer, module), info_of(module)
         self.history = History(options=options, info=info, samples=lambda step: self._rows(trainer, step))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
@@ -173,8 +172,7 @@ class Diagnosis(Callback):
         """
         if message is None:
             return
-        checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)), None)
-        saved = checkpoint and not trainer.fast_dev_run and os.path.relpath(checkpoint.save(trainer))
+        saved = save_now(trainer)
         raise RunError(
             f"stopped after {trainer.global_step} optimizer steps, as diagnosis.halt_on is {self.halt_on}: {message}. "
             + (f"Checkpoint: {saved}" if saved else "No checkpoint was saved")

@@ -34,10 +34,9 @@ def options_of(trainer: Trainer, module: GRPOModule) -> dict[str, Any]:
     }
 
 
-def info_of(trainer: Trainer, module: GRPOModule) -> dict[str, Any]:
+def info_of(module: GRPOModule) -> dict[str, Any]:
     """Facts about the run that are no options."""
-    size = module.micro_batch_size * trainer.accumulate_grad_batches * module.data_ranks
-    return {"reward_names": module.reward_names, "completions_per_step": size}
+    return {"reward_names": module.reward_names, "completions_per_step": module.completions_per_step}
 
 
 def rows_of(experience: Experience, rows: slice, step: int, trainer: Trainer) -> list[Row]:

@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,15 +51,17 @@ def describe_policy(
             "seed": seed,
         },
         "chat_template": ChatTemplate(None, chat_template).template,
-        "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
+        "versions": installed_versions(PACKAGES),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those of ``packages`` that are installed."""
+    versions = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 @dataclass(frozen=True, kw_only=True)

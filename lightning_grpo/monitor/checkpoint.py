@@ -232,3 +232,13 @@ def _link(filepath: str, linkpath: str) -> None:
         os.remove(partial)
     os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), partial)
     os.replace(partial, linkpath)
+
+
+def save_now(trainer: Trainer) -> str | None:
+    """Save the current step with the trainer's `Checkpoint`. All ranks must call this together.
+
+    Returns:
+        The path of the file from the current folder; None if the trainer saves no checkpoints.
+    """
+    checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)), None)
+    return None if checkpoint is None or trainer.fast_dev_run else os.path.relpath(checkpoint.save(trainer))

@@ -1,7 +1,6 @@
 """Stop a run on a signal between two micro-batches, after saving a checkpoint to resume from."""
 
 import logging
-import os
 
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -10,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_grpo import stopping
-from lightning_grpo.monitor.checkpoint import Checkpoint
+from lightning_grpo.monitor.checkpoint import save_now
 from lightning_grpo.stopping import Stopped
 
 log = logging.getLogger(__name__)
@@ -73,14 +72,11 @@ class StopOnSignal(Callback):
             return
         self._training = False
         exception.progress = f"{trainer.global_step} optimizer steps"
-        checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)), None)
-        if checkpoint is None or trainer.fast_dev_run:
-            return
         try:
-            exception.saved = os.path.relpath(checkpoint.save(trainer))
+            exception.saved = save_now(trainer)
         except Exception as error:  # reported together with the reason why the run ended
             exception.failure = error
-        if _is_requeued(trainer, exception.signum):
+        if (exception.saved or exception.failure) and _is_requeued(trainer, exception.signum):
             trainer._signal_connector._slurm_sigusr_handler_fn(exception.signum, None)
 
 

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from tqdm import tqdm
 
+from lightning_grpo.monitor import PHASES
+
 FIGURES = {
     "reward": ("reward", "{:.3f}"),
     "loss": ("loss", "{:+.4f}"),
@@ -20,7 +22,6 @@ FIGURES = {
     "length": ("completions/mean_length", "{:.0f}"),
     "tok/s": ("tokens_per_second", "{:.0f}"),
 }
-PHASES = ("rollout", "sync", "reward", "score", "update")
 
 
 HELD_OUT = re.compile(r"reward|completions/mean_length|(.+/)?pass@1|majority@\d+")

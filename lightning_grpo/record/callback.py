@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
+from lightning_grpo.export.checkpoint import installed_versions
 from lightning_grpo.monitor.terminal import run_folder
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.record import show
@@ -201,13 +201,13 @@ def describe(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         "id": uuid.uuid4().hex,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "lightning-grpo"), *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()} | {name: v for name in PACKAGES if (v := _version(name))},
+        "versions": {"python": platform.python_version()} | installed_versions(PACKAGES),
         "machine": machine(trainer),
         "model": str(module.model_path),
         "reward_names": module.reward_names,
         "reward_weights": module.reward_weights.tolist(),
         "num_generations": module.num_generations,
-        "completions_per_step": module.micro_batch_size * trainer.accumulate_grad_batches * module.data_ranks,
+        "completions_per_step": module.completions_per_step,
         "max_steps": trainer.max_steps,
         "seed": module.seed,
         "pass_threshold": module.evaluation.pass_threshold,
@@ -222,13 +222,6 @@ def machine(trainer: Trainer) -> str:
     memory = psutil.virtual_memory().total / 2**30
     devices = f"{ranks} × {name}" if ranks > 1 else name
     return f"{devices}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {platform.system()}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _problem(function: Callable[..., None], *args: Any) -> str | None:

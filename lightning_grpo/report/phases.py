@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from lightning_grpo.monitor import PHASES
 from lightning_grpo.record.reader import Run
 from lightning_grpo.report.arms import arms, run_names
 from lightning_grpo.report.charts import Trace, chart, color, grid, lines
 from lightning_grpo.report.markup import details, duration, section, table
 from lightning_grpo.report.series import column, curve
-
-PHASES = ("rollout", "sync", "reward", "score", "update")
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -9,8 +9,7 @@ from lightning_grpo.diagnosis.finding import Finding
 from lightning_grpo.diagnosis.history import History
 from lightning_grpo.diagnosis.rule import Rule
 from lightning_grpo.diagnosis.statistics import trend
-
-PHASES = ("rollout", "sync", "reward", "score", "update")
+from lightning_grpo.monitor import PHASES
 
 
 @dataclass(frozen=True, kw_only=True)
