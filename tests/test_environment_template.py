@@ -136,6 +136,11 @@ def test_templates_that_rewrite_the_conversation_are_refused_by_name(bpe, name, 
         turns(bpe, name).after([{"role": role, "content": "4"}], last_token=0, args=args)
 
 
+def test_a_tokenizer_without_a_template_is_refused(bpe):
+    with pytest.raises(UserError, match="'a-model' has no chat template, which an environment needs"):
+        TurnTemplate(bpe, ChatTemplate(bpe)).require_prefix_property()
+
+
 def test_a_template_that_changes_words_is_refused(bpe):
     source = "{% for message in messages %}<|im_start|>{{ message.content | upper }}<|im_end|>{% endfor %}<|im_start|>"
     template = TurnTemplate(bpe, ChatTemplate(bpe, source))

@@ -105,6 +105,11 @@ class TurnTemplate:
         """
         if (key := (role, repr(args))) in self._checked:
             return
+        if self.chat_template.template is None and not self.tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template, which an environment needs; set "
+                "data.chat_template to a template or its file, or use a model trained for chat"
+            )
         observation = {"role": role, "content": PLACEHOLDER}
         start = self._render([QUESTION], args)
         for content in (THOUGHTS,) if start.endswith(THINK) else (ANSWER, THOUGHTS):

@@ -116,7 +116,7 @@ def resolve(path: str | Callable[..., Any], what: str) -> Callable[..., Any]:
     try:
         found = resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"the {what} {path!r} can't be imported: {error}; set package.module.name") from error
+        raise UserError(f"the {what} {path!r} can't be imported: {error}; set package.module.name") from None
     if not callable(found):
         raise UserError(f"the {what} {path!r} can't be called; set the import path of a function or class")
     return found
