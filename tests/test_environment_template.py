@@ -66,10 +66,8 @@ def test_three_turns_have_the_tokens_of_the_rendered_conversation(bpe, name, rol
         assert ids == encode(bpe, rendered(template, messages))
 
 
-@pytest.mark.parametrize(("name", "role"), CASES)
+@pytest.mark.parametrize(("name", "role"), [case for case in CASES if case[0] != "gemma"])
 def test_several_messages_may_follow_a_completion(bpe, name, role):
-    if name == "gemma":
-        pytest.skip("its roles alternate")
     template, end = turns(bpe, name), bpe.convert_tokens_to_ids(END[name])
     observation = [{"role": role, "content": text} for text in ("one", "two")]
     after = template.after(observation, last_token=end)
