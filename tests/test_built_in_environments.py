@@ -56,8 +56,14 @@ def test_the_game_ends_with_the_right_guess():
 
 def test_guesses_that_agree_with_the_answers_are_rewarded_if_the_option_is_set():
     environment = game(guess_reward=0.1)
-    guesses = ("55", "54", "55", "a", "61", "58", "58", "57")
-    assert [environment.step(guess).reward for guess in guesses] == [0.1, 0, 0, 0, 0, 0.1, 0, 1.0]
+    guesses = ("55", "54", "55", "a", "61", "58", "58")
+    assert [environment.step(guess).reward for guess in guesses] == [0.1, 0, 0, 0, 0, 0.1, 0]
+
+
+@pytest.mark.parametrize("guesses", [["57"], ["55", "57"], ["55", "56", "58", "57"]], ids=len)
+def test_a_long_game_is_not_better_than_a_short_one(guesses):
+    environment = game(guess_reward=0.1, max_turns=4)
+    assert sum(environment.step(guess).reward for guess in guesses) == pytest.approx(1.4)
 
 
 @pytest.mark.parametrize("text", ["", "no number", "²", "9" * 10_000])

@@ -21,11 +21,12 @@ class GuessNumber(Environment):
 
     max_turns: int = 6
     guess_reward: float = 0.0
-    """Reward of a guess that agrees with all that was said before, in addition to 1 for the right one. It helps a small
-    model to begin with."""
+    """Reward of a guess that agrees with all answers so far, which helps a small model to begin with. The right guess
+    has the reward 1, plus this one for itself and for each turn that is left, so that long games are not better."""
     _low: int = field(default=0, init=False, repr=False)
     _high: int = field(default=0, init=False, repr=False)
     _answer: int = field(default=0, init=False, repr=False)
+    _turns: int = field(default=0, init=False, repr=False)
 
     def reset(self, row: Mapping[str, Any]) -> None:
         try:
@@ -37,12 +38,14 @@ class GuessNumber(Environment):
             ) from error
 
     def step(self, completion: str) -> Step:
+        self._turns += 1
         numbers = _NUMBER.findall(completion)
         if not numbers:
             return Step(observation="Answer with a number.")
         guess = int(numbers[-1])
         if guess == self._answer:
-            return Step(reward=1.0, done=True)
+            left = self.max_turns - self._turns
+            return Step(reward=1.0 + self.guess_reward * (1 + left), done=True)
         reward = self.guess_reward if self._low <= guess <= self._high else 0.0
         if guess < self._answer:
             self._low = max(self._low, guess + 1)
