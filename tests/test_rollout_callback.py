@@ -186,6 +186,14 @@ def test_an_engine_over_more_ranks_than_there_are_is_refused(tiny_model_path, tm
         trainer_with(VLLMRollout(tensor_parallel_size=2), tmp_path).fit(Sampler(tiny_model_path), loader())
 
 
+@pytest.mark.vllm
+def test_an_engine_that_ranks_share_is_refused_with_an_environment(tiny_model_path, tmp_path):
+    module = Sampler(tiny_model_path)
+    module.environment = object()
+    with pytest.raises(ValueError, match=r"tensor_parallel_size is 2: .*model.environment.* use VLLMProcessRollout"):
+        trainer_with(VLLMRollout(tensor_parallel_size=2), tmp_path).fit(module, loader())
+
+
 def test_stop_strings_reach_the_engine(callback, tiny_model_path, tmp_path):
     """A stop string of one frequent character cuts nearly every completion of the same seeds short."""
     module = Sampler(tiny_model_path, lr=0.0)
