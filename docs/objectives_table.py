@@ -137,7 +137,10 @@ def page() -> str:
             "rewards; a completion without any reward has the advantage 0.",
             "`advantage.scale_rewards` divides by the standard deviation of the group or the batch, plus 1e-4.",
             "`advantage.aggregation: normalize_then_sum` z-scores each reward in its group, sums the results with",
-            "their weights, and z-scores the sum over the batch.\n",
+            "their weights, and z-scores the sum over the batch.",
+            "`advantage.turn_credit: return_to_go` gives the turns of a completion in an environment different",
+            "advantages: a turn's reward leaves out what the environment gave for earlier turns, and is compared with",
+            "the same turn of the group's other completions (arXiv:2505.11821).\n",
             table(("estimator", "advantage"), estimators),
             "",
         ]

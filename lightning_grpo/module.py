@@ -35,6 +35,7 @@ from lightning_grpo.objective import (
     append_kl,
     on_policy_coefficient,
     policy_loss,
+    turn_advantages,
 )
 from lightning_grpo.policy import LoRA, Pretrained, frozen_copy, shard
 from lightning_grpo.policy.attention import NAME as ATTENTION
@@ -191,7 +192,7 @@ class GRPOModule(TrainablePolicy):
         named = as_rewards([*rewards, *eval_rewards])
         self.rewards, self.eval_rewards = named[: len(rewards)], named[len(rewards) :]
         self.environment = environment
-        checks.check_environment(environment, self.rewards, self.eval_rewards, sampling, validation_sampling)
+        checks.check_environment(environment, self.rewards, self.eval_rewards, advantage, sampling, validation_sampling)
         if objective.max_completion_length is None:
             objective = replace(objective, max_completion_length=max_completion_length)
         self.objective = objective
@@ -253,6 +254,10 @@ class GRPOModule(TrainablePolicy):
             "weights": nn.functional.pad(self.reward_weights, (0, rewards.shape[1] - len(self.rewards)), value=1.0),
         }
         lengths = rollout.completion_mask.sum(1)
+        if self.advantage.turn_credit == "return_to_go":
+            weight = sum(reward.weight for reward in self.rewards if isinstance(reward, EnvironmentReward))
+            turns = {"turn_rewards": rollout.turn_rewards, "turn_weight": weight, "mask": rollout.completion_mask}
+            return turn_advantages(self.advantage, rewards, lengths=lengths, **turns, **options)
         if not self.advantage.spans_batch:
             return self.advantage(rewards, lengths=lengths, **options)
         # statistics of the batch are taken over all ranks

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from engines import CopyRollout
-from fitting import AHEAD, data, fit, largest_difference, module, parameters
+from fitting import AHEAD, checksum, data, fit, largest_difference, module, parameters
 
 from lightning_grpo.environments import Environment, Step
 from lightning_grpo.errors import UserError
 from lightning_grpo.monitor.checkpoint import Checkpoint
-from lightning_grpo.objective import ObjectiveConfig
+from lightning_grpo.objective import AdvantageConfig, ObjectiveConfig
 from lightning_grpo.record import Record, read_run
 from lightning_grpo.rewards import EnvironmentReward, FunctionReward
 from lightning_grpo.rollout import HFRollout, Sampling
@@ -131,6 +131,17 @@ def test_the_cut_into_micro_batches_and_shared_prompts_change_nothing(tmp_path, 
         assert largest_difference(parameters(policy), parameters(whole[1])) < 1e-4
 
 
+def test_turns_are_credited_with_their_return_to_go(tmp_path, tiny_model_path):
+    advantage = AdvantageConfig(turn_credit="return_to_go")
+    record, policy = train(tmp_path, tiny_model_path, steps=1, advantage=advantage)
+    experience = policy.progress.experience
+    assert experience.advantages.shape == experience.completion_mask.shape
+    assert not experience.advantages[~experience.completion_mask].any()
+    several = [row[mask].unique() for row, mask in zip(experience.advantages, experience.completion_mask, strict=True)]
+    assert max(map(len, several)) == 3
+    assert all(norm > 0 for norm in record["grad_norm"])
+
+
 # ── Rewards ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -164,11 +175,15 @@ def test_rewards_get_conversations_turn_rewards_and_environments(tmp_path, tiny_
             "'environment_reward' uses turn_rewards.* set model.env",
         ),
         ({"environment": None}, "rewards is empty"),
+        (
+            {"advantage": AdvantageConfig(turn_credit="return_to_go"), "rewards": [checksum]},
+            "no reward is that of the env",
+        ),
         ({"eval_rewards": [turns_taken]}, "'turns_taken' of eval_rewards uses environments.*weight: 0"),
         ({"sampling": Sampling(cutoff=0.9)}, r"sampling.cutoff is 0.9, but with model.environment"),
         ({"validation_sampling": Sampling(cutoff=0.5)}, r"validation_sampling.cutoff is 0.5"),
     ],
-    ids=["environments", "turn rewards", "no reward", "evaluation", "cutoff", "cutoff of validation"],
+    ids=["environments", "turn rewards", "no reward", "turn credit", "evaluation", "cutoff", "cutoff of validation"],
 )
 def test_options_that_do_not_fit_are_refused(tiny_model_path, changes, message):
     with pytest.raises(UserError, match=message):

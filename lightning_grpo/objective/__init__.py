@@ -9,6 +9,7 @@ from lightning_grpo.objective.kl import append_kl, kl_divergence, kl_penalty
 from lightning_grpo.objective.loss import on_policy_coefficient, policy_loss
 from lightning_grpo.objective.presets import PRESETS, Preset
 from lightning_grpo.objective.surrogate import CISPO, DPPO, GMPO, SAPO, VESPO, Clipped, Reinforce, Surrogate, Terms
+from lightning_grpo.objective.turns import turn_advantages
 
 __all__ = [
     "CISPO",
@@ -35,4 +36,5 @@ __all__ = [
     "on_policy_coefficient",
     "policy_loss",
     "total_rewards",
+    "turn_advantages",
 ]

@@ -19,6 +19,7 @@ Estimator = Literal[
 ]
 Scale = Literal["none", "group", "batch"]
 RewardAggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+TurnCredit = Literal["episode", "return_to_go"]
 
 EPSILON = 1e-4
 
@@ -37,9 +38,19 @@ class AdvantageConfig:
     same influence, sum them with their weights, and z-score the sum over the batch."""
     k: int | None = None
     """k of pass_at_k, which rewards the best of k completions."""
+    turn_credit: TurnCredit = "episode"
+    """episode gives every token of a completion the same advantage. return_to_go, with an environment, leaves out of a
+    turn's reward what the environment gave for earlier turns, and compares it with the same turn of the group's other
+    completions (turn-level credit, arXiv:2505.11821)."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("estimator", Estimator), ("scale_rewards", Scale), ("aggregation", RewardAggregation)):
+        choices_of = {
+            "estimator": Estimator,
+            "scale_rewards": Scale,
+            "aggregation": RewardAggregation,
+            "turn_credit": TurnCredit,
+        }
+        for name, choices in choices_of.items():
             if (value := getattr(self, name)) not in get_args(choices):
                 raise UserError(f"advantage.{name} is {value!r}; set one of {', '.join(get_args(choices))}")
         if self.estimator not in ("group", "leave_one_out", "opo") and self.scale_rewards != "none":
@@ -56,6 +67,12 @@ class AdvantageConfig:
         if (self.k is not None) != (self.estimator == "pass_at_k"):
             raise UserError(
                 f"advantage.k is {self.k}, but estimator is {self.estimator!r}; set k with pass_at_k, and only then"
+            )
+        if self.turn_credit == "return_to_go" and self.spans_batch:
+            raise UserError(
+                "advantage.turn_credit is 'return_to_go', which compares turns within a group, but the other options of"
+                " advantage take statistics over the batch; set estimator to group, scale_rewards to none or group, and"
+                " aggregation to sum_then_normalize"
             )
 
     @property

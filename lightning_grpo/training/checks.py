@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from lightning_grpo.environments import Environment
 from lightning_grpo.environments.episodes import require_messages
 from lightning_grpo.errors import UserError
-from lightning_grpo.objective import ObjectiveConfig
+from lightning_grpo.objective import AdvantageConfig, ObjectiveConfig
 from lightning_grpo.policy import LoRA, load_config, load_generation_config
 from lightning_grpo.policy.checks import require_context, require_end_token
-from lightning_grpo.rewards import Reward
+from lightning_grpo.rewards import EnvironmentReward, Reward
 from lightning_grpo.rewards.base import names_argument
 from lightning_grpo.rewards.check import check_rows
 from lightning_grpo.rollout import RolloutCallback, Sampling, SyncedEngine
@@ -178,6 +178,7 @@ def check_environment(
     environment: Environment | None,
     rewards: Sequence[Reward],
     eval_rewards: Sequence[Reward],
+    advantage: AdvantageConfig,
     sampling: Sampling,
     validation_sampling: Sampling | None,
 ) -> None:
@@ -189,6 +190,11 @@ def check_environment(
                     f"the reward {reward.name!r} uses {argument}, which only an environment provides; set "
                     "model.environment, or remove the reward"
                 )
+    if advantage.turn_credit == "return_to_go" and not any(isinstance(x, EnvironmentReward) for x in rewards):
+        raise UserError(
+            "advantage.turn_credit is 'return_to_go', but no reward is that of the environment's turns; set "
+            "model.environment, and EnvironmentReward among model.rewards"
+        )
     if environment is None:
         return
     for reward in eval_rewards:
