@@ -18,7 +18,7 @@ from lightning_grpo.environments.template import TurnTemplate
 from lightning_grpo.environments.tool_calls import ToolCall, parse_calls
 from lightning_grpo.environments.tools import ToolEnvironment
 from lightning_grpo.environments.trl import TRLEnvironment, get_reward
-from lightning_grpo.errors import UserError
+from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.rollout import Sampling
 
 # ── Parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -212,6 +212,16 @@ def test_the_policy_reads_why_a_call_failed(completion, reason):
     assert reason in message["content"]
     assert step.metrics["tools/failure_frequency"] == [1.0]
     assert not step.done
+
+
+def broken() -> str:
+    """Find that the machine is broken."""
+    raise RunError("no worker process starts")
+
+
+def test_an_error_of_the_machine_ends_the_run():
+    with pytest.raises(RunError, match="no worker process starts"):
+        run(ToolEnvironment(tools=[broken]), call("broken"))
 
 
 def test_a_call_ends_at_its_time_limit():

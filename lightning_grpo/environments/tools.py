@@ -15,7 +15,7 @@ from transformers.utils import get_json_schema
 from lightning_grpo.data.rows import Message
 from lightning_grpo.environments.protocol import Environment, Step
 from lightning_grpo.environments.tool_calls import ToolCall, parse_calls
-from lightning_grpo.errors import UserError
+from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.ranges import check_ranges
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -80,6 +80,8 @@ class ToolEnvironment(Environment):
         for call in calls:
             try:
                 text, failed = _as_text(await self._execute(call)), 0.0
+            except RunError:  # for example, no worker process can be started
+                raise
             except Exception as error:
                 reason = str(error) if isinstance(error, ToolError) else f"{type(error).__name__}: {error}"
                 text, failed = f"Error: {reason}", 1.0
