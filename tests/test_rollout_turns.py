@@ -1,5 +1,7 @@
 """Conversations turn by turn with the policy's own modules; vLLM's are in the tests of its engines."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -156,6 +158,21 @@ def test_under_autocast_turns_are_completions_up_to_its_rounding(policy):
             logits = policy(torch.tensor([[*turn.token_ids, *completion.token_ids]])).logits[0].log_softmax(-1)
             scored = logits[len(turn.token_ids) - 1 : -1].gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(completion.logprobs), scored, atol=0.3, rtol=0)
+
+
+def test_the_cache_is_freed_at_the_end_without_a_garbage_collection(policy):
+    gc.disable()
+    try:
+        with engine_of(policy).turns(Sampling()) as turns:
+            turns.submit(Turn(key=0, token_ids=PROMPTS[0], seed=0, max_tokens=3))
+            while turns.running:
+                turns.step()
+            buffer = weakref.ref(turns._cache.layers[0].buffers[0])
+        assert buffer() is not None
+        del turns
+        assert buffer() is None
+    finally:
+        gc.enable()
 
 
 def test_modes_and_gradients_are_restored(policy):

@@ -5,6 +5,7 @@ head size.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,22 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from lightning_grpo.rollout.hf.decoding import CastLayer
+
+
+@dataclass
+class _Access:
+    """What a forward pass reads and stores. It belongs to all layers, which don't refer to the cache itself: its memory
+    is then freed with the last reference to it."""
+
+    size: tuple[int, int] = (0, 0)
+    """Rows and columns that have memory."""
+    past: int = 0
+    """Columns that come before the new ones in the attention mask."""
+    rows: Tensor | None = None
+    """The rows of the cache; None is the first ones, with a new token each."""
+    stored: tuple[Tensor, ...] = ()
+    """Where new positions are stored: for one token per row its row and column in the cache; otherwise for each new
+    token its row and place in the forward pass, and its row and column in the cache."""
 
 
 class SlotCache(DynamicCache):
@@ -32,15 +49,10 @@ class SlotCache(DynamicCache):
 
     def __init__(self, config: PretrainedConfig, max_rows: int) -> None:
         super().__init__(config=config)
-        self._slot_layers = [_SlotLayer(self) for _ in self.layers]
+        self._max_rows = max_rows
+        self._access = _Access()
+        self._slot_layers = [_SlotLayer(self._access) for _ in self.layers]
         self.layers = [*self._slot_layers]
-        self.max_rows = max_rows
-        self.size = (0, 0)
-        """Rows and columns that have memory."""
-        self.past = 0
-        """Columns that come before the new ones in the attention mask."""
-        self.rows: Tensor | None = None
-        self.stored: tuple[Tensor, ...] = ()
 
     def decode(self, lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Compute one new token in each of the first R rows, which have ``lengths`` [R] cached positions.
@@ -48,11 +60,12 @@ class SlotCache(DynamicCache):
         Returns:
             The attention mask [R, C + 1] and the positions [R, 1].
         """
+        access = self._access
         self._reserve(len(lengths), max(lengths) + 1)
-        self.rows, self.past = None, max(lengths)
         positions = torch.tensor(lengths, device=device)
-        self.stored = (torch.arange(len(lengths), device=device), positions)
-        columns = torch.arange(self.past + 1, device=device)
+        access.rows, access.past = None, max(lengths)
+        access.stored = (torch.arange(len(lengths), device=device), positions)
+        columns = torch.arange(access.past + 1, device=device)
         return (columns <= positions[:, None]).long(), positions[:, None]
 
     def prefill(self, rows: Sequence[int], lengths: Sequence[int], new_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,17 +79,14 @@ class SlotCache(DynamicCache):
         Returns:
             The attention mask [R, C + T] and the positions [R, T].
         """
-        device = new_mask.device
-        self.rows, kept, self.past = (
-            torch.tensor(rows, device=device),
-            torch.tensor(lengths, device=device),
-            max(lengths),
-        )
-        self._reserve(max(rows) + 1, self.past + new_mask.shape[1])
+        device, access = new_mask.device, self._access
+        row, kept = (torch.tensor(values, device=device) for values in (rows, lengths))
         positions = (kept[:, None] + new_mask.cumsum(1) - 1).clamp(min=0)
         line, time = new_mask.nonzero(as_tuple=True)
-        self.stored = (line, time, self.rows[line], positions[line, time])
-        cached = torch.arange(self.past, device=device) < kept[:, None]
+        access.rows, access.past = row, max(lengths)
+        access.stored = (line, time, row[line], positions[line, time])
+        self._reserve(max(rows) + 1, access.past + new_mask.shape[1])
+        cached = torch.arange(access.past, device=device) < kept[:, None]
         return torch.cat([cached, new_mask], 1).long(), positions
 
     def copy(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
@@ -87,15 +97,15 @@ class SlotCache(DynamicCache):
 
     def _reserve(self, rows: int, columns: int) -> None:
         """Have memory for more rows and columns than now, so that it seldom grows."""
-        S, L = self.size
-        rows = S if rows <= S else max(rows, min(2 * S, self.max_rows))
-        self.size = rows, L if columns <= L else max(columns, L + L // 2)
+        S, L = self._access.size
+        rows = S if rows <= S else max(rows, min(2 * S, self._max_rows))
+        self._access.size = rows, L if columns <= L else max(columns, L + L // 2)
 
 
 class _SlotLayer(CastLayer):
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, access: _Access) -> None:
         super().__init__()
-        self.cache = cache
+        self._access = access
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -106,20 +116,20 @@ class _SlotLayer(CastLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._grow()
-        cache, shown = self.cache, []
+        access, shown = self._access, []
         for buffer, states in zip(self.buffers, (key_states.to(self.dtype), value_states.to(self.dtype)), strict=True):
-            if cache.rows is None:
-                row, column = cache.stored
+            if access.rows is None:
+                row, column = access.stored
                 buffer[row, :, column] = states[:, :, 0]
-                shown.append(buffer[: len(states), :, : cache.past + 1])
+                shown.append(buffer[: len(states), :, : access.past + 1])
             else:
-                line, time, row, column = cache.stored
-                shown.append(torch.cat([buffer[cache.rows, :, : cache.past], states], 2))
+                line, time, row, column = access.stored
+                shown.append(torch.cat([buffer[access.rows, :, : access.past], states], 2))
                 buffer[row, :, column] = states[line, :, time]
         return shown[0], shown[1]
 
     def get_seq_length(self) -> int:
-        return self.cache.past
+        return self._access.past
 
     def copy(self, source: list[int], target: list[int], length: int) -> None:
         self._grow()
@@ -127,7 +137,7 @@ class _SlotLayer(CastLayer):
             buffer[target, :, :length] = buffer[source, :, :length]
 
     def _grow(self) -> None:
-        rows, columns = self.cache.size
+        rows, columns = self._access.size
         for i, old in enumerate(self.buffers):
             if old.shape[0] < rows or old.shape[2] < columns:
                 # Zeros, since attention multiplies the values of masked positions by 0.
