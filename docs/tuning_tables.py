@@ -32,10 +32,16 @@ def _cell(choice: Choice) -> str:
 
 def tasks() -> str:
     """Recommended values by task."""
+    reward = lambda task: f"`{task.reward['class_path'].rpartition('.')[2]}`"
     return table(
-        ["task", "what it is", "num_generations", "max_completion_length", "beta"],
+        ["task", "what it is", "reward", "num_generations", "max_completion_length", "beta"],
         [
-            [f"`{name}`", task.about, *map(_cell, (task.num_generations, task.max_completion_length, task.beta))]
+            [
+                f"`{name}`",
+                task.about,
+                reward(task),
+                *map(_cell, (task.num_generations, task.max_completion_length, task.beta)),
+            ]
             for name, task in TASKS.items()
         ],
     )

@@ -260,8 +260,8 @@ def _notes(
         notes.append(f"assuming {w.ranks_per_node} devices per node; set trainer.devices and num_nodes to yours")
     if statistics is None:
         notes.append(f"no --prompts given, so {TASKS[task].source} is used; set data.source to your own prompts")
-    elif not reward and task in ("code", "instruction_following", "tool_use"):
-        notes.append("the reward compares completions with the column answer; set --reward to one for your task")
+    elif not reward:
+        notes.append(f"{TASKS[task].reward_note}; set --reward to use another (docs/rewards.md)")
     if w.precision.endswith("16-true") and not w.lora_rank:
         notes.append("parameters in 16 bits lose most of the updates with learning rates of 1e-5 and below to rounding")
     if w.trained_bytes == 4 and not w.lora_rank:

@@ -49,6 +49,8 @@ class Task:
     source_args: dict[str, Any] | None = None
     reward_seconds: float
     """Seconds to score one completion."""
+    reward_note: str = "the reward compares completions with the column answer"
+    """What the reward needs from the user's own prompts."""
 
 
 _NO_REFERENCE = Choice(
@@ -82,7 +84,9 @@ TASKS: dict[str, Task] = {
         max_prompt_length=256,
         mean_fill=0.4,
         mean_pass_rate=0.3,
-        reward=_NUMBER,
+        reward={"class_path": "lightning_grpo.rewards.MathMatch", "init_args": {"extract": "boxed"}},
+        reward_note="the reward compares \\boxed{…} in the completion with the column answer: ask for it in the "
+        "prompts or with data.system_prompt; it needs pip install 'lightning-grpo[math]'",
         source="reasoning_gym:gsm_symbolic",
         source_reward={"class_path": _GYM, "init_args": {"extract": "last_number"}},
         reward_seconds=0.003,
@@ -105,7 +109,8 @@ TASKS: dict[str, Task] = {
         max_prompt_length=1024,
         mean_fill=0.4,
         mean_pass_rate=0.3,
-        reward=_WHOLE,
+        reward={"class_path": "lightning_grpo.rewards.CodeTests"},
+        reward_note="the reward runs programs against the unit tests in the column tests",
         source="reasoning_gym:bf",
         source_reward={"class_path": _GYM},
         reward_seconds=0.5,
@@ -125,7 +130,8 @@ TASKS: dict[str, Task] = {
         max_prompt_length=512,
         mean_fill=0.6,
         mean_pass_rate=0.4,
-        reward=_WHOLE,
+        reward={"class_path": "lightning_grpo.rewards.Constraints"},
+        reward_note="the reward checks the constraints in the columns instruction_id_list and kwargs, as in IFEval",
         source="letters",
         source_reward={"class_path": "lightning_grpo.rewards.PrefixMatch"},
         reward_seconds=0.003,
