@@ -1,6 +1,7 @@
 """Rewards that score the response: what a completion contains after its thoughts."""
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,9 +52,9 @@ class AnswerReward(ResponseReward):
             raise UserError("it is empty")
         return text
 
+    @abstractmethod
     def compare(self, text: str, expected: str) -> float:
         """The reward of a response."""
-        raise NotImplementedError
 
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
         """Raise `UserError` for a row without the column, or with an answer that no response could match."""
