@@ -36,6 +36,7 @@ class JSONSchema(ResponseReward):
     The JSON is the last fenced block of the response, or the whole response. Keys that occur twice and NaN are invalid.
     """
 
+    name: str = "json_schema"
     schema: dict[str, Any] | None = None
     """The schema. null: that of each row, in the column ``column``."""
     column: str = "schema"
