@@ -383,3 +383,26 @@ def test_autocast_casts_a_weight_once_and_never_without_its_gradient():
     assert casts.count == 4
     logprobs.sum().backward()
     assert float(weight.grad.norm()) > 0
+
+
+def test_the_content_of_foreign_tokens_acts_through_attention_alone():
+    """Tokens before a foreign one get the same gradient whatever it is; those after it see it."""
+    model, rows = make("Llama"), batch()
+    mask = rows["completion_mask"].clone()
+    mask[:, 2:4] = False
+    other = rows["completion_ids"].clone()
+    other[:, 2:4] = (other[:, 2:4] + 7) % V
+    assert mask[:, 4:].any()
+
+    def solved(ids, columns):
+        model.zero_grad()
+        logprobs, _ = completion_logprobs(model, **rows | {"completion_ids": ids, "completion_mask": mask})
+        logprobs[:, columns].sum().backward()
+        return logprobs[:, columns].detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    for before, after in zip(solved(rows["completion_ids"], slice(0, 2)), solved(other, slice(0, 2)), strict=True):
+        torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
+    for before, after in zip(
+        solved(rows["completion_ids"], slice(4, None)), solved(other, slice(4, None)), strict=True
+    ):
+        assert (before - after).abs().max() > 1e-3

@@ -120,3 +120,33 @@ def test_with_a_kl_or_an_entropy_bonus_they_may_not_be_left_out():
         assert not config.skips_zero_advantage
         missing = gradient(config, x, [torch.arange(N)]) - gradient(config, x, [kept])
         assert missing.abs().max() > 1e-4
+
+
+# ── Tokens that the policy did not sample ─────────────────────────────────────────────────────────────────────────────
+
+
+def with_holes(x: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """The step with tokens within completions masked, and the columns of each row without them."""
+    holes = torch.zeros(N, T, dtype=torch.bool)
+    holes[:, 1:3] = holes[:, 6] = True
+    last = torch.arange(T) == x["mask"].sum(1, keepdim=True) - 1
+    mask = x["mask"] & (~holes | last)
+    return x | {"mask": mask}, mask.int().argsort(dim=1, descending=True, stable=True)
+
+
+@pytest.mark.parametrize("loss_type", PRESETS)
+def test_foreign_tokens_within_completions_have_no_influence(loss_type):
+    x, order = with_holes(step())
+    foreign = ~x["mask"] & (torch.arange(T) < step()["mask"].sum(1, keepdim=True))
+    assert foreign.sum() > N
+    config = everything(loss_type)
+    found = gradient(config, x, [torch.arange(N)], trim=False)
+    assert not found[:, foreign].any()
+    for filler in (0.0, -50.0, float("nan")):
+        changed = x | {name: x[name].masked_fill(foreign, filler) for name in PER_TOKEN}
+        assert torch.equal(gradient(config, changed, [torch.arange(N)], trim=False), found)
+    # the same tokens without the others in between
+    closed = {name: x[name].gather(1, order) for name in (*PER_TOKEN, "mask")}
+    expected = gradient(config, x | closed, [torch.arange(N)], trim=False)
+    torch.testing.assert_close(found.gather(2, order.expand(2, N, T)), expected, rtol=1e-10, atol=1e-12)
+    assert expected.abs().max() > 1e-3
