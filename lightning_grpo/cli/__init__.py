@@ -25,6 +25,7 @@ Group Relative Policy Optimization of language models.
   diagnose    check the metrics of a run, and print what is wrong and what to set
   report      write one HTML file about runs: metrics, findings, samples, and how runs compare
   convert-trl print the configuration of a TRL run as one for fit
+  data        look at prompts as rendered, and measure how often the model solves them
   configure   choose hyperparameters for a task, a model and a GPU; predict memory, time and cost
 
   lightning-grpo fit --config configs/smoke.yaml       train a tiny model for half a minute
@@ -79,6 +80,10 @@ def _run(args: list[str]) -> None:
         from lightning_grpo.cli import export
 
         return export.main(args[1:])
+    if args[:1] == ["data"]:
+        from lightning_grpo.cli import data
+
+        return data.main(args[1:])
     if args[:1] == ["report"]:
         from lightning_grpo.report import command as report
 

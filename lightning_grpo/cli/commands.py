@@ -219,7 +219,7 @@ def require_folder(root: Path) -> None:
         ) from error
 
 
-def run(args: list[str]) -> None:
+def run(args: list[str], command: type[GRPOCommand] = GRPOCommand) -> None:
     """Run the subcommand given in ``args``."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     log_to_terminal()
@@ -235,7 +235,7 @@ def run(args: list[str]) -> None:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
     ShortHelpParser.files = read_config_files(args)
     GRPOCommand.asked = args[:1]
-    GRPOCommand(
+    command(
         GRPOModule,
         PromptDataModule,
         trainer_class=GRPOTrainer,
