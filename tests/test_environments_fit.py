@@ -11,6 +11,7 @@ import torch
 from engines import CopyRollout
 from fitting import AHEAD, checksum, data, fit, largest_difference, module, parameters
 
+from lightning_grpo.configure import Prediction
 from lightning_grpo.environments import Environment, Step
 from lightning_grpo.errors import UserError
 from lightning_grpo.monitor.checkpoint import Checkpoint
@@ -140,6 +141,14 @@ def test_turns_are_credited_with_their_return_to_go(tmp_path, tiny_model_path):
     several = [row[mask].unique() for row, mask in zip(experience.advantages, experience.completion_mask, strict=True)]
     assert max(map(len, several)) == 3
     assert all(norm > 0 for norm in record["grad_norm"])
+
+
+def test_the_start_up_summary_names_the_environment(tmp_path, tiny_model_path, caplog):
+    with caplog.at_level("INFO", logger="lightning_grpo"):
+        train(
+            tmp_path, tiny_model_path, steps=1, callbacks=[Prediction(calibration=str(tmp_path / "calibration.json"))]
+        )
+    assert "turns   up to 3 per completion of at most 5 tokens, in Letters" in caplog.text
 
 
 # ── Rewards ───────────────────────────────────────────────────────────────────────────────────────────────────────────

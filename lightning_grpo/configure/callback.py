@@ -20,7 +20,7 @@ from lightning_grpo.configure.measure import reset_peak, resident, sees_peaks
 from lightning_grpo.configure.memory import predict_memory
 from lightning_grpo.configure.shape import ModelShape
 from lightning_grpo.configure.speed import slow_choices, speed_line
-from lightning_grpo.configure.summary import describe_run, identity_line
+from lightning_grpo.configure.summary import describe_run, identity_line, turns_line
 from lightning_grpo.configure.workload import Precision, Workload
 from lightning_grpo.data import PromptDataModule
 from lightning_grpo.data.dataset import lengths
@@ -89,6 +89,8 @@ class Prediction(Callback):
             self.compares = False
             rank_zero_only(log.warning)("%s. Batch: %s", error, identity_line(self.workload))
         else:
+            if (environment := cast(GRPOModule, pl_module).environment) is not None:
+                text = f"{text}\n{turns_line(environment)}"
             if self.hardware.is_cpu:
                 text = f"{text}\n{speed_line(trainer, pl_module, self.hardware)}"
             rank_zero_only(log.info)("%s", text)

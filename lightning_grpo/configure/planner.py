@@ -262,6 +262,8 @@ def _notes(
         notes.append(f"no --prompts given, so {TASKS[task].source} is used; set data.source to your own prompts")
     elif not reward:
         notes.append(f"{TASKS[task].reward_note}; set --reward to use another (docs/rewards.md)")
+    if task == "tool_use":
+        notes.append("completions have a single turn until model.environment is set to tools or an environment")
     if w.precision.endswith("16-true") and not w.lora_rank:
         notes.append("parameters in 16 bits lose most of the updates with learning rates of 1e-5 and below to rounding")
     if w.trained_bytes == 4 and not w.lora_rank:

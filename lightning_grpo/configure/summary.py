@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection
 from importlib.util import find_spec
+from typing import Any
 
 from lightning_grpo.configure.cost import Cost, Efficiency, predict_cost
 from lightning_grpo.configure.hardware import this_machine
@@ -72,6 +73,12 @@ def describe_run(
     if not fits(memory, hardware):
         lines.append(f"warning: this run may not fit\n{remedies(w, hardware)}")
     return "\n".join(lines)
+
+
+def turns_line(environment: Any) -> str:
+    """Name the environment, and the limits on its turns."""
+    limit = f" of at most {environment.max_turn_tokens} tokens" if environment.max_turn_tokens else ""
+    return f"turns   up to {environment.max_turns} per completion{limit}, in {type(environment).__name__}"
 
 
 def memory_line(memory: Memory, hardware: Hardware) -> str:
