@@ -68,7 +68,7 @@ def vllm_engine(path: str, sequences: int) -> Iterator[tuple[Engine, Callable[[]
         engine_args={
             "enforce_eager": not torch.cuda.is_available(),
             "block_size": 32,
-            "max_model_len": 512,
+            "max_model_len": 640,
             "max_num_seqs": sequences,
             "kv_cache_memory_bytes": 2 << 30,
         },
