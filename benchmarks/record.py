@@ -131,7 +131,7 @@ def large_step(name: str, completions: int, tokens: int) -> dict[str, float]:
     figures = {}
     for logprobs in (False, True):
         tables = SampleTables(
-            tokenizer=tokenizer, end_ids=[0], reward_names=["r"], reward_weights=torch.ones(1), num_generations=8,
+            tokenizer=tokenizer, end_ids=[0], reward_names=["r"], num_generations=8,
             max_completion_length=tokens, rank=0, shard=(1, 0), logprobs=logprobs,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:

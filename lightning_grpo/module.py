@@ -41,6 +41,7 @@ from lightning_grpo.policy import LoRA, Pretrained, frozen_copy, shard
 from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards import EnvironmentReward, Reward, as_rewards
+from lightning_grpo.rewards.gates import check_gates, gated
 from lightning_grpo.rollout import Rollout, RolloutCallback, Sampling, SyncedEngine, default_rollout
 from lightning_grpo.rollout.callback import eos_token_ids, pad_id
 from lightning_grpo.seed import seed_of_run
@@ -191,6 +192,7 @@ class GRPOModule(TrainablePolicy):
         )
         named = as_rewards([*rewards, *eval_rewards])
         self.rewards, self.eval_rewards = named[: len(rewards)], named[len(rewards) :]
+        check_gates(self.rewards, self.eval_rewards)
         self.environment = environment
         checks.check_environment(environment, self.rewards, self.eval_rewards, advantage, sampling, validation_sampling)
         if objective.max_completion_length is None:
@@ -246,7 +248,8 @@ class GRPOModule(TrainablePolicy):
         """Advantages [N], or [N, T] if they differ between the tokens of a completion.
 
         Args:
-            rewards: [N, R], or [N, R + 1] with −β·KL in the last column if objective.kl_placement is reward.
+            rewards: [N, R], 0 where one that they require is too low. [N, R + 1] with −β·KL in the last column if
+                objective.kl_placement is reward.
             rollout: the N completions.
         """
         options: dict[str, Any] = {
@@ -312,7 +315,7 @@ class GRPOModule(TrainablePolicy):
         if begins_step:
             rows = progress.rows_of_step(accumulate)
             self.step_monitor.observe_samples(
-                progress.experience, rows, self.objective, self.reward_names, self.reward_weights, self.trainer
+                progress.experience, rows, self.objective, self.reward_names, self.trainer
             )
             batches = progress.micro_batches_of_step(accumulate)
             self.step_monitor.observe_work(progress.experience, batches, self.policy, share_prompt=self.share_prompt)
@@ -325,7 +328,8 @@ class GRPOModule(TrainablePolicy):
         ):
             self.collector.start_next(self.window)
         require_recent(rollout, step=self.trainer.global_step, limit=self.rollout_ahead * self.updates_per_rollout)
-        number, old_logprobs, ref_logprobs, rewards_and_kl = batch.rollout_number, None, None, rewards
+        number, old_logprobs, ref_logprobs = batch.rollout_number, None, None
+        rewards_and_kl = gated(self.rewards, rewards)
         micro_batches = self.cut(rollout, skip_zero_advantage=False)
         if self.objective.kl_in_reward:
             with self.window.timed("score"):
@@ -334,7 +338,7 @@ class GRPOModule(TrainablePolicy):
                 if not self.rollout_ahead:
                     old_logprobs = self.scorer.score(self.policy, rollout, micro_batches, number, self.trainer)
             rewards_and_kl = append_kl(
-                rewards,
+                rewards_and_kl,
                 rollout.rollout_logprobs if old_logprobs is None else old_logprobs,
                 ref_logprobs,
                 rollout.completion_mask,
@@ -343,7 +347,12 @@ class GRPOModule(TrainablePolicy):
             )
         advantages = self.compute_advantages(rewards_and_kl, rollout)
         experience = self.experience_class(
-            **vars(rollout), number=number, rewards=rewards, advantages=advantages, ref_logprobs=ref_logprobs
+            **vars(rollout),
+            number=number,
+            rewards=rewards,
+            contributions=self.contributions(rewards),
+            advantages=advantages,
+            ref_logprobs=ref_logprobs,
         )
         self.progress.begin_rollout(experience)
         self.make_micro_batches(old_logprobs, micro_batches)
@@ -606,6 +615,7 @@ class GRPOModule(TrainablePolicy):
             rollout_ahead=bool(self.rollout_ahead),
             rollout_class=self.rollout_class,
             experience_class=self.experience_class,
+            contributions=self.contributions,
         )
 
     # ── Sizes and names ───────────────────────────────────────────────────────────────────────────────────────────
@@ -623,8 +633,13 @@ class GRPOModule(TrainablePolicy):
 
     @property
     def reward_weights(self) -> Tensor:
-        """[R]"""
-        return torch.tensor([float(reward.weight) for reward in self.rewards], dtype=torch.float32)
+        """[R] at the current optimizer step."""
+        step = 0 if self._trainer is None else self.trainer.global_step
+        return torch.tensor([reward.weight_at(step) for reward in self.rewards], dtype=torch.float32)
+
+    def contributions(self, rewards: Tensor) -> Tensor:
+        """[N, R]: the ``rewards`` [N, R] as they count in their sum; see `Experience`."""
+        return gated(self.rewards, rewards) * self.reward_weights
 
     @property
     def needs_reference(self) -> bool:

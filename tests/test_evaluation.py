@@ -31,7 +31,7 @@ def evaluate(rewards: list[list[float]], sources: list[str], real: list[bool] | 
         batch = PromptBatch([row], real=[real[i]] if real else None)
         rollout = Rollout.collate([row.ids], [[done(*[5] * (i + 1)) for _ in rewards[i]]], pad_id=0)
         values = torch.tensor(rewards[i], dtype=torch.float32)[:, None]
-        evaluation.observe(batch, rollout, values, ["right"], torch.ones(1), **options)
+        evaluation.observe(batch, rollout, values, values[:, 0], ["right"], **options)
     return evaluation.compute()
 
 

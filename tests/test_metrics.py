@@ -98,7 +98,7 @@ def test_completions_and_rewards():
     window = Window()
     observe_completions(window, torch.tensor([2, 4, 6]), torch.tensor([False, False, True]))
     rewards = torch.tensor([[1.0, float("nan")], [0.0, 2.0], [0.0, float("nan")]])
-    observe_rewards(window, rewards, ["one", "two"], torch.tensor([1.0, 0.5]))
+    observe_rewards(window, rewards, rewards * torch.tensor([1.0, 0.5]), ["one", "two"])
     totals = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [2.0, 0.0]])
     observe_groups(window, totals, totals >= 1)
     values = window.reduce()
@@ -108,6 +108,7 @@ def test_completions_and_rewards():
     assert (values["completions/min_length"], values["completions/max_length"]) == (2, 6)
     assert values["reward"] == pytest.approx(2 / 3)
     assert values["rewards/two/mean"] == 2 and values["rewards/two/std"] == 0
+    assert values["rewards/two/contribution"] == 1
     assert values["frac_reward_zero_std"] == 0.5
     assert values["group_reward_std"] == pytest.approx(3 * math.sqrt(0.5) / 4)
     assert [values[f"groups/{kind}"] for kind in ("all_right", "all_wrong", "mixed")] == [0.25, 0.25, 0.5]
@@ -177,13 +178,22 @@ def test_figures_of_tokens_are_not_rounded_to_the_default_type():
     assert values["completions/repetition"] == pytest.approx(3006 / 3007, abs=1e-12)
 
 
-def test_variance_shares_of_weighted_rewards():
-    values = {"rewards/a/std": 1.0, "rewards/b/std": 2.0, "rewards/c/std": 0.0}
-    shares = variance_shares(values, {"a": 2.0, "b": -0.5, "c": 1.0, "never": 1.0})
-    assert shares == {f"rewards/{name}/variance_share": x for name, x in zip("abc", (0.8, 0.2, 0.0), strict=True)} | {
-        "rewards/never/variance_share": 0.0
-    }
-    assert variance_shares(values, {"a": 1.0}) == {} == variance_shares(values, {"c": 1.0, "d": 1.0})
+def test_variance_shares_of_contributions():
+    window, nan = Window(), float("nan")
+    contributions = torch.tensor(
+        [[2.0, 0.5, 3.0, nan], [-2.0, -0.5, 3.0, nan], [2.0, 0.5, nan, nan], [-2.0, -0.5, 3, nan]]
+    )
+    observe_rewards(window, contributions, contributions, ["a", "b", "c", "never"])
+    values = window.reduce()
+    shares = variance_shares(values, ["a", "b", "c", "never"])
+    assert shares == pytest.approx(
+        {f"rewards/{name}/variance_share": x for name, x in {"a": 16 / 17, "b": 1 / 17, "c": 0, "never": 0}.items()}
+    )
+    assert all(name.startswith("reward") for name in values)
+    window = Window()
+    observe_rewards(window, contributions[:, :1], contributions[:, :1], ["a"])
+    values = window.reduce()
+    assert variance_shares(values, ["a"]) == {} and "rewards/a/contribution" not in values
 
 
 def test_the_correlation_of_reward_and_length_is_within_groups():

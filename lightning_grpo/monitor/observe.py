@@ -4,7 +4,7 @@ Shapes: n completions, B groups of G, R rewards.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from functools import cache
 from math import comb
 
@@ -15,6 +15,9 @@ from torch import Tensor
 from lightning_grpo.metrics import Correlation, Max, Min, Percentile, Spread, Window
 from lightning_grpo.objective import total_rewards
 from lightning_grpo.objective.advantages import std
+
+_SPREAD = "contribution_std/"
+"""Prefix of standard deviations that are not logged."""
 
 
 def memory_in_use(device: torch.device) -> float:
@@ -46,21 +49,31 @@ def observe_completions(window: Window, lengths: Tensor, truncated: Tensor) -> N
         window.add({"completions/max_terminated_length": Max(terminated.max())})
 
 
-def observe_rewards(window: Window, rewards: Tensor, names: Sequence[str], weights: Tensor) -> None:
-    """Add TRL's ``reward``, ``reward_std`` and ``rewards/…`` of ``rewards`` [n, R] with R ``names`` and ``weights``."""
-    totals = total_rewards(rewards, weights)
+def observe_rewards(window: Window, rewards: Tensor, contributions: Tensor, names: Sequence[str]) -> None:
+    """Add TRL's ``reward``, ``reward_std`` and ``rewards/…``, and for several rewards what each contributes to the sum.
+
+    Args:
+        rewards: [n, R].
+        contributions: [n, R], weighted rewards; those of completions for which they do not count are 0.
+        names: of the R rewards.
+    """
+    totals = total_rewards(contributions)
     window.mean("reward", totals)
     window.add({"reward_std": Spread.of(totals)})
     for name, column in zip(names, rewards.T, strict=True):
         window.mean(f"rewards/{name}/mean", column)
         window.add({f"rewards/{name}/std": Spread.of(column)})
+    if len(names) > 1:
+        for name, column in zip(names, contributions.T, strict=True):
+            window.mean(f"rewards/{name}/contribution", column)
+            window.add({f"{_SPREAD}{name}": Spread.of(column)})
 
 
-def variance_shares(values: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """``rewards/NAME/variance_share`` from the ``rewards/NAME/std`` among ``values``: the share of each weighted reward
-    in the sum of their variances. Empty for a single reward, or if none varies."""
-    variances = {name: (weight * values.get(f"rewards/{name}/std", 0.0)) ** 2 for name, weight in weights.items()}
-    if len(weights) == 1 or not (total := sum(variances.values())) > 0:
+def variance_shares(values: MutableMapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """``rewards/NAME/variance_share``: the share of each contribution in the sum of their variances. Empty for a single
+    reward, or if none varies. The standard deviations that `observe_rewards` added are removed from ``values``."""
+    variances = {name: values.pop(f"{_SPREAD}{name}", 0.0) ** 2 for name in names}
+    if not (total := sum(variances.values())) > 0:
         return {}
     return {f"rewards/{name}/variance_share": variance / total for name, variance in variances.items()}
 

@@ -158,7 +158,7 @@ def group_advantages(
     return AdvantageConfig(**options)(rewards, num_generations, weights=weights, lengths=lengths)
 
 
-def total_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
+def total_rewards(rewards: Tensor, weights: Tensor | float = 1.0) -> Tensor:
     """[N]: the weighted sum of the ``rewards`` [N, R] that apply; NaN for a row without any."""
     return (rewards * weights).nansum(1).masked_fill(rewards.isnan().all(1), torch.nan)
 

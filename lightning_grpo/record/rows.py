@@ -14,7 +14,6 @@ from lightning import Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_grpo.objective import total_rewards
 from lightning_grpo.record.schema import COLUMNS, EXTRA, LOGPROBS, REWARD
 from lightning_grpo.rewards import decode_completions
 from lightning_grpo.rollout.callback import eos_token_ids
@@ -30,7 +29,6 @@ class SampleTables:
     end_ids: Collection[int]
     """Tokens that end a completion."""
     reward_names: Sequence[str]
-    reward_weights: Tensor
     num_generations: int
     max_completion_length: int
     rank: int
@@ -48,7 +46,6 @@ class SampleTables:
             tokenizer=copy.deepcopy(module.tokenizer),
             end_ids=eos_token_ids(module.policy, module.tokenizer),
             reward_names=module.reward_names,
-            reward_weights=module.reward_weights,
             num_generations=module.num_generations,
             max_completion_length=module.max_completion_length,
             rank=trainer.global_rank,
@@ -82,7 +79,7 @@ class SampleTables:
             "prompt_ids": _lists(_numpy(experience.prompt_ids[rows]), prompt_mask, pa.int32()),
             "completion_ids": _lists(ids, context, pa.int32()),
             "sampled": _lists(mask, context, pa.bool_()) if is_dialogue else None,
-            "reward": _floats(total_rewards(experience.rewards[rows], self.reward_weights)),
+            "reward": _floats(experience.totals[rows]),
             "advantage": _floats(_per_completion(experience.advantages[rows], experience.completion_mask[rows])),
             "truncated": truncated,
             "finish_reason": np.where(truncated, reasons, "stop"),

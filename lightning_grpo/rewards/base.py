@@ -6,10 +6,12 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.ranges import check_ranges
 
 Scores = Sequence[float | None]
 Completion = str | list[dict[str, Any]]
@@ -66,8 +68,12 @@ class Reward(ABC):
     A subclass needs no registration. Its options are typed arguments of its ``__init__`` (or dataclass fields).
     """
 
-    weight: float = 1.0
-    """Weight of this reward in the sum."""
+    weight: float | dict[int, float] = 1.0
+    """Weight of this reward in the sum; or weights by optimizer step, such as {0: 1.0, 100: 0.2}, between which the
+    weight changes linearly. It is constant before the first of these steps and after the last."""
+    requires: dict[str, float] = field(default_factory=dict)
+    """Names of other rewards and their minimum, such as {regex_format: 1.0}: this reward counts as 0 for completions
+    for which one of them is lower, and does not apply to those to which one of them does not apply."""
     name: str = ""
     """Name in logs. By default the name of the class in snake_case, or that of the function."""
     early: bool = False
@@ -85,8 +91,14 @@ class Reward(ABC):
 
     def __post_init__(self) -> None:
         self.name = self.name or type(self).name
-        if not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
+        weights = self.weight if isinstance(self.weight, dict) else {0: self.weight}
+        if not weights or not all(isinstance(w, int | float) and math.isfinite(w) for w in weights.values()):
             raise UserError(f"the weight of the reward {self.name!r} is {self.weight}; set a finite number")
+        if not all(isinstance(step, int) and step >= 0 for step in weights):
+            raise UserError(
+                f"the weight of the reward {self.name!r} is {self.weight}; set weights by optimizer step, 0 or more"
+            )
+        check_ranges(self.requires, dict.fromkeys(self.requires, "(-inf, inf)"), prefix=f"{self.name}.requires.")
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:
             raise UserError(
                 f"the time_limit of the reward {self.name!r} is {self.time_limit}; set seconds above 0, or null"
@@ -99,6 +111,16 @@ class Reward(ABC):
 
     def prepare(self) -> None:  # noqa: B027  most rewards need no preparation
         """Start what takes time to start. Called once, before the first completions are sampled."""
+
+    def weight_at(self, step: int) -> float:
+        """The weight at an optimizer step."""
+        if not isinstance(self.weight, dict):
+            return float(self.weight)
+        points = sorted(self.weight.items())
+        for (first, start), (last, end) in pairwise(points):
+            if step < last:
+                return start + (end - start) * max(0, step - first) / (last - first)
+        return float(points[-1][1])
 
     @abstractmethod
     def __call__(

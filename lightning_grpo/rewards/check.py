@@ -61,6 +61,12 @@ def _check(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
                 f"{row.place}: the rewards of its source include {unknown[0]!r}, but the rewards of the model are "
                 f"{', '.join(names)}; set model.rewards and the rewards of the source to the same names"
             )
+        for reward in rewards:
+            if reward.name in (row.rewards or ()) and (missing := set(reward.requires).difference(row.rewards)):
+                raise UserError(
+                    f"{row.place}: the reward {reward.name!r} requires {min(missing)!r}, which the rewards of its "
+                    "source do not include; add it to them"
+                )
     for reward in rewards:
         applicable = [row for row in rows if row.rewards is None or reward.name in row.rewards]
         try:

@@ -28,10 +28,9 @@ class RolloutHooks(Protocol):
     trainer: Trainer
     engine: SyncedEngine | None
 
-    @property
-    def reward_weights(self) -> Tensor: ...
     def rollout(self, batch: PromptBatch) -> Rollout: ...
     def compute_rewards(self, rollout: Rollout, batch: PromptBatch) -> Tensor: ...
+    def contributions(self, rewards: Tensor) -> Tensor: ...
 
 
 class Collector:
@@ -108,7 +107,7 @@ class Collector:
 
     def _totals(self, rewards: Tensor) -> Tensor:
         """[N]: the weighted sums of ``rewards`` [N, R]."""
-        return total_rewards(rewards, self.module.reward_weights)
+        return total_rewards(self.module.contributions(rewards))
 
     # ── One rollout ahead ─────────────────────────────────────────────────────────────────────────────────────────
 

@@ -14,7 +14,6 @@ from lightning_grpo.data import Prompt, PromptBatch
 from lightning_grpo.metrics import Spread, Window
 from lightning_grpo.monitor.intervals import interval
 from lightning_grpo.monitor.observe import observe_completions, pass_at, powers_of_two
-from lightning_grpo.objective import total_rewards
 from lightning_grpo.rollout import Rollout
 
 ROLLOUT_NUMBER = -1
@@ -52,8 +51,8 @@ class Evaluation:
         batch: PromptBatch,
         rollout: Rollout,
         rewards: Tensor,
+        totals: Tensor,
         names: Sequence[str],
-        weights: Tensor,
         answers: Sequence[str | None] | None = None,
     ) -> None:
         """Add the completions of one batch: all of them, and those of each source.
@@ -62,12 +61,11 @@ class Evaluation:
             batch: B prompts.
             rollout: N completions.
             rewards: [N, R + E], rewards that are trained on, and those of evaluations only.
+            totals: [N], weighted sums of the rewards that are trained on.
             names: of the R + E rewards.
-            weights: [R].
             answers: N final answers for majority@k; see `Reward.final_answers`.
         """
         self._metrics.log(rollout.reward_metrics)
-        totals = total_rewards(rewards[:, : len(weights)], weights)
         right = rewards[:, 0] >= self.pass_threshold
         lengths = rollout.completion_mask.sum(1).double()
         votes = None if answers is None else majority(answers, right.tolist(), self.num_generations)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.objective import total_rewards
 from lightning_grpo.rollout.types import COMPLETION_TOKENS, Rollout, extents
 
 
@@ -21,6 +22,8 @@ class Experience(Rollout):
     ==================  =========  ==================================================================
     number              int        number of the rollout, counted over the whole training
     rewards             [N, R]     float32, NaN where a reward does not apply
+    contributions       [N, R]     float32, each reward as it counts in the sum: times its weight, 0 if a reward that it
+                                   requires is too low, NaN where it does not apply
     advantages          [N]        float32; [N, T] if an overridden `compute_advantages` gives each token its own
     old_logprobs        [N, T]     log-probs of the sampling policy, recomputed by the trainer; None when on-policy
     ref_logprobs        [N, T]     log-probs of the reference policy; None if β is 0
@@ -35,6 +38,16 @@ class Experience(Rollout):
     old_logprobs: Tensor | None = field(default=None, metadata=COMPLETION_TOKENS)
     ref_logprobs: Tensor | None = field(default=None, metadata=COMPLETION_TOKENS)
     logprobs: Tensor | None = field(default=None, metadata=COMPLETION_TOKENS)
+    contributions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.contributions is None:
+            self.contributions = self.rewards
+
+    @property
+    def totals(self) -> Tensor:
+        """[N]: the reward of each completion, which is the sum of `contributions`; NaN if no reward applies."""
+        return total_rewards(self.contributions)
 
 
 def cut_windows(

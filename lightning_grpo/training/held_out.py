@@ -11,6 +11,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from lightning_grpo.data import PromptBatch
+from lightning_grpo.objective import total_rewards
 from lightning_grpo.rewards import Reward
 from lightning_grpo.rollout import Rollout, Sampling
 from lightning_grpo.stopping import abandonable
@@ -30,10 +31,9 @@ class HeldOutHooks(Protocol):
     def generation(self) -> Generation: ...
     @property
     def reward_names(self) -> list[str]: ...
-    @property
-    def reward_weights(self) -> Tensor: ...
     def generate(self, batch: PromptBatch, num_generations: int, sampling: Sampling, *, number: int) -> Rollout: ...
     def compute_rewards(self, rollout: Rollout, batch: PromptBatch) -> Tensor: ...
+    def contributions(self, rewards: Tensor) -> Tensor: ...
 
 
 def sample(module: HeldOutHooks, batch: PromptBatch) -> tuple[Rollout, Tensor]:
@@ -51,7 +51,8 @@ def observe(module: HeldOutHooks, batch: PromptBatch) -> None:
     """Sample completions of the batch and collect their metrics."""
     rollout, rewards = sample(module, batch)
     answers = module.generation.final_answers(rollout)
-    module.evaluation.observe(batch, rollout, rewards, _reward_names(module), module.reward_weights, answers)
+    totals = total_rewards(module.contributions(rewards[:, : len(module.reward_names)]))
+    module.evaluation.observe(batch, rollout, rewards, totals, _reward_names(module), answers)
 
 
 def records(module: HeldOutHooks, batch: PromptBatch) -> list[dict[str, Any]]:

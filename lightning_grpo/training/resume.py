@@ -5,12 +5,12 @@ trainer.accumulate_grad_batches may have changed, if whole optimizer steps remai
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
 from lightning import Trainer
-from torch import distributed
+from torch import Tensor, distributed
 
 from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.rollout import Rollout
@@ -78,8 +78,11 @@ def load(
     rollout_ahead: bool,
     rollout_class: type[Rollout],
     experience_class: type[Experience],
+    contributions: Callable[[Tensor], Tensor],
 ) -> PendingRollout | None:
     """Restore what `save` wrote into a ``progress`` that was reset, and return the rollout that was sampled ahead.
+
+    ``contributions`` computes this field of an `Experience`, which checkpoints of earlier versions lack.
 
     Raises:
         UserError: the checkpoint was saved within a rollout that the current options cannot continue.
@@ -94,6 +97,8 @@ def load(
         position = position.scaled(factor, multiple=trainer.accumulate_grad_batches)
     position.write(checkpoint, trainer)
     if "experience" in state["ranks"][0]:
+        for share in (rank["experience"] for rank in state["ranks"]):
+            share.setdefault("contributions", contributions(share["rewards"]))
         shares = [experience_class(**share["experience"]) for share in state["ranks"]]
         _load_rollout(state, progress, shares, layout, trainer.global_rank)
     sampled = [rank["ahead"] for rank in state["ranks"]]

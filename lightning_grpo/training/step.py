@@ -26,7 +26,7 @@ from lightning_grpo.monitor.observe import (
     reward_length_correlation,
     variance_shares,
 )
-from lightning_grpo.objective import ObjectiveConfig, total_rewards
+from lightning_grpo.objective import ObjectiveConfig
 from lightning_grpo.policy.load import compute_dtype_of
 from lightning_grpo.training.experience import Experience
 from lightning_grpo.training.gradient import WeightSample, gradient_norms, noise_scale, square_norm
@@ -68,18 +68,17 @@ class StepMonitor:
         rows: slice,
         objective: ObjectiveConfig,
         reward_names: Sequence[str],
-        reward_weights: Tensor,
         trainer: Trainer,
     ) -> None:
         """Log the ``rows`` of the optimizer step, and count their tokens over all ranks."""
         mask, truncated = experience.completion_mask[rows], experience.truncated[rows]
         observe_completions(self.window, mask.sum(1), truncated)
         observe_repetition(self.window, experience.completion_ids[rows], mask)
-        observe_rewards(self.window, experience.rewards[rows], reward_names, reward_weights)
-        totals = total_rewards(experience.rewards, reward_weights)
+        observe_rewards(self.window, experience.rewards[rows], experience.contributions[rows], reward_names)
+        totals = experience.totals
         self.window.mean("completions/truncated_reward", totals[rows][truncated])
         self._observe_groups(experience, rows, totals, getattr(trainer.datamodule, "source_names", ()))
-        self._reward_weights = dict(zip(reward_names, reward_weights.tolist(), strict=True))
+        self._reward_names = reward_names
         self._samples = rows.stop - rows.start
         age = (trainer.global_step - experience.versions[rows])[mask]
         self.window.mean("staleness", age)
@@ -192,7 +191,7 @@ class StepMonitor:
         self.window.add({"update_ratio": cast(WeightSample, self._weights).change()})
         self.window.stop_clock()
         values = self.window.reduce() | dict(further)
-        values |= variance_shares(values, self._reward_weights)
+        values |= variance_shares(values, self._reward_names)
         values["tokens_per_second"] = self.completion_tokens / values["step_time"]
         if (flops := values.pop("model_flops", None)) is not None:
             dtype = compute_dtype_of(trainer.precision, cast(WeightSample, self._weights).parameters[0].dtype)
