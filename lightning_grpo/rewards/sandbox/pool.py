@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -152,8 +151,10 @@ class _Worker:
     def take_back(self, count: int) -> int:
         """Take back up to ``count`` jobs, the last of those that were sent, and return how many had not begun."""
         try:
-            taken = len(self._of_worker.recv(count, socket.MSG_DONTWAIT))
+            taken = len(self._of_worker.recv(count, socket.MSG_DONTWAIT)) if count else 0
         except BlockingIOError:
+            taken = 0
+        if not taken:
             return 0
         self.tokens.send(DROP)
         return taken
@@ -263,13 +264,13 @@ class Pool:
             worker.wait_until_ready()  # the time that imports take is not that of a job
             worker.send(call.function, [call.jobs[index] for index in pending])
             while pending:
-                deadline = time.monotonic() + call.seconds
-                if len(pending) > 1 and not worker.answers.poll(min(PATIENCE, call.seconds)):
+                patience = min(PATIENCE, call.seconds) if len(pending) > 1 else 0.0
+                if not (patience and worker.answers.poll(patience)):
                     taken = [pending.pop() for _ in range(worker.take_back(len(pending) - 1))]
                     if taken:
                         self._threads.submit(self._run, call, taken[::-1])
-                if not worker.answers.poll(max(0.0, deadline - time.monotonic())):
-                    raise _WorkerLost(Failure(f"it took more than {call.seconds:g} s", limit=True))
+                    if not worker.answers.poll(call.seconds - patience):
+                        raise _WorkerLost(Failure(f"it took more than {call.seconds:g} s", limit=True))
                 answer = json.loads(worker.answers.recv_bytes(_MAX_ANSWER))
                 failed = "error" in answer and Failure(answer["error"], limit="limit" in answer)
                 call.results.put((pending.popleft(), failed or answer["value"]))

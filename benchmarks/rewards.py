@@ -1,0 +1,132 @@
+"""Rewards in worker processes: scorings per second, and what a hostile completion costs.
+
+- Ordinary answers per second of `MathMatch` (fractions, LaTeX, sets, intervals, expressions), and ordinary programs per
+  second of `CodeTests`, each in a process of its own with three tests; all cores.
+- Scorings per second of a reward that does almost nothing, in this process and in workers, in batches of 8 and 512.
+- Batches with one hostile completion: how long the batch takes beyond that completion's own limit, and after how long
+  the last of the others was scored.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_grpo.rewards import CodeTests, ExactMatch, MathMatch, RegexFormat, TextReward
+from lightning_grpo.rewards.sandbox.pool import shared_pool
+
+GOALS = {"math": 2000.0, "programs": 50.0}
+LIMIT, MAX_EXCESS, REPEATS = 2.0, 0.5, 3
+ANSWERS = {
+    r"so the answer is \boxed{\frac{3}{4}}.": "0.75",
+    r"Hence $x = \boxed{42}$": "42",
+    r"we obtain \boxed{1,234.5}": "1234.5",
+    r"Therefore \boxed{x^2 + 2x + 1}": "(x+1)^2",
+    r"\boxed{\{1, 2, 3\}}": r"\{3, 2, 1\}",
+    r"The solution is \boxed{(-\infty, 3]}": r"(-\infty, 3]",
+    r"which gives \boxed{5\%}": r"5\%",
+    r"\boxed{2\sqrt{3}}": r"\sqrt{12}",
+    r"Thus \boxed{\text{(C)}}": "C",
+    r"so \boxed{-7} it is": "-7",
+}
+PROGRAM = """```python
+def primes(n):
+    sieve = [True] * (n + 1)
+    for i in range(2, n + 1):
+        if sieve[i]:
+            sieve[i * i :: i] = [False] * len(sieve[i * i :: i])
+    return [i for i in range(2, n + 1) if sieve[i]]
+```"""
+TESTS = ["assert primes(10) == [2, 3, 5, 7]", "assert primes(1) == []", "assert len(primes(1000)) == 168"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a fifth of the completions")
+    parser.add_argument("--check", action="store_true", help="fail if a figure misses its goal")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+    size = 1 if args.quick else 5
+    figures = {f"{name} per second": measure() for name, measure in rates(size).items()}
+    for name, measure in hostile(size).items():
+        figures |= {f"{name}: {key}": value for key, value in measure().items()}
+    for name, value in figures.items():
+        print(f"{name:60} {value:10.2f}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+    missed = [name for name, goal in GOALS.items() if figures[f"{name} per second"] < goal]
+    missed += [name for name, value in figures.items() if "beyond" in name and value > MAX_EXCESS]
+    missed += [name for name, value in figures.items() if "others" in name and value > LIMIT]
+    if args.check and missed:
+        sys.exit(f"goals missed: {', '.join(missed)}")
+
+
+def rates(size: int) -> dict[str, Callable[[], float]]:
+    """What is measured in scorings per second."""
+    math = [*ANSWERS] * 80 * size, {"answer": [*ANSWERS.values()] * 80 * size}
+    programs = [PROGRAM] * 80 * size, {"tests": [TESTS] * 80 * size}
+    small, large = ((["<a>4</a>"] * n, {"answer": ["4"] * n}) for n in (8, 512))
+    here, workers = ExactMatch(extract="<a>(.*?)</a>"), ExactMatch(extract="<a>([0-9]*)</a>")
+    return {
+        "math": lambda: rate(MathMatch(), *math, expected=1.0),
+        "programs": lambda: rate(CodeTests(), *programs, expected=1.0),
+        "trivial, in this process, batches of 8": lambda: rate(here, *small, expected=1.0),
+        "trivial, in workers, batches of 8": lambda: rate(workers, *small, expected=1.0),
+        "trivial, in this process, batches of 512": lambda: rate(here, *large, expected=1.0),
+        "trivial, in workers, batches of 512": lambda: rate(workers, *large, expected=1.0),
+    }
+
+
+def rate(reward: TextReward, completions: list[str], columns: dict[str, list[Any]], *, expected: float) -> float:
+    """Completions per second, the median of several calls, after one that starts the workers."""
+    seconds = []
+    for _ in range(1 + REPEATS):
+        start = time.perf_counter()
+        scores = reward(completions=completions, **columns)
+        seconds.append(time.perf_counter() - start)
+        wrong = [text for text, score in zip(completions, scores, strict=True) if score != expected]
+        assert not wrong, wrong[0]
+    return len(completions) / statistics.median(seconds[1:])
+
+
+def hostile(size: int) -> dict[str, Callable[[], dict[str, float]]]:
+    """Batches with one hostile completion, the first one, whose limit is LIMIT seconds."""
+    loop = "```python\nwhile True: pass\n```"
+    blocked = "```python\nimport os, signal\nsignal.pthread_sigmask(0, range(1, 65))\nwhile True: open('a', 'w')\n```"
+    tests = {"tests": TESTS}
+    return {
+        "endless loop": lambda: batch(CodeTests(program_seconds=LIMIT), loop, PROGRAM, tests, 30 * size),
+        "blocked signals": lambda: batch(CodeTests(program_seconds=LIMIT), blocked, PROGRAM, tests, 30 * size),
+        "backtracking": lambda: batch(RegexFormat(pattern="(a+)+", seconds=LIMIT), "a" * 40 + "!", "a", {}, 400 * size),
+    }
+
+
+def batch(reward: TextReward, first: str, other: str, row: dict[str, Any], count: int) -> dict[str, float]:
+    """Score a batch without and with the hostile completion."""
+    stamps = []
+    for completions in ([other] * count, [first, *[other] * count]):
+        start = time.monotonic()
+        jobs = [(reward, text, row) for text in completions]
+        ends = shared_pool().map(stamped, jobs, reward.seconds)
+        stamps.append((time.monotonic() - start, max(end for _, end in ends[-count:]) - start))
+    (_, alone), (whole, together) = stamps
+    return {
+        "seconds beyond its limit": whole - max(LIMIT, together),
+        "seconds until the others are scored": together,
+        "seconds until they are scored without it": alone,
+    }
+
+
+def stamped(reward: TextReward, text: str, row: dict[str, Any]) -> tuple[float | None, float]:
+    """The score, and when it was computed."""
+    return reward.score(text, row), time.monotonic()
+
+
+if __name__ == "__main__":
+    from rewards import main as main_of_module  # worker processes import this file under its own name
+
+    main_of_module()
