@@ -123,6 +123,8 @@ def test_values(text, value):
         r"\sqrt{1}",
         "$",
         "9e",
+        "%",
+        "%!",
     ],
 )
 def test_hostile_texts_take_linear_time(text):
@@ -130,6 +132,7 @@ def test_hostile_texts_take_linear_time(text):
     found = last_number(text * 100_000)
     assert found is None or found in (text * 100_000).replace(",", "")
     assert number_value(text * 100_000) is None
+    assert number_value(text * 100_000 + "!") is None
 
 
 def test_tags_are_found_from_the_end():

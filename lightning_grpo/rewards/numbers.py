@@ -56,7 +56,7 @@ _PLAIN = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _WRAPPER = re.compile(
     r"\\boxed\{(.*)\}|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\\text(?:bf)?\{(.*)\}|\((-?[0-9.,]+)\)", re.DOTALL
 )
-_FRILLS = re.compile(r"^(-?)\\?[$€£]\s?|(?:\s?\\?[%°])+$")
+_FRILLS = re.compile(r"^(-?)\\?[$€£]\s?|(?:\s?\\?[%°]){1,9}$")
 
 
 def last_number(text: str) -> str | None:
