@@ -1,6 +1,6 @@
 """Rewards in worker processes: scorings per second, and what a hostile completion costs.
 
-- Ordinary answers per second of `MathMatch` (fractions, LaTeX, sets, intervals, expressions), and ordinary programs per
+- Ordinary answers per second of `MathMatch`, in groups of 8 with other numbers in each call, and ordinary programs per
   second of `CodeTests`, each in a process of its own with three tests; all cores.
 - Scorings per second of a reward that does almost nothing, in this process and in workers, in batches of 8 and 512.
 - Batches with one hostile completion: how long the batch takes beyond that completion's own limit, and after how long
@@ -21,18 +21,16 @@ from lightning_grpo.rewards.sandbox.pool import shared_pool
 
 GOALS = {"math": 2000.0, "programs": 50.0}
 LIMIT, MAX_EXCESS, REPEATS = 2.0, 0.5, 3
-ANSWERS = {
-    r"so the answer is \boxed{\frac{3}{4}}.": "0.75",
-    r"Hence $x = \boxed{42}$": "42",
-    r"we obtain \boxed{1,234.5}": "1234.5",
-    r"Therefore \boxed{x^2 + 2x + 1}": "(x+1)^2",
-    r"\boxed{\{1, 2, 3\}}": r"\{3, 2, 1\}",
-    r"The solution is \boxed{(-\infty, 3]}": r"(-\infty, 3]",
-    r"which gives \boxed{5\%}": r"5\%",
-    r"\boxed{2\sqrt{3}}": r"\sqrt{12}",
-    r"Thus \boxed{\text{(C)}}": "C",
-    r"so \boxed{-7} it is": "-7",
-}
+# of ten answers in the MATH data set, about seven are a number, one is a fraction and two are expressions
+ANSWERS = [
+    *([(r"so $x = \boxed{%d}$", "%d")] * 5),
+    (r"we obtain \boxed{%d,234.5}", "%d234.5"),
+    (r"which gives \boxed{%d\%%}", r"%d\%%"),
+    (r"the answer is \boxed{\frac{%d}{7}}.", "%d/7"),
+    (r"The solution is \boxed{(-\infty, %d]}", r"(-\infty, %d]"),
+    (r"Therefore \boxed{x^2 + %d}", "%d+x^2"),
+]
+GENERATIONS = 8
 PROGRAM = """```python
 def primes(n):
     sieve = [True] * (n + 1)
@@ -67,30 +65,39 @@ def main() -> None:
 
 def rates(size: int) -> dict[str, Callable[[], float]]:
     """What is measured in scorings per second."""
-    math = [*ANSWERS] * 80 * size, {"answer": [*ANSWERS.values()] * 80 * size}
     programs = [PROGRAM] * 80 * size, {"tests": [TESTS] * 80 * size}
     small, large = ((["<a>4</a>"] * n, {"answer": ["4"] * n}) for n in (8, 512))
     here, workers = ExactMatch(extract="<a>(.*?)</a>"), ExactMatch(extract="<a>([0-9]*)</a>")
     return {
-        "math": lambda: rate(MathMatch(), *math, expected=1.0),
-        "programs": lambda: rate(CodeTests(), *programs, expected=1.0),
-        "trivial, in this process, batches of 8": lambda: rate(here, *small, expected=1.0),
-        "trivial, in workers, batches of 8": lambda: rate(workers, *small, expected=1.0),
-        "trivial, in this process, batches of 512": lambda: rate(here, *large, expected=1.0),
-        "trivial, in workers, batches of 512": lambda: rate(workers, *large, expected=1.0),
+        "math": lambda: rate(MathMatch(), lambda call: answers(call, 100 * size), mean=0.5),
+        "programs": lambda: rate(CodeTests(), lambda call: programs),
+        "trivial, in this process, batches of 8": lambda: rate(here, lambda call: small),
+        "trivial, in workers, batches of 8": lambda: rate(workers, lambda call: small),
+        "trivial, in this process, batches of 512": lambda: rate(here, lambda call: large),
+        "trivial, in workers, batches of 512": lambda: rate(workers, lambda call: large),
     }
 
 
-def rate(reward: TextReward, completions: list[str], columns: dict[str, list[Any]], *, expected: float) -> float:
+def answers(call: int, prompts: int) -> tuple[list[str], dict[str, list[str]]]:
+    """Groups of completions, of which every second one is correct, with other numbers in each group and call."""
+    rows = [(prompt, sample) for prompt in range(prompts) for sample in range(GENERATIONS)]
+    texts, right = zip(*(ANSWERS[prompt % len(ANSWERS)] for prompt, _ in rows), strict=True)
+    numbers = [11 + call * prompts + prompt for prompt, _ in rows]
+    given = [number + (sample % 2) * (10**4 + sample) for number, (_, sample) in zip(numbers, rows, strict=True)]
+    completions = [text % number for text, number in zip(texts, given, strict=True)]
+    return completions, {"answer": [text % number for text, number in zip(right, numbers, strict=True)]}
+
+
+def rate(reward: TextReward, batch: Callable[[int], tuple[list[str], dict[str, Any]]], mean: float = 1.0) -> float:
     """Completions per second, the median of several calls, after one that starts the workers."""
-    seconds = []
-    for _ in range(1 + REPEATS):
+    rates = []
+    for call in range(1 + REPEATS):
+        completions, columns = batch(call)
         start = time.perf_counter()
         scores = reward(completions=completions, **columns)
-        seconds.append(time.perf_counter() - start)
-        wrong = [text for text, score in zip(completions, scores, strict=True) if score != expected]
-        assert not wrong, wrong[0]
-    return len(completions) / statistics.median(seconds[1:])
+        rates.append(len(completions) / (time.perf_counter() - start))
+        assert statistics.mean(scores) == mean, statistics.mean(scores)
+    return statistics.median(rates[1:])
 
 
 def hostile(size: int) -> dict[str, Callable[[], dict[str, float]]]:

@@ -250,10 +250,10 @@ class Pool:
                     worker = None
                     call.results.put((pending.popleft(), lost.failure))
         except BaseException as error:
-            if worker:
-                self._discard(worker)
-            worker = None
             call.results.put((None, error))
+            lost, worker = worker, None
+            if lost:
+                self._discard(lost)
         finally:
             self._idle.put(worker)
 
