@@ -96,7 +96,7 @@ class PassRates(Callback):
     ) -> None:
         """Collect the prompts of a batch; ``outputs`` has a record of each of their completions."""
         prompts = [row for row, real in zip(batch.rows, batch.real, strict=True) if real]
-        names, weights = pl_module.reward_names, pl_module.reward_weights
+        names = pl_module.reward_names
         for i, prompt in enumerate(prompts):
             records = outputs[i * self.samples : (i + 1) * self.samples]
             scores = [[float("nan") if (x := r["rewards"][name]) is None else x for name in names] for r in records]
@@ -107,7 +107,7 @@ class PassRates(Callback):
                     "index": prompt.index,
                     "row": {"prompt": prompt.messages, **prompt.columns},
                     "right": right.tolist(),
-                    "totals": total_rewards(rewards, weights).tolist(),
+                    "totals": total_rewards(pl_module.contributions(rewards)).tolist(),
                     "truncated": [record["truncated"] for record in records],
                     "completion": records[0]["completion"],
                 }
