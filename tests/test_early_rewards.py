@@ -76,3 +76,18 @@ def test_an_error_ends_the_sampling_and_names_the_reward(tmp_path, tiny_model_pa
         fit(tmp_path, policy, rollout=HFRollout(max_num_seqs=1))
     assert error.value.__notes__ == ["raised by the reward 'broken'"]
     assert sum(batches) < 1 + 8 * 4, "the rest must not be sampled"
+
+
+def test_rewards_are_prepared_before_the_first_completion(tmp_path, tiny_model_path):
+    events = []
+
+    class Prepared(FunctionReward):
+        def prepare(self):
+            events.append("prepare")
+
+    def score(completions):
+        events.append("score")
+        return [0.0] * len(completions)
+
+    fit(tmp_path, module(tiny_model_path, rewards=[Prepared(function=score)]), steps=1)
+    assert events[:2] == ["prepare", "score"]
