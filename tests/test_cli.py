@@ -160,6 +160,22 @@ def test_validate_and_test(tmp_path, capsys, command):
     assert f"{'val' if command == 'validate' else 'test'}/pass@1" in capsys.readouterr().out
 
 
+def test_what_fit_exports_is_validated_as_the_checkpoint_is(tmp_path, capsys):
+    held_out = ["--trainer.limit_val_batches", "1.0", "--data.validation_size", "2", "--data.size", "30"]
+    main(smoke(tmp_path, *held_out, "--trainer.limit_val_batches", "0"))
+    policies = {
+        "checkpoint": ["--ckpt_path", f"{tmp_path}/checkpoints/last.ckpt"],
+        "folder": ["--model.model", f"{tmp_path}/checkpoints/last", "--model.from_scratch", "false"],
+    }
+    figures = {}
+    for name, policy in policies.items():
+        root = ["--trainer.default_root_dir", str(tmp_path / name)]
+        main(["validate", "--config", "configs/smoke.yaml", *root, *held_out, *policy])
+        (row,) = csv.DictReader((tmp_path / name / "logs" / "version_0" / "metrics.csv").open())
+        figures[name] = {key: float(value) for key, value in row.items() if "completions/" in key or "reward" in key}
+    assert figures["folder"] == figures["checkpoint"] and len(figures["folder"]) > 5
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -81,9 +81,9 @@ def _run(args: list[str]) -> None:
 
         return export.main(args[1:])
     if args[:1] == ["data"]:
-        from lightning_grpo.cli import data
+        from lightning_grpo.cli.data import main as look_at_data
 
-        return data.main(args[1:])
+        return look_at_data(args[1:])
     if args[:1] == ["report"]:
         from lightning_grpo.report import command as report
 

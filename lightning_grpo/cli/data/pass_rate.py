@@ -22,7 +22,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning_grpo.cli.commands import GRPOCommand
 from lightning_grpo.data import PromptBatch, PromptDataModule
 from lightning_grpo.errors import UserError
-from lightning_grpo.module import GRPOModule
 from lightning_grpo.monitor.observe import pass_at, powers_of_two
 from lightning_grpo.monitor.terminal import run_folder
 from lightning_grpo.objective import total_rewards
@@ -69,9 +68,9 @@ class PassRates(Callback):
         self.samples = samples
         self.measured: list[dict[str, Any]] = []
 
-    def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Serve training prompts in place of held-out ones, sampled as in training, as many at once as in training."""
-        data = trainer.datamodule
+        data = getattr(trainer, "datamodule", None)
         if not isinstance(data, PromptDataModule):
             raise UserError("data pass-rate samples the prompts of a PromptDataModule; remove data of another class")
         if self.samples < pl_module.num_generations:
@@ -88,7 +87,7 @@ class PassRates(Callback):
     def on_predict_batch_end(
         self,
         trainer: Trainer,
-        pl_module: GRPOModule,
+        pl_module: Any,
         outputs: Any,
         batch: PromptBatch,
         batch_idx: int,
