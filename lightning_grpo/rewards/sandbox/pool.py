@@ -251,9 +251,9 @@ class Pool:
                     call.results.put((pending.popleft(), lost.failure))
         except BaseException as error:
             call.results.put((None, error))
-            lost, worker = worker, None
-            if lost:
-                self._discard(lost)
+            broken, worker = worker, None
+            if broken:
+                self._discard(broken)
         finally:
             self._idle.put(worker)
 
