@@ -77,6 +77,8 @@ def number_value(text: str) -> Fraction | None:
 
     A currency, percent or degree sign, and LaTeX's ``$…$`` and ``\\boxed{…}`` around it are ignored.
     """
+    if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS:
+        return Fraction(int(text))  # the most frequent case
     text = _normal(text).strip()
     while wrapper := _WRAPPER.fullmatch(text):
         text = next(group for group in wrapper.groups() if group is not None).strip()
