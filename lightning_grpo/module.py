@@ -66,7 +66,7 @@ class GRPOModule(TrainablePolicy):
             trust_remote_code and kwargs. In Python also a PreTrainedModel or PeftModel, which is trained in place.
         rewards: Reward functions. A completion's reward is the weighted sum of their values.
         environment: What the policy acts in over several turns, such as tools or a game. An empty list of rewards then
-            means EnvironmentReward. By default the policy writes a single completion.
+            means those of the environment. By default the policy writes a single completion.
         objective: Loss function
         advantage: Advantage estimation
         num_generations: Completions sampled per prompt (G). Larger groups more often contain both good and bad
@@ -168,7 +168,7 @@ class GRPOModule(TrainablePolicy):
         seed: int | None = None,
     ) -> None:
         check_ranges(locals(), RANGES)
-        rewards = rewards or [EnvironmentReward() for _ in range(environment is not None)]
+        rewards = rewards or (environment.default_rewards if environment is not None else [])
         checks.check_options(
             rewards=rewards,
             num_generations=num_generations,

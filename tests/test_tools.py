@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from chat_templates import QUESTION, TEMPLATES, bpe_tokenizer
+from fitting import module
 from test_environments import Script, ScriptedEngine
 
 from lightning_grpo.data.encoding import Encoder
@@ -19,6 +20,7 @@ from lightning_grpo.environments.tool_calls import ToolCall, parse_calls
 from lightning_grpo.environments.tools import ToolEnvironment
 from lightning_grpo.environments.trl import TRLEnvironment, get_reward
 from lightning_grpo.errors import RunError, UserError
+from lightning_grpo.rewards import compute_rewards
 from lightning_grpo.rollout import Sampling
 
 # ── Parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -379,11 +381,57 @@ def test_objects_written_for_trl_run_unchanged():
         return opened, steps
 
     opened, (one, two, last) = asyncio.run(episodes())
-    assert opened == [[{"role": "user", "content": "It is 5."}], None]
+    assert opened == ["It is 5.", None]
     assert [message["content"] for message in one.observation] == ["7", "7.0", "Error: ValueError: Game over."]
     assert two.observation[0]["content"] == "1"
     assert (one.done, two.done, last.done) == (False, False, True)
-    assert get_reward([first.for_rewards, second.for_rewards]) == [7.0, 1.0]
+    assert asyncio.run(get_reward([first.for_rewards, second.for_rewards])) == [7.0, 1.0]
+
+
+def test_text_of_reset_is_appended_to_the_last_message():
+    bpe = bpe_tokenizer()
+    template = (TEMPLATES / "qwen2.5.jinja").read_text()
+    prototype = TRLEnvironment(factory=Counter)
+    encoder = Encoder(tokenizer=bpe, chat_template=template, tools=prototype.tool_schemas)
+    prompts = [[{"role": "user", "content": text}] for text in ("Hi! ", "Hi! It is 5.")]
+    [[given, expected]] = encoder.encode([("row", {"prompt": prompt, "start": 5}) for prompt in prompts])
+    with Episodes(
+        prototype,
+        tokenizer=bpe,
+        end_ids=[],
+        template=TurnTemplate(bpe, ChatTemplate(bpe, template)),
+        max_prompt_length=1000,
+        max_tokens=1000,
+    ) as episodes:
+        [[episode]] = episodes.run(ScriptedEngine(Script(lambda turn: [9], end=[])), [given], [[0]], Sampling())
+    assert episode.prompt.messages == expected.messages == prompts[1]
+    assert episode.prompt.ids == expected.ids
+
+
+class Remote(Counter):
+    async def get_reward(self) -> float:
+        return -self.total
+
+
+class Unrewarded(Counter):
+    get_reward = None
+
+
+@pytest.mark.parametrize(("factory", "reward"), [(Counter, 2.0), (Remote, -2.0)])
+def test_an_empty_list_of_rewards_means_that_of_the_objects(tiny_model_path, factory, reward):
+    sample = TRLEnvironment(factory=factory)
+    asyncio.run(sample.reset({"start": 2}))
+    rewards = module(tiny_model_path, rewards=[], environment=sample).rewards
+    values = compute_rewards(rewards, [QUESTION], ["a"], [[1]], [{}], offered={"environments": [sample.for_rewards]})
+    assert values.tolist() == [[reward]]
+
+
+@pytest.mark.parametrize(
+    "sample", [TRLEnvironment(factory=Unrewarded), ToolEnvironment(tools=[add])], ids=["TRL", "tools"]
+)
+def test_an_empty_list_of_rewards_is_refused_if_the_environment_gives_none(tiny_model_path, sample):
+    with pytest.raises(UserError, match="rewards is empty"):
+        module(tiny_model_path, rewards=[], environment=sample)
 
 
 def test_an_object_serves_one_episode_after_another():

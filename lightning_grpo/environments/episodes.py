@@ -22,7 +22,7 @@ from lightning_grpo.data.rows import Message, as_template_args, as_tools
 from lightning_grpo.environments import calls
 from lightning_grpo.environments.calls import Calls
 from lightning_grpo.environments.protocol import Environment, Step
-from lightning_grpo.environments.template import TurnTemplate
+from lightning_grpo.environments.template import TurnTemplate, followed_by
 from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.rewards import decode_completions
 from lightning_grpo.rewards.logs import plain
@@ -43,12 +43,12 @@ class Episode(Completion):
     """Number of the episode among those that run together."""
     environment: Environment
     prompt: Prompt
-    """The row. The messages that `Environment.reset` returned are appended to its prompt."""
+    """The row. What `Environment.reset` returned is appended to its prompt."""
     index: int
     """Index of the prompt among those of the rollout."""
     seed: int
-    appended: list[Message] = field(default_factory=list)
-    """The messages that `Environment.reset` returned."""
+    appended: str | list[Message] = field(default_factory=list)
+    """What `Environment.reset` returned."""
     turns: int = 0
     """Number of turns that were begun."""
     end_reason: EndReason | None = None
@@ -215,23 +215,23 @@ class Episodes:
         self._episodes.append(episode)
         return episode
 
-    def _begin(self, episode: Episode, messages: Any, group: Sequence[Episode]) -> None:
-        """Append ``messages``, which `Environment.reset` returned, to the prompt."""
-        appended = _messages(messages, episode, "reset") if messages else []
+    def _begin(self, episode: Episode, answer: Any, group: Sequence[Episode]) -> None:
+        """Append ``answer``, which `Environment.reset` returned, to the prompt."""
+        appended = answer if isinstance(answer, str) else _messages(answer, episode, "reset") if answer else []
         begun = next((other for other in group if other.turns), None)
         if begun is not None:
             if begun.appended != appended:
                 raise RunError(
-                    f"{episode.where('reset')} returned other messages than for another sample of the row: {appended} "
-                    f"and {begun.appended}. Return the same ones, since the rewards of the samples are compared"
+                    f"{episode.where('reset')} returned {appended!r}, but {begun.appended!r} for another sample of the "
+                    "row; return the same for all, since their rewards are compared"
                 )
             episode.prompt = begun.prompt
         elif appended:
             episode.prompt = self._longer_prompt(episode, appended)
         episode.appended = appended
 
-    def _longer_prompt(self, episode: Episode, appended: list[Message]) -> Prompt:
-        """The prompt of an episode, followed by messages."""
+    def _longer_prompt(self, episode: Episode, appended: str | list[Message]) -> Prompt:
+        """The prompt of an episode, followed by what `Environment.reset` returned."""
         prompt = episode.prompt
         messages = cast(list[Message], prompt.messages)
         tools = [*self.prototype.tool_schemas, *(as_tools(prompt.place, prompt.columns.get("tools")) or [])]
@@ -241,7 +241,7 @@ class Episodes:
                 f"{episode.where('reset')} made the prompt {len(ids)} tokens long, above max_prompt_length = "
                 f"{self.max_prompt_length}; raise max_prompt_length"
             )
-        return replace(prompt, ids=ids, messages=[*messages, *appended])
+        return replace(prompt, ids=ids, messages=followed_by(messages, appended))
 
     def _next_turn(self, episode: Episode) -> Turn:
         left = self.max_tokens - len(episode.token_ids)
@@ -301,7 +301,7 @@ def _messages(answer: Any, episode: Episode, method: str) -> list[Message]:
         raise RunError(f"{where} returned neither an observation nor done=True, so the policy has nothing to answer")
     if isinstance(answer, str):
         answer = {"role": "user", "content": answer}
-    messages = [answer] if isinstance(answer, Mapping) else list(answer)
+    messages = list(answer) if isinstance(answer, list | tuple) else [answer]
     for message in messages:
         is_message = isinstance(message, Mapping) and {"role", "content"} <= message.keys()
         if not is_message or not isinstance(message["role"], str) or not isinstance(message["content"], str):

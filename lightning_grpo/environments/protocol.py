@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_grpo.data.rows import Message
 from lightning_grpo.ranges import check_ranges
+from lightning_grpo.rewards import EnvironmentReward, Reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +63,23 @@ class Environment(ABC):
         return []
 
     @property
+    def default_rewards(self) -> list[Reward]:
+        """The rewards of a module whose list of rewards is empty."""
+        return [EnvironmentReward()]
+
+    @property
     def for_rewards(self) -> Any:
         """What reward functions are given for this sample under ``environments``."""
         return self
 
-    def reset(self, row: Mapping[str, Any]) -> list[Message] | Awaitable[list[Message] | None] | None:
-        """Begin an episode, and return messages to append to the prompt; None leaves the prompt as it is.
+    def reset(self, row: Mapping[str, Any]) -> str | list[Message] | Awaitable[str | list[Message] | None] | None:
+        """Begin an episode, and return what to append to the prompt: messages, text for the end of its last message, or
+        None.
 
         Args:
             row: all columns of the data set, including ``prompt``.
 
-        The messages must be the same for all samples of a row, because their rewards are compared.
+        It must be the same for all samples of a row, because their rewards are compared.
         """
         return None
 

@@ -43,7 +43,7 @@ class TurnTemplate:
         self,
         where: str,
         messages: Sequence[Message],
-        observation: Sequence[Message],
+        observation: str | Sequence[Message],
         *,
         tools: list[dict[str, Any]] | None = None,
         args: Mapping[str, Any] | None = None,
@@ -53,14 +53,15 @@ class TurnTemplate:
         Args:
             where: location of the row, for messages.
             messages: the row's prompt.
-            observation: the messages to append to it.
+            observation: the messages to append to it, or the text to append to its last message.
             tools: JSON schemas of the tools.
             args: further variables for the template, from the row.
 
         Raises:
             UserError: as `ChatTemplate.render`.
         """
-        messages = [*messages, *map(self._marked, observation)]
+        marked = self._mark(observation) if isinstance(observation, str) else [*map(self._marked, observation)]
+        messages = followed_by(messages, marked)
         return self._encode(self.chat_template.render(where, messages, tools=tools, args=dict(args or {})))
 
     def after(
@@ -148,12 +149,11 @@ class TurnTemplate:
             raise self._refusal(f"can't render messages of the roles {roles} ({error})") from error
 
     def _marked(self, message: Message) -> Message:
-        """The message with marks in place of special tokens, and without lone surrogates, which can't be encoded."""
+        return {key: self._mark(value) if isinstance(value, str) else value for key, value in message.items()}
 
-        def mark(text: str) -> str:
-            return self._tokens.sub(lambda token: self._marks[token[0]], text.encode(errors="replace").decode())
-
-        return {key: mark(value) if isinstance(value, str) else value for key, value in message.items()}
+    def _mark(self, text: str) -> str:
+        """The text with marks in place of special tokens, and without lone surrogates, which can't be encoded."""
+        return self._tokens.sub(lambda token: self._marks[token[0]], text.encode(errors="replace").decode())
 
     def _encode_rest(self, text: str) -> list[int]:
         return self._encode(text.partition(PLACEHOLDER)[2])
@@ -167,3 +167,11 @@ class TurnTemplate:
                 "input_ids"
             ]
         return ids
+
+
+def followed_by(messages: Sequence[Message], observation: str | Sequence[Message]) -> list[Message]:
+    """The messages of a prompt with an observation after them: messages, or text at the end of the last one."""
+    if not isinstance(observation, str):
+        return [*messages, *observation]
+    *others, last = messages
+    return [*others, last | {"content": (last["content"] or "") + observation}]

@@ -17,6 +17,7 @@ from lightning_grpo.environments.protocol import Environment, Step
 from lightning_grpo.environments.tool_calls import ToolCall, parse_calls
 from lightning_grpo.errors import RunError, UserError
 from lightning_grpo.ranges import check_ranges
+from lightning_grpo.rewards import Reward
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "integer": int,
@@ -71,6 +72,11 @@ class ToolEnvironment(Environment):
     @property
     def tool_schemas(self) -> list[dict[str, Any]]:
         return list(self._schemas.values())
+
+    @property
+    def default_rewards(self) -> list[Reward]:
+        """None, since tools give no rewards."""
+        return []
 
     async def step(self, completion: str) -> Step:
         """Execute the calls of a completion in their order."""
