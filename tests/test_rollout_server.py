@@ -653,7 +653,8 @@ def test_a_broken_connection_costs_no_endpoint(engine):
         converse(engine, PROMPTS)
 
 
-def test_a_judge_is_served_by_vllm(server, policy, tokenizer, tiny_model_path, monkeypatch):
+def test_a_judge_is_served_by_vllm(server, synced, policy, tokenizer, tiny_model_path, monkeypatch):
+    synced.sync()  # other tests send other weights
     monkeypatch.setenv("JUDGE_KEY", KEY)
     options = {"base_url": f"{server.url}/v1", "model": tiny_model_path, "api_key_env": "JUDGE_KEY"}
     chances = []

@@ -25,8 +25,8 @@ NOISE = re.compile(
     r"|Not a valid subclass|Subclass types expect|a class path \(str\)|a dict with|a dict without"
 )
 VALUE = re.compile(r"Got value: (.*)$|Given value: (.*)$|NestedArg\(key='[^']*', val=(.*)\)$")
-NEAR = 0.6
-"""Similarity from which a name is suggested."""
+NEAR, VERY_NEAR = 0.6, 0.9
+"""Similarities from which a name is suggested, and from which it is the only one."""
 TRL_NAMES = {name: row.ours.split(", ")[0] for name, row in ROWS.items() if row.ours}
 """Options named as in TRL, and the options here that correspond to them."""
 SUBCOMMANDS = ["fit", "validate", "test", "predict", "export", "report", "diagnose", "convert-trl", "configure"]
@@ -210,7 +210,9 @@ def _expected(causes: list[str], known: list[str], classes: list[str]) -> str:
     literals = [item for cause in causes for item in _literals(cause)]
     named = next((m[1] for cause in causes if (m := re.match(r"Expected a dot import path string: (.*)", cause))), None)
     if named is not None:
-        near = difflib.get_close_matches(named, _class_names(), 3, NEAR)
+        known_classes = _class_names()
+        near = difflib.get_close_matches(named, known_classes, 1, VERY_NEAR)
+        near = near or difflib.get_close_matches(named, known_classes, 3, NEAR)
         names = (
             f"one of {', '.join(dict.fromkeys(literals))}, or a class as module.Class"
             if literals
