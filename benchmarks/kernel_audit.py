@@ -31,21 +31,26 @@ TARGETS = {
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # (logits, what is written): fp32 logits from a head that the kernel multiplies itself, else a model's own logits.
 DTYPES = [("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16")]
+FLAGS = ("weights", "squares", "entropy")
+LAUNCHED = [
+    ("accumulate", {"weights": False, "squares": False}),
+    ("accumulate", {"weights": True, "squares": False}),
+    ("accumulate", {"weights": False, "squares": True}),
+    ("gradient", {"entropy": False}),
+    ("gradient", {"entropy": True}),
+]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def variants(quick: bool) -> list[dict]:
-    """Every (kernel, dtypes, flags) that the package can launch; the two in use most, with flags all off or all on."""
-    kernels = {"accumulate": "WEIGHTS", "gradient": "ENTROPY"}
+    """Every (kernel, dtypes, flags) that the package can launch; quick: in bf16, all off or the cap and one on."""
     every = [
-        {"kernel": kernel, "logits": logits, "out": out, "capped": capped, flag.lower(): on}
-        for (kernel, flag), (logits, out), capped, on in itertools.product(
-            kernels.items(), DTYPES, (False, True), (False, True)
-        )
+        {"kernel": kernel, "logits": logits, "out": out, "capped": capped, **flags}
+        for (kernel, flags), (logits, out), capped in itertools.product(LAUNCHED, DTYPES, (False, True))
     ]
     if not quick:
         return every
-    return [v for v in every if v["out"] == "bf16" and v["capped"] == v.get("weights", v.get("entropy"))]
+    return [v for v in every if v["out"] == "bf16" and v["capped"] == any(v.get(flag) for flag in FLAGS)]
 
 
 def compile_variant(variant: dict, target: GPUTarget):
@@ -57,7 +62,7 @@ def compile_variant(variant: dict, target: GPUTarget):
         for name in names
     }
     constants = {"FLOOR": FLOOR, "CAPPED": variant["capped"], "TILE": 8 * triton_rows.WARPS * target.warp_size}
-    constants |= {k.upper(): v for k, v in variant.items() if k in ("weights", "entropy")}
+    constants |= {k.upper(): v for k, v in variant.items() if k in FLAGS}
     # What the package allocates: rows at multiples of 64 columns, blocks that begin at one; the width is any.
     even = [i for i, name in enumerate(names) if name.endswith(("_ptr", "_stride")) or name in ("first", "room")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in even}

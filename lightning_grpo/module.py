@@ -262,7 +262,7 @@ class GRPOModule(TrainablePolicy):
             turns = {"turn_rewards": rollout.turn_rewards, "turn_weight": weight, "mask": rollout.completion_mask}
             return turn_advantages(self.advantage, rewards, lengths=lengths, **turns, **options)
         if not self.advantage.spans_batch:
-            return self.advantage(rewards, lengths=lengths, **options)
+            return self.advantage(rewards, lengths=lengths, grad_norms=rollout.grad_norms, **options)
         # statistics of the batch are taken over all ranks
         gather = cast(Callable[[Tensor], Tensor], self.all_gather)  # Lightning's type is that of all collections
         rewards, lengths = (gather(x.to(self.device)).view(-1, *x.shape[1:]).cpu() for x in (rewards, lengths))
@@ -331,21 +331,26 @@ class GRPOModule(TrainablePolicy):
         number, old_logprobs, ref_logprobs = batch.rollout_number, None, None
         rewards_and_kl = gated(self.rewards, rewards)
         micro_batches = self.cut(rollout, skip_zero_advantage=False)
+        scored = rollout, micro_batches, number, self.trainer
+        if self.advantage.needs_grad_norms:
+            with self.window.timed("score"):
+                old_logprobs, rollout.grad_norms = self.scorer.score_with_norms(self.policy, *scored)
         if self.objective.kl_in_reward:
             with self.window.timed("score"):
-                ref_logprobs = self.scorer.score_reference(self.policy, rollout, micro_batches, number, self.trainer)
-                # with rollout_ahead, the policy that sampled is gone, and the engine's log-probs are used instead
-                if not self.rollout_ahead:
-                    old_logprobs = self.scorer.score(self.policy, rollout, micro_batches, number, self.trainer)
+                ref_logprobs = self.scorer.score_reference(self.policy, *scored)
+                if old_logprobs is None and not self.rollout_ahead:
+                    old_logprobs = self.scorer.score(self.policy, *scored)
             rewards_and_kl = append_kl(
                 rewards_and_kl,
-                rollout.rollout_logprobs if old_logprobs is None else old_logprobs,
+                # with rollout_ahead, the policy that sampled is gone, and the engine's log-probs are used instead
+                rollout.rollout_logprobs if self.rollout_ahead else old_logprobs,
                 ref_logprobs,
                 rollout.completion_mask,
                 beta=self.coefficients.beta,
                 estimator=self.objective.resolved.kl_estimator,
             )
         advantages = self.compute_advantages(rewards_and_kl, rollout)
+        rollout.grad_norms = None  # ``advantages`` contain them
         experience = self.experience_class(
             **vars(rollout),
             number=number,

@@ -16,7 +16,8 @@ def naive_logprob(
     bias: Tensor | None = None,
     scale: float = 1.0,
     entropy_grad: bool = False,
-) -> tuple[Tensor, Tensor]:
+    grad_norm: bool = False,
+) -> tuple[Tensor, ...]:
     """`linear_logprob` on whole logits, in float64 where the hidden states are, else in fp32."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits = (logits if logits.dtype == torch.float64 else logits.float()) * scale
@@ -25,7 +26,11 @@ def naive_logprob(
     temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device)
     logp = torch.log_softmax(logits / temperature.reshape(-1, 1), dim=-1)
     entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
-    return logp.gather(1, targets[:, None]).squeeze(1), entropy if entropy_grad else entropy.detach()
+    results = logp.gather(1, targets[:, None]).squeeze(1), entropy if entropy_grad else entropy.detach()
+    if not grad_norm:
+        return results
+    slope = torch.nn.functional.one_hot(targets, logp.shape[1]) - logp.exp()
+    return *results, slope.square().sum(-1)
 
 
 class GivenWeight(RolloutCorrection):

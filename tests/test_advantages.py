@@ -1,6 +1,6 @@
 """Advantages: each estimator by hand, properties for any rewards, and what is refused."""
 
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -68,6 +68,81 @@ def test_max_rl_divides_by_the_mean_and_leaves_hopeless_groups_alone():
 def test_opo_weighs_its_baseline_by_length():
     got = advantages([1.0, 0.0, NAN], 3, estimator="opo", lengths=torch.tensor([30, 10, 500]))
     assert_close(got, [0.25, -0.75, 0.0])
+
+
+def test_optimal_token_baseline_is_the_weighted_mean_of_the_others_at_each_token():
+    """Against the definition in loops, with completions without a reward, and with tool output between the tokens."""
+    g = torch.Generator().manual_seed(0)
+    G, T = 4, 7
+    r, norms = torch.randn(2 * G, generator=g).double(), torch.rand(2 * G, T, generator=g).double()
+    r[1], r[5:7] = NAN, NAN
+    for row, length in enumerate([2, 7, 4, 6, 3, 3, 5, 7]):
+        norms[row, length:] = NAN
+    norms[3, 1:3], norms[7, 2] = NAN, NAN  # such as the output of a tool
+    expected = torch.zeros(2 * G, T).double()
+    tokens = [[(t, float(w)) for t, w in enumerate(row) if w == w] for row in norms]
+    for i, t in product(range(2 * G), range(T)):
+        others = [j for j in range(i // G * G, i // G * G + G) if j != i and r[j] == r[j]]
+        if r[i] != r[i] or t >= len(tokens[i]) or not others:
+            continue
+        weights = [sum(w for _, w in tokens[j][: t + 1]) if t < len(tokens[j]) else 0.0 for j in others]
+        weights = weights if any(weights) else [1.0] * len(others)
+        baseline = sum(w * r[j] for w, j in zip(weights, others, strict=True)) / sum(weights)
+        expected[i, tokens[i][t][0]] = r[i] - baseline
+    got = group_advantages(r, G, estimator="optimal_token_baseline", grad_norms=norms)
+    assert_close(got, expected, atol=1e-6)
+
+
+class TinyPolicy:
+    """Three logits for each prefix of up to two tokens; token 0 ends a completion, as does the third token."""
+
+    def __init__(self) -> None:
+        g = torch.Generator().manual_seed(0)
+        prefixes = [(), (1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)]
+        p = torch.randn(len(prefixes), 3, generator=g).double().mul(1.5).softmax(1)
+        texts = [
+            c for n in (1, 2, 3) for c in product(range(3), repeat=n) if 0 not in c[:-1] and (n == 3 or c[-1] == 0)
+        ]
+        self.probability = torch.ones(len(texts)).double()
+        self.scores = torch.zeros(len(texts), 3, *p.shape).double()
+        for i, text in enumerate(texts):
+            for t, token in enumerate(text):
+                state = prefixes.index(text[:t])
+                self.scores[i, t, state] = torch.eye(3)[token] - p[state]
+                self.probability[i] *= p[state, token]
+        norms = self.scores.square().sum((2, 3))
+        self.norms = norms.where(torch.arange(3) < torch.tensor([[len(text)] for text in texts]), torch.nan)
+        self.rewards = 2 + torch.randn(len(texts), generator=g).double()
+
+    def gradients(self, groups: torch.Tensor, estimator: str | None) -> torch.Tensor:
+        """[B, states, 3] from groups [B, G] of completions; without an estimator the advantage is the reward."""
+        rewards, norms = self.rewards[groups].flatten(), self.norms[groups].flatten(0, 1)
+        A = rewards
+        if estimator:
+            A = group_advantages(rewards, groups.shape[1], estimator=estimator, grad_norms=norms)
+        return torch.einsum("bgt,bgtsv->bsv", A.view(*groups.shape, -1).expand(*groups.shape, 3), self.scores[groups])
+
+
+def test_optimal_token_baseline_leaves_the_gradient_unbiased():
+    """Its mean over all groups of three that the policy may sample is that without a baseline, and it varies less."""
+    policy = TinyPolicy()
+    groups = torch.tensor(list(product(range(len(policy.rewards)), repeat=3)))
+    probability = policy.probability[groups].prod(1)
+    plain, found = (policy.gradients(groups, estimator) for estimator in (None, "optimal_token_baseline"))
+    assert_close(
+        torch.einsum("b,bsv->sv", probability, found), torch.einsum("b,bsv->sv", probability, plain), atol=1e-7
+    )
+    assert probability @ found.square().sum((1, 2)) < 0.9 * probability @ plain.square().sum((1, 2))
+
+
+def test_optimal_token_baseline_has_less_variance_than_the_mean_in_large_groups():
+    policy = TinyPolicy()
+    generator = torch.Generator().manual_seed(1)
+    groups = torch.multinomial(policy.probability, 2000 * 32, replacement=True, generator=generator).view(2000, 32)
+    variances = [
+        policy.gradients(groups, estimator).var(0).sum() for estimator in ("optimal_token_baseline", "leave_one_out")
+    ]
+    assert variances[0] < 0.98 * variances[1]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -254,6 +329,11 @@ def test_the_config_says_truly_which_statistics_span_the_batch(estimator, scale_
         ({"aggregation": "sum"}, ["aggregation", "'sum'", "normalize_then_sum"]),
         ({"estimator": "gpg", "scale_rewards": "group"}, ["scale_rewards", "'group'", "'gpg'", "none"]),
         ({"estimator": "opo", "aggregation": "normalize_then_sum"}, ["aggregation", "'opo'", "group"]),
+        (
+            {"estimator": "optimal_token_baseline", "scale_rewards": "group"},
+            ["scale_rewards", "optimal_token_baseline"],
+        ),
+        ({"estimator": "optimal_token_baseline", "turn_credit": "return_to_go"}, ["return_to_go", "episode"]),
         ({"estimator": "pass_at_k"}, ["k is None", "pass_at_k"]),
         ({"k": 2}, ["k is 2", "pass_at_k"]),
         ({"estimator": "pass_at_k", "k": 0}, ["k is 0"]),
@@ -273,6 +353,7 @@ def test_contradictions_are_refused_where_they_are_made(options, words):
         ([1.0, float("inf")], {}, ["infinite", "None"]),
         ([1.0, 2.0], {"weights": [1.0, 1.0]}, ["weights", "2 values", "1 reward"]),
         ([1.0, 2.0], {"estimator": "opo"}, ["opo", "lengths"]),
+        ([1.0, 2.0], {"estimator": "optimal_token_baseline"}, ["optimal_token_baseline", "grad_norms"]),
         ([1.0, -2.0], {"estimator": "max_rl"}, ["max_rl", "-2"]),
         ([1.0, 0.0], {"estimator": "pass_at_k", "k": 3}, ["k is 3", "num_generations is 2"]),
     ],

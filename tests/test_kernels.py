@@ -71,6 +71,33 @@ def test_fp32_outputs_and_gradients(blocks, vocabulary, trainable, entropy_grad,
     assert_close(found, expected, values=5e-6, gradients=2e-6)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_squared_norm_of_the_gradient(blocks, softcap):
+    """With the same log-probs and entropies, to the bit, as without it."""
+    hidden, weight, bias, targets, _ = problem(20, 64, 1537)
+    options = {"temperature": 0.7, "softcap": softcap, "scale": 1.3}
+    expected = naive_logprob(hidden, weight, targets, bias=bias, **options, grad_norm=True)
+    args, bias = (hidden.float(), weight.float().requires_grad_(), targets), bias.float()
+    found = linear_logprob(*args, bias=bias, **options, grad_norm=True)
+    assert not any(x.requires_grad for x in found)
+    torch.testing.assert_close(found[2].double(), expected[2], rtol=1e-5, atol=0)
+    for x, y in zip(found, linear_logprob(*args, bias=bias, **options), strict=False):
+        assert torch.equal(x, y)
+
+
+def test_squared_norm_of_sure_tokens_and_of_logits():
+    """Where p(target) is 0.9999, 1 − 2p + Σ p² would be rounding; and it is the same from given logits."""
+    hidden, weight, _, targets, _ = problem(30, 64, 1537, spread=0.5)
+    hidden = hidden + 17 * weight[targets] / weight[targets].square().sum(1, keepdim=True)
+    hidden = hidden.bfloat16().double()
+    expected = naive_logprob(hidden, weight, targets, grad_norm=True)[2]
+    assert expected.max() < 1e-4
+    found = linear_logprob(hidden.float(), weight.float(), targets, grad_norm=True)[2]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+    found = logits_logprob((hidden @ weight.T).float(), targets, grad_norm=True)[2]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 def test_large_odd_vocabulary(trainable):
     args = problem(33, 32, 50_257)

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.policy import logprobs
 from lightning_grpo.policy.load import compute_head_in_float32
 from lightning_grpo.policy.logprobs import completion_logprobs
 
@@ -72,7 +73,7 @@ def batch(groups: int = 2, of: int = 3, P: int = 9, T: int = 7) -> dict:
     }
 
 
-def naive(model, rows, temperature=1.0, entropy_grad=False):
+def naive(model, rows, temperature=1.0, entropy_grad=False, grad_norm=False):
     """The definition, on the model's own logits."""
     mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], 1).long()
     ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], 1)
@@ -82,7 +83,9 @@ def naive(model, rows, temperature=1.0, entropy_grad=False):
     logp = (logits.float() / torch.as_tensor(temperature).reshape(-1, 1, 1)).log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     picked = logp.gather(2, rows["completion_ids"][..., None]).squeeze(2)
-    return tuple(torch.where(rows["completion_mask"], x, 0) for x in (picked, entropy))
+    slope = nn.functional.one_hot(rows["completion_ids"], logp.shape[-1]) - logp.exp()
+    results = (picked, entropy, slope.square().sum(-1))[: 3 if grad_norm else 2]
+    return tuple(torch.where(rows["completion_mask"], x, 0) for x in results)
 
 
 def solve(function, model, rows, **options):
@@ -133,6 +136,20 @@ def test_tokens_that_are_not_scored_are_context(name, share_prompt):
         ours(model, rows | {"completion_mask": own}, share_prompt=share_prompt), whole, strict=True
     ):
         torch.testing.assert_close(found, torch.where(own, expected, 0.0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["linear", "a module", "unknown"])
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_squared_norms_of_the_gradients(monkeypatch, share_prompt, head):
+    model, rows = make("Llama"), batch()
+    if head == "a module":
+        model.lm_head = nn.Sequential(model.lm_head)
+    elif head == "unknown":
+        monkeypatch.setattr(logprobs, "head_of", lambda *_: None)
+    found = ours(model, rows, temperature=0.7, share_prompt=share_prompt, grad_norm=True)
+    assert not found[2].requires_grad and found[2].max() > 0.5
+    for x, y in zip(found, naive(model, rows, temperature=0.7, grad_norm=True), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
 
 def test_whole_logits_never_exist(monkeypatch):

@@ -99,7 +99,7 @@ def _in_gradients(module: GRPOModule, experience: Experience, places: Sequence[i
     return Origin(f"the gradient of {name}")
 
 
-def _logprobs(module: GRPOModule, row: Experience, trainer: Trainer) -> tuple[Tensor, Tensor]:
+def _logprobs(module: GRPOModule, row: Experience, trainer: Trainer) -> tuple[Tensor, ...]:
     with trainer.precision_plugin.forward_context():
         return module.scorer.logprobs(module.policy, row, entropy_grad=module.objective.needs_entropy_grad)
 

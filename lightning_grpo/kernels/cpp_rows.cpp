@@ -54,18 +54,20 @@ float largest(const T *a, int64_t n, float factor, float m) {
     return m;
 }
 
-template <bool weights, class T>
-void sums(const T *a, T *w, int64_t n, float factor, float floor, float m, float &s_out, float &t_out) {
-    float s = 0, t = 0;
-#pragma omp simd reduction(+ : s, t)
+template <bool weights, bool squares, class T>
+void sums(const T *a, T *w, int64_t n, float factor, float floor, float m, float &s_out, float &t_out, float &q_out) {
+    float s = 0, t = 0, q = 0;
+#pragma omp simd reduction(+ : s, t, q)
     for (int64_t j = 0; j < n; j++) {
         float z = read(a[j]) * factor;
         float below = (z < floor ? floor : z) - m, e = exponential(below);
         s += e;
         t += e * below;
+        if (squares) q += e * e;
         if (weights) write(w[j], e);
     }
     s_out += s;
+    q_out += q;
     // Summation starts with the largest terms, so that rounding is relative to the sum.
     t_out += t + m * s;
 }
@@ -80,10 +82,10 @@ void slopes(const T *a, T *out, int64_t n, float factor, float floor, float lse,
     }
 }
 
-template <bool weights, class T>
+template <bool weights, bool squares, class T>
 void accumulate(const T *a, int64_t a_stride, T *w, int64_t w_stride, int64_t rows, int64_t width, int64_t first,
                 int threads, float floor, const int64_t *targets, const float *factors, float *m, float *s, float *t,
-                float *y, float *old) {
+                float *y, float *q, float *old) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         const T *row = a + i * a_stride;
@@ -97,9 +99,9 @@ void accumulate(const T *a, int64_t a_stride, T *w, int64_t w_stride, int64_t ro
             y[i] = z < floor ? floor : z;
         }
         float top = largest(row + right, width - right, factor, largest(row, left, factor, m[i]));
-        float shrink = std::exp(m[i] - top), sum = 0, mean = 0;
-        sums<weights>(row, to, left, factor, floor, top, sum, mean);
-        sums<weights>(row + right, to + right, width - right, factor, floor, top, sum, mean);
+        float shrink = std::exp(m[i] - top), sum = 0, mean = 0, square = 0;
+        sums<weights, squares>(row, to, left, factor, floor, top, sum, mean, square);
+        sums<weights, squares>(row + right, to + right, width - right, factor, floor, top, sum, mean, square);
         if (weights) {
             old[i] = shrink;
             if (here) write(to[target], 0);
@@ -107,6 +109,7 @@ void accumulate(const T *a, int64_t a_stride, T *w, int64_t w_stride, int64_t ro
         m[i] = top;
         s[i] = s[i] * shrink + sum;
         t[i] = t[i] * shrink + mean;
+        if (squares) q[i] = q[i] * shrink * shrink + square;
     }
 }
 
@@ -136,9 +139,11 @@ void gradient(const T *a, int64_t a_stride, T *out, int64_t out_stride, int64_t 
 #define EXPORT(NAME, T)                                                                                                \
     extern "C" void accumulate_##NAME(const T *a, int64_t a_stride, T *w, int64_t w_stride, int64_t rows,              \
                                       int64_t width, int64_t first, int threads, float floor, const int64_t *targets,  \
-                                      const float *factors, float *m, float *s, float *t, float *y, float *old) {      \
-        (w ? accumulate<true, T> : accumulate<false, T>)(a, a_stride, w, w_stride, rows, width, first, threads, floor, \
-                                                         targets, factors, m, s, t, y, old);                           \
+                                      const float *factors, float *m, float *s, float *t, float *y, float *q,          \
+                                      float *old) {                                                                    \
+        auto run = w ? (q ? accumulate<true, true, T> : accumulate<true, false, T>)                                    \
+                     : (q ? accumulate<false, true, T> : accumulate<false, false, T>);                                 \
+        run(a, a_stride, w, w_stride, rows, width, first, threads, floor, targets, factors, m, s, t, y, q, old);       \
     }                                                                                                                  \
     extern "C" void gradient_##NAME(const T *a, int64_t a_stride, T *out, int64_t out_stride, int64_t rows,            \
                                     int64_t width, int64_t first, int threads, float floor, const int64_t *targets,    \

@@ -34,7 +34,8 @@ def linear_logprob(
     scale: float = 1.0,
     entropy_grad: bool = False,
     coefficient: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    grad_norm: bool = False,
+) -> tuple[Tensor, ...]:
     """Return the targets' log-probs and the entropy of softmax(softcap(scale·(hidden·weightᵀ + bias)) / temperature).
 
     The logits are computed one block of the vocabulary at a time. The gradient ∂logprob/∂logits = G = onehot − p does
@@ -55,9 +56,10 @@ def linear_logprob(
             without a KL term: −advantage × weight. The forward then computes the gradients of a trained head too, and
             no matrix product is repeated. The backward compares it with the actual gradient of the loss, and computes
             the gradients again if they differ.
+        grad_norm: also return ‖∂logprob/∂logits‖² = 1 − 2p(target) + Σ p² [N] fp32, without gradients for any result.
 
     Returns:
-        (logprobs, entropy), [N] each, fp32, in nats.
+        (logprobs, entropy), [N] each, fp32, in nats; with ``grad_norm`` a third value.
 
     Raises:
         UserError: shapes or dtypes that do not match, or targets outside the vocabulary.
@@ -85,6 +87,8 @@ def linear_logprob(
     targets = targets.long()
     coefficient = None if coefficient is None else coefficient.detach().float()
     with torch.autocast(device_type, enabled=False):
+        if grad_norm:
+            return _with_grad_norm(hidden, weight, bias, targets, transform)
         return _LinearLogprob.apply(
             hidden, weight, bias, targets, transform, entropy_grad, coefficient, torch.is_grad_enabled()
         )
@@ -109,7 +113,8 @@ class _LinearLogprob(torch.autograd.Function):
             blocks = [Block(ids) for ids in cut(weight, block_width(hidden, weight))]
         else:
             buffer = gradient_buffer(hidden, weight, budget_for(hidden).kept if recording and not entropy_grad else 0)
-            softmax, blocks = _softmax(hidden, weight, bias, targets, transform, buffer)
+            stats = Statistics.empty(len(hidden), hidden.device)
+            softmax, blocks = _softmax(stats, hidden, weight, bias, targets, transform, buffer)
         if recording and not ctx.frozen:
             ctx.transform, ctx.ids = transform, [block.ids for block in blocks]
             kept = (x for block in blocks for x in (block.g, block.scale))
@@ -163,11 +168,29 @@ def _multiple(c: Tensor, coefficient: Tensor) -> float | None:
     return scale if same else None
 
 
+@torch.no_grad()
+def _with_grad_norm(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: Transform
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probs, entropy and ‖∂logprob/∂logits‖² of the rows."""
+    stats = Statistics.empty(len(hidden), hidden.device, squares=True)
+    softmax, _ = _softmax(stats, hidden, weight, bias, targets, transform, gradient_buffer(hidden, weight, 0))
+    return softmax.logprob, softmax.entropy, stats.grad_norm(softmax)
+
+
 def _softmax(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: Transform, buffer: Tensor
+    stats: Statistics,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: Transform,
+    buffer: Tensor,
 ) -> tuple[Softmax, list[Block]]:
-    """Return the softmax of the rows, and the blocks of the vocabulary with as many gradients as fit in ``buffer``."""
-    stats = Statistics.empty(len(hidden), hidden.device)
+    """Return the softmax of the rows, and the blocks of the vocabulary with as many gradients as fit in ``buffer``.
+
+    The empty ``stats`` are filled.
+    """
     width = block_width(hidden, weight)
     memory = block_memory(hidden, width, logits_dtype(hidden))
     cuts, blocks = cut(weight, width), []
@@ -235,7 +258,8 @@ def _with_known_coefficient(
     buffer = gradient_buffer(hidden[:step], weight)
     for start in range(0, max(len(hidden), 1), step):
         i = slice(start, start + step)
-        softmax, blocks = _softmax(hidden[i], weight, bias, targets[i], transform.rows(i), buffer)
+        stats = Statistics.empty(len(targets[i]), hidden.device)
+        softmax, blocks = _softmax(stats, hidden[i], weight, bias, targets[i], transform.rows(i), buffer)
         softmaxes.append(softmax)
         chunk = hidden[i], weight, bias, targets[i], transform.rows(i), softmax, blocks
         part, _, _ = _gradients(*chunk, coefficient[i], None, needs, (grad_weight, grad_bias))

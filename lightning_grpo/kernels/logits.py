@@ -10,8 +10,13 @@ from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform, check
 
 
 def logits_logprob(
-    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, entropy_grad: bool = False
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy_grad: bool = False,
+    grad_norm: bool = False,
+) -> tuple[Tensor, ...]:
     """Return the log-prob of each target and the entropy of softmax(logits / temperature).
 
     For heads that `linear_logprob` does not support. The backward keeps the logits rather than a softmax in fp32.
@@ -21,9 +26,10 @@ def logits_logprob(
         targets: [N] integers in [0, V).
         temperature: a number, or [N] with one value per row.
         entropy_grad: propagate gradients from the entropy too.
+        grad_norm: also return ‖∂logprob/∂logits‖² [N]; see `linear_logprob`.
 
     Returns:
-        (logprobs, entropy), [N] each, fp32, in nats.
+        (logprobs, entropy), [N] each, fp32, in nats; with ``grad_norm`` a third value.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise UserError(
@@ -32,16 +38,25 @@ def logits_logprob(
     check_type("logits", logits)
     transform = Transform.build(targets, logits.shape[1], temperature)
     targets = targets.long()
+    if grad_norm:
+        stats, softmax = _softmax(logits.detach(), targets, transform, squares=True)
+        return softmax.logprob, softmax.entropy, stats.grad_norm(softmax)
     return _LogitsLogprob.apply(logits, targets, transform, entropy_grad)
+
+
+def _softmax(
+    logits: Tensor, targets: Tensor, transform: Transform, *, squares: bool = False
+) -> tuple[Statistics, Softmax]:
+    stats = Statistics.empty(len(logits), logits.device, squares=squares)
+    ids = slice(0, logits.shape[1])
+    rows.rows_for(logits, None, transform).accumulate(logits, ids, targets, transform, stats)
+    return stats, stats.finish()
 
 
 class _LogitsLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, transform, entropy_grad):
-        stats = Statistics.empty(len(logits), logits.device)
-        ids = slice(0, logits.shape[1])
-        rows.rows_for(logits, None, transform).accumulate(logits, ids, targets, transform, stats)
-        softmax = stats.finish()
+        _, softmax = _softmax(logits, targets, transform)
         ctx.transform = transform
         ctx.save_for_backward(logits, targets, *softmax)
         ctx.set_materialize_grads(False)

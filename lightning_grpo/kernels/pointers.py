@@ -28,7 +28,7 @@ def read_values(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.is_floating_point() else torch.int64).contiguous()
 
 
-def check_written(*values: Tensor) -> None:
+def check_written(*values: Tensor | None) -> None:
     """Raise `UserError` unless the values [N], which are written in place, are contiguous fp32."""
-    if not all(x.is_contiguous() and x.dtype == torch.float32 for x in values):
+    if not all(x is None or (x.is_contiguous() and x.dtype == torch.float32) for x in values):
         raise UserError("statistics must be contiguous fp32, as created by Statistics.empty")

@@ -4,6 +4,7 @@ A block a [N, ≥ W] has the head's output for W consecutive ids of the vocabula
 logits of the sampled distribution. The statistics of a row are taken over its tokens *other than the target*:
 
     m  largest z so far      s  Σ exp(z − m)      t  Σ exp(z − m)·z      y  the target's z
+                             q  Σ exp(z − m)², only if it is asked for
 
 Excluding the target until the end keeps 1 − p(target) accurate if p(target) is nearly 1, as it is for most tokens that
 the model has sampled.
@@ -80,18 +81,26 @@ class Transform(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """m, s, t, y as defined in the module docstring, each [N] in fp32."""
+    """m, s, t, y and perhaps q as defined in the module docstring, each [N] in fp32."""
 
     m: Tensor
     s: Tensor
     t: Tensor
     y: Tensor
+    q: Tensor | None = None
 
     @classmethod
-    def empty(cls, n: int, device: torch.device) -> "Statistics":
+    def empty(cls, n: int, device: torch.device, *, squares: bool = False) -> "Statistics":
         # Not torch's default dtype, which Lightning changes in true half precision.
-        zeros = torch.zeros(3, n, dtype=torch.float32, device=device)
+        zeros = torch.zeros(4 if squares else 3, n, dtype=torch.float32, device=device)
         return cls(torch.full((n,), FLOOR, dtype=torch.float32, device=device), *zeros.unbind())
+
+    def rows(self, index: slice) -> "Statistics":
+        return Statistics(*(None if x is None else x[index] for x in self))
+
+    def grad_norm(self, softmax: "Softmax") -> Tensor:
+        """‖∂logprob/∂z‖² = ‖onehot − p‖² = (1 − p(target))² + Σ p² over the other tokens, [N]."""
+        return softmax.rest.square() * (1 + self.q / self.s.square())
 
     def finish(self) -> "Softmax":
         m = torch.maximum(self.m, self.y)

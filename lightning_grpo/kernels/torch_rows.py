@@ -23,7 +23,7 @@ def accumulate(
     joins = None if weights is None else torch.empty(2, len(a), dtype=torch.float32, device=a.device)
     for i in _cached_rows(a):
         chunk = transform.rows(i)
-        m, s, t, y = (x[i] for x in stats)
+        m, s, t, y, q = stats.rows(i)
         z = chunk.logits(a[i, :width])
         here = targets_within(targets[i], ids)
         y[here[0]] = z[here]
@@ -36,6 +36,8 @@ def accumulate(
         old, new = (m - largest).exp_(), (top - largest).exp_().div_(p.amax(1))
         s.mul_(old).add_(new * p.sum(1))
         t.mul_(old).add_(new * torch.linalg.vecdot(p, z))
+        if q is not None:
+            q.mul_(old.square()).add_(new.square() * torch.linalg.vecdot(p, p))
         m.copy_(largest)
         if weights is not None:
             weights[i, :width].copy_(chunk.chain_(p, z))

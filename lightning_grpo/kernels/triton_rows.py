@@ -48,6 +48,7 @@ def _accumulate_kernel(
     s_ptr,
     t_ptr,
     y_ptr,
+    q_ptr,
     old_ptr,
     first,
     width,
@@ -55,6 +56,7 @@ def _accumulate_kernel(
     FLOOR: tl.constexpr,
     CAPPED: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    SQUARES: tl.constexpr,
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -69,6 +71,7 @@ def _accumulate_kernel(
     m = before
     s = tl.zeros([TILE], tl.float32)
     t = tl.zeros([TILE], tl.float32)
+    q = tl.zeros([TILE], tl.float32)
     for start in range(0, width, TILE):
         columns = start + tl.arange(0, TILE)
         z = _logits(a_ptr, columns, width, room, factor, cap, FLOOR, CAPPED)
@@ -78,11 +81,15 @@ def _accumulate_kernel(
         e = tl.exp(z - largest)
         s = s * shrink + e
         t = t * shrink + e * z
+        if SQUARES:
+            q = q * (shrink * shrink) + e * e
         m = largest
     old = tl.exp(before - m)
     tl.store(m_ptr + row, m)
     tl.store(s_ptr + row, tl.load(s_ptr + row) * old + tl.sum(s, 0))
     tl.store(t_ptr + row, tl.load(t_ptr + row) * old + tl.sum(t, 0))
+    if SQUARES:
+        tl.store(q_ptr + row, tl.load(q_ptr + row) * (old * old) + tl.sum(q, 0))
     if WEIGHTS:
         tl.store(old_ptr + row, old)
         w_ptr += row * w_stride
@@ -156,7 +163,11 @@ def accumulate(
                 read_values(targets),
                 factor,
                 factor if transform.cap is None else read_values(transform.cap),
-                *stats,
+                stats.m,
+                stats.s,
+                stats.t,
+                stats.y,
+                stats.m if stats.q is None else stats.q,
                 stats.m if joins is None else joins[0],
                 ids.start,
                 ids.stop - ids.start,
@@ -164,6 +175,7 @@ def accumulate(
                 FLOOR=FLOOR,
                 CAPPED=transform.cap is not None,
                 WEIGHTS=weights is not None,
+                SQUARES=stats.q is not None,
                 TILE=TILE,
                 num_warps=WARPS,
             )

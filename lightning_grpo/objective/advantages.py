@@ -1,6 +1,7 @@
 """Advantages from rewards: subtract a baseline, and optionally divide by a scale.
 
-Shapes: B prompts, G generations, N = B·G completions (prompt-major), R reward functions. NaN means "no reward".
+Shapes: B prompts, G generations, N = B·G completions (prompt-major), R reward functions, T completion length. NaN means
+"no reward".
 All computations are in float64.
 """
 
@@ -15,7 +16,16 @@ from lightning_grpo.errors import UserError
 from lightning_grpo.ranges import check_ranges
 
 Estimator = Literal[
-    "group", "leave_one_out", "reinforce_pp", "reinforce_pp_baseline", "max_rl", "pass_at_k", "opo", "gpg", "lite_ppo"
+    "group",
+    "leave_one_out",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "max_rl",
+    "pass_at_k",
+    "opo",
+    "optimal_token_baseline",
+    "gpg",
+    "lite_ppo",
 ]
 Scale = Literal["none", "group", "batch"]
 RewardAggregation = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -55,8 +65,8 @@ class AdvantageConfig:
                 raise UserError(f"advantage.{name} is {value!r}; set one of {', '.join(get_args(choices))}")
         if self.estimator not in ("group", "leave_one_out", "opo") and self.scale_rewards != "none":
             raise UserError(
-                f"advantage.scale_rewards is {self.scale_rewards!r}, but estimator {self.estimator!r} has its own"
-                " scale; set scale_rewards to none"
+                f"advantage.scale_rewards is {self.scale_rewards!r}, which estimator {self.estimator!r} does not"
+                " support; set scale_rewards to none"
             )
         if self.aggregation == "normalize_then_sum" and self.estimator != "group":
             raise UserError(
@@ -67,6 +77,11 @@ class AdvantageConfig:
         if (self.k is not None) != (self.estimator == "pass_at_k"):
             raise UserError(
                 f"advantage.k is {self.k}, but estimator is {self.estimator!r}; set k with pass_at_k, and only then"
+            )
+        if self.turn_credit == "return_to_go" and self.needs_grad_norms:
+            raise UserError(
+                f"advantage.turn_credit is 'return_to_go', which compares turns, but estimator is {self.estimator!r},"
+                " which compares tokens; set turn_credit to episode, or another estimator"
             )
         if self.turn_credit == "return_to_go" and self.spans_batch:
             raise UserError(
@@ -79,6 +94,11 @@ class AdvantageConfig:
     def needs_groups(self) -> bool:
         """Whether the advantages of groups with one completion are all 0."""
         return self.estimator != "reinforce_pp"
+
+    @property
+    def needs_grad_norms(self) -> bool:
+        """Whether the policy must score the completions before their advantages are known, for `Rollout.grad_norms`."""
+        return self.estimator == "optimal_token_baseline"
 
     @property
     def spans_batch(self) -> bool:
@@ -96,8 +116,9 @@ class AdvantageConfig:
         *,
         weights: Tensor | list[float] | None = None,
         lengths: Tensor | None = None,
+        grad_norms: Tensor | None = None,
     ) -> Tensor:
-        """Return advantages [N], in the precision of ``rewards`` (at least float32).
+        """Return advantages [N], in the precision of ``rewards`` (at least float32); optimal_token_baseline: [N, T].
 
         A reward of NaN does not apply: it is left out of the sum of its row. A row whose rewards are all NaN gets A = 0
         and is left out of all statistics. Rounding noise (below 1e-10) becomes exactly 0, so that groups without signal
@@ -108,6 +129,8 @@ class AdvantageConfig:
             num_generations: G.
             weights: [R], the weight of each reward; None: 1 each.
             lengths: [N], tokens of each completion; required by opo.
+            grad_norms: [N, T], squared norm of ∂log-prob/∂logits of each token, NaN if the policy did not sample it;
+                required by optimal_token_baseline.
 
         Raises:
             UserError: a wrong shape, an infinite reward, or an option that does not fit the rewards.
@@ -124,6 +147,11 @@ class AdvantageConfig:
             raise UserError(f"advantage.k is {self.k}, but num_generations is {G}; set k ≤ num_generations")
         if self.estimator == "opo" and lengths is None:
             raise UserError("advantage.estimator is 'opo', whose baseline weights rewards by length; give lengths [N]")
+        if self.needs_grad_norms and grad_norms is None:
+            raise UserError(
+                f"advantage.estimator is {self.estimator!r}, whose baseline weights rewards by the gradients of tokens;"
+                " give grad_norms [N, T]"
+            )
         values = rewards.double()
         weights = torch.ones(R) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
         weights = weights.to(values)
@@ -136,11 +164,11 @@ class AdvantageConfig:
         else:
             total = total_rewards(values, weights)
             grouped = total.view(-1, G)
-            A = ESTIMATORS[self.estimator](grouped, lengths, self.k)
+            A = ESTIMATORS[self.estimator](grouped, grad_norms if self.needs_grad_norms else lengths, self.k)
             if self.scale_rewards != "none":
                 spread = std(grouped, 1) if self.scale_rewards == "group" else std(total, 0)
                 A = A / (spread + EPSILON)
-            A = A.reshape(N)
+            A = A.reshape(N, *A.shape[2:])
         A = A.nan_to_num(nan=0.0)
         A = torch.where(A.abs() < 1e-10, 0.0, A)
         return A.to(rewards.dtype if rewards.dtype == torch.float64 else torch.float32)
@@ -152,10 +180,12 @@ def group_advantages(
     *,
     weights: Tensor | list[float] | None = None,
     lengths: Tensor | None = None,
+    grad_norms: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """Return advantages [N] of ``rewards`` [N, R]; ``options`` are the fields of `AdvantageConfig`."""
-    return AdvantageConfig(**options)(rewards, num_generations, weights=weights, lengths=lengths)
+    config = AdvantageConfig(**options)
+    return config(rewards, num_generations, weights=weights, lengths=lengths, grad_norms=grad_norms)
 
 
 def total_rewards(rewards: Tensor, weights: Tensor | float = 1.0) -> Tensor:
@@ -220,6 +250,23 @@ def opo(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
     return r - (weight * r.nan_to_num()).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
 
 
+def optimal_token_baseline(r: Tensor, grad_norms: Tensor, k: int | None) -> Tensor:
+    """r − mean of the others in the group, weighted at a completion's t-th token by Σ ‖∂log π/∂logits‖² over their
+    first t tokens (arXiv:2602.07078; unbiased, because a completion is left out of its own baseline). For groups of 16
+    or more: in small ones the weights are noisy. The policy scores all completions before the update."""
+    r = centre(r, 1)
+    sampled = ~grad_norms.isnan()
+    # sampled tokens first, so that tool output between them does not count
+    order = sampled.long().argsort(dim=1, descending=True, stable=True)
+    energy = grad_norms.double().nan_to_num().gather(1, order).cumsum(1) * sampled.gather(1, order)
+    # the smallest weight is above 0: where no other completion has a t-th token, the baseline is their plain mean
+    weight = ((energy + 1e-8).view(*r.shape, -1) * ~r.isnan()[..., None]).to(r)
+    others = 1 - torch.eye(r.shape[1]).to(r)
+    baseline = others @ (weight * r.nan_to_num()[..., None]) / (others @ weight)
+    A = (r[..., None] - baseline).view(len(order), -1)
+    return torch.zeros_like(A).scatter(1, order, A).masked_fill(~sampled, 0.0).view(*r.shape, -1)
+
+
 def gpg(r: Tensor, lengths: Tensor | None, k: int | None) -> Tensor:
     """(r − mean of the group) / share of completions in groups with any spread (GPG, arXiv:2504.02546)."""
     scored = ~r.isnan()
@@ -270,6 +317,7 @@ ESTIMATORS = {
     "max_rl": max_rl,
     "pass_at_k": pass_at_k,
     "opo": opo,
+    "optimal_token_baseline": optimal_token_baseline,
     "gpg": gpg,
     "lite_ppo": lite_ppo,
 }

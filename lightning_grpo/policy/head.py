@@ -36,8 +36,8 @@ class Head:
         """Whether the module computes exactly hidden @ weight.T + bias."""
         return type(self.module).forward in (nn.Linear.forward, Float32Linear.forward)
 
-    def logprobs(self, forward: Callable, hidden: Tensor, options: dict) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropies, [A] each, of ``hidden`` [A, H]; ``forward`` is the module's original one."""
+    def logprobs(self, forward: Callable, hidden: Tensor, options: dict) -> tuple[Tensor, ...]:
+        """Return the results of `linear_logprob` for ``hidden`` [A, H]; ``forward`` is the module's original one."""
         # A weight that stays sharded while its module runs (tensor parallelism) is only used through the module.
         if self.is_linear and not isinstance(self.module.weight, DTensor):
             linear = cast(nn.Linear, self.module)
@@ -52,17 +52,18 @@ class Head:
                     return linear_logprob(hidden.float(), weight.float(), bias=bias, **others)
             return linear_logprob(hidden, weight, bias=bias, **others)
 
+        flags = {name: options[name] for name in ("entropy_grad", "grad_norm")}
+
         def chunk(hidden, targets, temperature):
             logits = forward(hidden)[:, : self.vocabulary].float() * self.scale
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
-            return logits_logprob(logits, targets, temperature=temperature, entropy_grad=options["entropy_grad"])
+            return logits_logprob(logits, targets, temperature=temperature, **flags)
 
         temperature = torch.as_tensor(options["temperature"], device=hidden.device).expand(len(hidden))
         parts = [x.split(HEAD_CHUNK) for x in (hidden, options["targets"], temperature)]
         results = [checkpoint(chunk, *part, use_reentrant=False) for part in zip(*parts, strict=True)]
-        logprobs, entropy = (torch.cat(x) for x in zip(*results, strict=True))
-        return logprobs, entropy
+        return tuple(torch.cat(x) for x in zip(*results, strict=True))
 
 
 @contextmanager

@@ -33,7 +33,8 @@ def completion_logprobs(
     share_prompt: bool = True,
     entropy_grad: bool = False,
     coefficient: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    grad_norm: bool = False,
+) -> tuple[Tensor, ...]:
     """Return the log-prob of each completion token given the preceding tokens, and the entropy of its distribution.
 
     Args:
@@ -47,9 +48,11 @@ def completion_logprobs(
         share_prompt: compute a prompt that several rows share only once (with gradients).
         entropy_grad: propagate gradients from the entropy too.
         coefficient: [N, T], ∂loss/∂logprob if it is known before the loss, which saves work in `linear_logprob`.
+        grad_norm: also return the squared norm of ∂log-prob/∂logits, without gradients for any result.
 
     Returns:
-        (logprobs, entropy), [N, T] each, fp32, in nats; 0 at positions where ``completion_mask`` is False.
+        (logprobs, entropy), [N, T] each, fp32, in nats; 0 at positions where ``completion_mask`` is False. With
+        ``grad_norm`` a third value.
     """
     mask = completion_mask
     P0, T1 = _padding(prompt_mask), completion_mask.shape[1] - _padding(completion_mask.flip(1))
@@ -61,6 +64,7 @@ def completion_logprobs(
         temperature,
         entropy_grad,
         None if coefficient is None else coefficient[:, :T1],
+        grad_norm,
     )
     head = head_of(model, batch.prompt_ids[:1, -2:])
     if head is None:
@@ -70,8 +74,7 @@ def completion_logprobs(
         run = _unshared if shared is None else _shared
         with _casts_once():
             results = run(model, head, batch, shared)
-    logprobs, entropy = (x.new_zeros(mask.shape).masked_scatter(mask.bool(), x) for x in results)
-    return logprobs, entropy
+    return tuple(x.new_zeros(mask.shape).masked_scatter(mask.bool(), x) for x in results)
 
 
 def _padding(mask: Tensor) -> int:
@@ -89,6 +92,7 @@ class _Batch:
     temperature: float | Tensor
     entropy_grad: bool
     coefficient: Tensor | None
+    grad_norm: bool
 
     def options(self) -> dict:
         """The arguments of `linear_logprob` for the active tokens, in the order of ``x[completion_mask]``."""
@@ -100,6 +104,7 @@ class _Batch:
             "temperature": t,
             "entropy_grad": self.entropy_grad,
             "coefficient": None if self.coefficient is None else self.coefficient[self.completion_mask],
+            "grad_norm": self.grad_norm,
         }
 
     @property
@@ -127,7 +132,7 @@ def _casts_once() -> Iterator[None]:
         torch.set_autocast_cache_enabled(cached)
 
 
-def _unshared(model, head: Head, batch: _Batch, _) -> tuple[Tensor, Tensor]:
+def _unshared(model, head: Head, batch: _Batch, _) -> tuple[Tensor, ...]:
     T = batch.completion_ids.shape[1]
     return _call(model, head, batch, batch.inputs(model), lambda hidden: hidden[:, -T:])
 
@@ -147,11 +152,11 @@ def _call(model, head: Head, batch: _Batch, inputs: dict, predicting: Callable):
         logits = model(**inputs).logits
     if isinstance(model, FSDPModule):
         # FSDP registers its backward hooks on the output of the model.
-        result = (result[0] + 0 * logits.sum(), result[1])
+        result = (result[0] + 0 * logits.sum(), *result[1:])
     return result
 
 
-def _through_logits(model, batch: _Batch) -> tuple[Tensor, Tensor]:
+def _through_logits(model, batch: _Batch) -> tuple[Tensor, ...]:
     T = batch.completion_ids.shape[1]
     logits = model(**batch.inputs(model)).logits[:, -T:][batch.completion_mask]
     options = batch.options()
@@ -201,7 +206,7 @@ def _shared_prompts(model: nn.Module, batch: _Batch) -> _Shared | None:
     return _Shared(rows, inverse, cache)
 
 
-def _shared(model, head: Head, batch: _Batch, shared: _Shared) -> tuple[Tensor, Tensor]:
+def _shared(model, head: Head, batch: _Batch, shared: _Shared) -> tuple[Tensor, ...]:
     """Run each distinct prompt once, keeping its key-value cache and graph, and then all completions with the cache."""
     last = None
 

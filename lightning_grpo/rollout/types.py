@@ -181,6 +181,8 @@ class Rollout:
     truncated           [N]        bool, True if the completion was cut off at the length limit or by a cutoff
     versions            [N, T]     int64, policy version that sampled the token; 0 if completion_mask is False
     early_rewards       [N, R]     float32, of the R rewards that are computed during sampling; None if there are none
+    grad_norms          [N, T]     float32, squared norm of ∂log-prob/∂logits under the policy, NaN if completion_mask
+                                   is False; None unless `AdvantageConfig.needs_grad_norms`
     sources             [N]        list of `Prompt.source`; None in a checkpoint of an earlier version
     seeds               [N]        list of the seeds with which the completions were sampled; None if unknown
     extras              [N]        list of {name: value} that rewards logged with ``log_extra``; None if unknown
@@ -202,6 +204,7 @@ class Rollout:
     truncated: Tensor
     versions: Tensor = field(metadata=COMPLETION_TOKENS)
     early_rewards: Tensor | None = None
+    grad_norms: Tensor | None = field(default=None, metadata=COMPLETION_TOKENS)
     sources: list[str] | None = None
     seeds: list[int] | None = None
     extras: list[dict[str, Any]] | None = None

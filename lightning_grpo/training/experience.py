@@ -24,7 +24,7 @@ class Experience(Rollout):
     rewards             [N, R]     float32, NaN where a reward does not apply
     contributions       [N, R]     float32, each reward as it counts in the sum: times its weight, 0 if a reward that it
                                    requires is too low, NaN where it does not apply
-    advantages          [N]        float32; [N, T] if an overridden `compute_advantages` gives each token its own
+    advantages          [N]        float32; [N, T] if they differ between the tokens of a completion
     old_logprobs        [N, T]     log-probs of the sampling policy, recomputed by the trainer; None when on-policy
     ref_logprobs        [N, T]     log-probs of the reference policy; None if β is 0
     logprobs            [N, T]     log-probs of the policy when it was first trained on the token, NaN if it was not;

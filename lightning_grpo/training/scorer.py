@@ -44,9 +44,15 @@ class Scorer:
             self.initial = trained_values(policy)
 
     def logprobs(
-        self, model: nn.Module, rows: Rollout, *, entropy_grad: bool = False, coefficient: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [n, T] of the completions' tokens.
+        self,
+        model: nn.Module,
+        rows: Rollout,
+        *,
+        entropy_grad: bool = False,
+        coefficient: Tensor | None = None,
+        grad_norm: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Log-probs and entropies [n, T] of the completions' tokens; with ``grad_norm`` a third value.
 
         Args:
             model: the policy or its reference.
@@ -54,6 +60,7 @@ class Scorer:
             entropy_grad: whether the entropy needs a gradient.
             coefficient: [n, T], the gradient of the loss with respect to the log-probs if it is known beforehand,
                 which saves memory and time.
+            grad_norm: also return the squared norm of ∂log-prob/∂logits, without gradients for any result.
         """
         return completion_logprobs(
             model,
@@ -65,6 +72,7 @@ class Scorer:
             share_prompt=self.share_prompt,
             entropy_grad=entropy_grad,
             coefficient=coefficient,
+            grad_norm=grad_norm,
         )
 
     @contextmanager
@@ -79,7 +87,6 @@ class Scorer:
             torch.manual_seed(rollout_seeds(self.seed, number, trainer.global_rank, micro_batch))
             yield
 
-    @torch.no_grad()
     def score(
         self,
         model: nn.Module,
@@ -93,14 +100,42 @@ class Scorer:
         They are computed in the trainer's precision and on the micro-batches of the update: as long as the policy has
         not changed, they equal bit for bit what the update will compute, so that the first ratio is exactly 1.
         """
-        logprobs = torch.zeros_like(rollout.rollout_logprobs)
+        logprobs, _ = self._score(model, rollout, micro_batches, number, trainer)
+        return logprobs
+
+    def score_with_norms(
+        self,
+        model: nn.Module,
+        rollout: Rollout,
+        micro_batches: Sequence[list[int]],
+        number: int,
+        trainer: Trainer,
+    ) -> tuple[Tensor, Tensor]:
+        """What `score` returns, and `Rollout.grad_norms` [N, T]."""
+        logprobs, _, norms = self._score(model, rollout, micro_batches, number, trainer, grad_norm=True)
+        return logprobs, norms.masked_fill(~rollout.completion_mask, torch.nan)
+
+    @torch.no_grad()
+    def _score(
+        self,
+        model: nn.Module,
+        rollout: Rollout,
+        micro_batches: Sequence[list[int]],
+        number: int,
+        trainer: Trainer,
+        *,
+        grad_norm: bool = False,
+    ) -> list[Tensor]:
+        """The results of `logprobs`, [N, T] each, and 0 for rows that are in no micro-batch."""
+        scores = [torch.zeros_like(rollout.rollout_logprobs) for _ in range(3 if grad_norm else 2)]
         with trainer.precision_plugin.forward_context():
             for k, index in enumerate(micro_batches):
                 rows = rollout.rows(index, trainer.strategy.root_device)
                 with self.seeded(trainer, number, k):
-                    values, _ = self.logprobs(model, rows)
-                logprobs[index, : values.shape[1]] = values.to(logprobs.device, logprobs.dtype)
-        return logprobs
+                    results = self.logprobs(model, rows, grad_norm=grad_norm)
+                for score, values in zip(scores, results, strict=True):
+                    score[index, : values.shape[1]] = values.to(score)
+        return scores
 
     def score_reference(
         self,
