@@ -1,5 +1,6 @@
 """Episodes against a scripted engine: token-exact histories, limits, concurrency, errors."""
 
+import asyncio
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -263,8 +264,6 @@ class Slow(Environment):
 
 class SlowAsync(Slow):
     async def step(self, completion):
-        import asyncio
-
         self.steps += 1
         if self.is_slow:
             for _ in range(2000):
@@ -339,6 +338,46 @@ def test_an_error_names_the_environment_and_the_row(tokenizer, kind, answer, mes
     environment = kind(answer=answer)
     with pytest.raises(RunError, match=message):
         run(tokenizer, environment, Script(lambda turn: letters(tokenizer, "a")), samples=2)
+
+
+class Hung(Broken):
+    """Waits until the test ends."""
+
+    method = "step"
+    released = threading.Event()
+
+    def reset(self, row):
+        if self.method == "reset":
+            self.released.wait()
+
+    def step(self, completion):
+        if self.method == "step":
+            self.released.wait()
+        return Step(done=True)
+
+    def close(self):
+        if self.method == "close":
+            self.released.wait()
+
+
+class HungAsync(Broken):
+    async def step(self, completion):
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(Hung, "reset"), (Hung, "step"), (Hung, "close"), (HungAsync, "step")],
+)
+def test_a_call_that_does_not_end_stops_the_run(tokenizer, monkeypatch, kind, method):
+    monkeypatch.setattr(Hung, "method", method)
+    monkeypatch.setattr(Hung, "released", threading.Event())
+    message = rf"line 1: {kind.__name__}.{method} took more than 0.05 seconds; .* step_time_limit \(null"
+    try:
+        with pytest.raises(RunError, match=message):
+            run(tokenizer, kind(step_time_limit=0.05), Script(lambda turn: letters(tokenizer, "a")), samples=2)
+    finally:
+        Hung.released.set()
 
 
 def test_every_environment_is_closed_once(tokenizer):

@@ -231,6 +231,15 @@ def test_a_call_ends_at_its_time_limit():
     assert [message["content"] for message in step.observation] == ["Error: fail took more than 0.05 seconds", "1"]
 
 
+def test_slow_calls_do_not_exceed_the_time_of_a_step():
+    slow = environment(tool_time_limit=0.095, step_time_limit=0.1)
+    reasons = [message["content"] for message in run(slow, 3 * call("fail", kind="wait")).observation]
+    assert "Error: fail took more than 0.09" in reasons[0]
+    assert reasons[1:] == 2 * ["Error: there was no time left to call fail"]
+    with pytest.raises(UserError, match=r"tool_time_limit is 30, but all calls of a turn together have 30 seconds"):
+        environment(step_time_limit=30)
+
+
 def test_the_tokenizer_describes_the_format():
     described = environment()
     described.prepare(SimpleNamespace(response_template=DESCRIPTION))

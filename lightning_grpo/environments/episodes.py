@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_grpo.data.prompts import Prompt
 from lightning_grpo.data.rows import Message, as_template_args, as_tools
 from lightning_grpo.environments import calls
-from lightning_grpo.environments.calls import Calls
+from lightning_grpo.environments.calls import Calls, TimeLimitError
 from lightning_grpo.environments.protocol import Environment, Step
 from lightning_grpo.environments.template import TurnTemplate, followed_by
 from lightning_grpo.errors import RunError, UserError
@@ -144,7 +144,7 @@ class Episodes:
         self.max_prompt_length = max_prompt_length
         self.max_tokens = max_tokens
         self._episodes: list[Episode] = []
-        self._calls = Calls()
+        self._calls = Calls(prototype.step_time_limit)
 
     def __enter__(self) -> Self:
         return self
@@ -177,7 +177,8 @@ class Episodes:
 
         Raises:
             UserError: a prompt is plain text, or too long with the messages of `Environment.reset`.
-            RunError: the environment raised an exception, or returned something that is not allowed.
+            RunError: the environment raised an exception, exceeded its step_time_limit, or returned something that is
+                not allowed.
         """
         require_messages(prompts)
         groups: list[list[Episode]] = []
@@ -316,6 +317,11 @@ def _result(future: Future, episode: Episode, method: str) -> Any:
     error = future.exception()
     if error is None:
         return future.result()
+    if isinstance(error, TimeLimitError):
+        raise RunError(
+            f"{episode.where(method)} took more than {episode.environment.step_time_limit:g} seconds; set timeouts for "
+            "what it waits for, or raise the environment's step_time_limit (null disables it)"
+        )
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != calls.__file__]
     stack = "".join(traceback.format_list(frames))
     raise RunError(f"{episode.where(method)} raised {type(error).__name__}: {error}\n{stack.rstrip()}") from error

@@ -45,12 +45,15 @@ class Environment(ABC):
     max_turn_tokens: int | None = None
     """The largest number of tokens of one turn. By default what is left of max_completion_length, which bounds all
     tokens after the prompt, observations included."""
+    step_time_limit: float | None = 300.0
+    """Maximum seconds per call of `step`, `reset` or `close`. When a call exceeds it, the run ends with an error that
+    names the row. null disables the limit."""
     seed: int = field(default=0, init=False, repr=False)
     """Seed of the sample, set before `reset`. It is a function of the run's seed, the rollout, the row and the sample.
     If all random numbers of an environment follow from it, a resumed run samples the same episodes again."""
 
     def __post_init__(self) -> None:
-        ranges = {"max_turns": "[1, inf)", "max_turn_tokens": "[1, inf)"}
+        ranges = {"max_turns": "[1, inf)", "max_turn_tokens": "[1, inf)", "step_time_limit": "(0, inf)"}
         check_ranges(self, ranges, prefix=f"{type(self).__name__}.")
 
     def prepare(self, tokenizer: Any) -> None:  # noqa: B027  most environments need no tokenizer

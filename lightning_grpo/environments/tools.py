@@ -3,6 +3,8 @@
 import asyncio
 import inspect
 import json
+import math
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -59,6 +61,11 @@ class ToolEnvironment(Environment):
         super().__post_init__()
         ranges = {"tool_time_limit": "(0, inf)", "max_result_length": "[1, inf)"}
         check_ranges(self, ranges, prefix=f"{type(self).__name__}.")
+        if self.step_time_limit is not None and self.tool_time_limit >= self.step_time_limit:
+            raise UserError(
+                f"{type(self).__name__}.tool_time_limit is {self.tool_time_limit:g}, but all calls of a turn together "
+                f"have {self.step_time_limit:g} seconds; raise step_time_limit, or set it to null"
+            )
         functions = [resolve(tool, "tool") for tool in self.tools]
         self._functions = {function.__name__: function for function in functions}
         if len(self._functions) < len(functions):
@@ -81,11 +88,13 @@ class ToolEnvironment(Environment):
     async def step(self, completion: str) -> Step:
         """Execute the calls of a completion in their order."""
         calls = parse_calls(completion, self._response_template)
+        # a completion of many slow calls must not end the run
+        deadline = time.monotonic() + 0.9 * (self.step_time_limit or math.inf)
         messages: list[Message] = []
         failures: list[float] = []
         for call in calls:
             try:
-                text, failed = _as_text(await self._execute(call)), 0.0
+                text, failed = _as_text(await self._execute(call, deadline)), 0.0
             except RunError:  # for example, no worker process can be started
                 raise
             except Exception as error:
@@ -101,20 +110,23 @@ class ToolEnvironment(Environment):
             metrics={"tools/call_frequency": float(len(calls)), "tools/failure_frequency": failures},
         )
 
-    async def _execute(self, call: ToolCall) -> Any:
+    async def _execute(self, call: ToolCall, deadline: float) -> Any:
         if call.error:
             raise ToolError(call.error)
         if call.name not in self._functions:
             raise ToolError(f"there is no tool {call.name!r}; the tools are {', '.join(self._functions)}")
         function = self._functions[call.name]
         _check_arguments(call, function, self._schemas[call.name]["function"]["parameters"]["properties"])
+        seconds = min(self.tool_time_limit, deadline - time.monotonic())
+        if seconds <= 0:
+            raise ToolError(f"there was no time left to call {call.name}")
         try:
-            async with asyncio.timeout(self.tool_time_limit) as limit:
+            async with asyncio.timeout(seconds) as limit:
                 return await run_tool(function, call.arguments)
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise ToolError(f"{call.name} took more than {self.tool_time_limit:g} seconds") from None
+            raise ToolError(f"{call.name} took more than {seconds:.3g} seconds") from None
 
 
 def resolve(path: str | Callable[..., Any], what: str) -> Callable[..., Any]:
