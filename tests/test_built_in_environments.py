@@ -1,9 +1,12 @@
 """The calculator, the Python tool and the guessing game."""
 
 import copy
+import json
 
 import pytest
+from fitting import fit, module
 
+from lightning_grpo import PromptDataModule
 from lightning_grpo.data.sources import hidden_numbers
 from lightning_grpo.environments import GuessNumber, calculate, run_python
 from lightning_grpo.environments.python_tools import evaluate
@@ -73,9 +76,28 @@ def test_the_game_goes_on_after_any_text(text):
     assert not step.done
 
 
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"low": 51, "high": None, "answer": 57}, "GuessNumber needs whole numbers .*NoneType"),
+        ({"low": 51, "high": "x", "answer": 57}, "GuessNumber needs whole numbers .*'x'"),
+        ({"low": 51, "high": 60, "answer": 61}, "the answer 61 is not between low = 51 and high = 60"),
+    ],
+    ids=["null", "text", "outside"],
+)
+def test_rows_that_give_no_game_are_refused_at_start(tmp_path, tiny_model_path, columns, reason):
+    rows = [{"prompt": [{"role": "user", "content": letter}]} for letter in "abcdefgh"]
+    good = {"low": 51, "high": 60, "answer": "57"}
+    lines = [json.dumps(row | (columns if i == 6 else good)) for i, row in enumerate(rows)]
+    (tmp_path / "numbers.jsonl").write_text("\n".join(lines))
+    policy = module(tiny_model_path, rewards=[], environment=GuessNumber(), max_prompt_length=20)
+    with pytest.raises(UserError, match=rf"numbers.jsonl, line 7: {reason}"):
+        fit(tmp_path, policy, PromptDataModule(str(tmp_path / "numbers.jsonl"), prompts_per_rollout=8, chat=True))
+
+
 def test_rows_without_the_columns_are_refused():
-    with pytest.raises(UserError, match="needs whole numbers in the columns low, high and answer"):
-        GuessNumber().reset({"prompt": "", "answer": "1"})
+    with pytest.raises(UserError, match=r"needs whole numbers in the columns low, high and answer .*'low'"):
+        GuessNumber().check([{"answer": "1"}])
 
 
 def test_hidden_numbers_lie_in_their_ranges():

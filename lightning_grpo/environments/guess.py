@@ -1,7 +1,7 @@
 """`GuessNumber`: a game of several turns, in which the policy finds a number by asking."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,14 +28,15 @@ class GuessNumber(Environment):
     _answer: int = field(default=0, init=False, repr=False)
     _turns: int = field(default=0, init=False, repr=False)
 
+    def check(self, rows: Sequence[Mapping[str, Any]], /) -> None:
+        """Raise `UserError` if a row lacks the columns, or its answer is not in the range."""
+        for row in rows:
+            low, high, answer = _numbers(row)
+            if not low <= answer <= high:
+                raise UserError(f"the answer {answer} is not between low = {low} and high = {high}; correct the row")
+
     def reset(self, row: Mapping[str, Any]) -> None:
-        try:
-            self._low, self._high, self._answer = (int(row[name]) for name in ("low", "high", "answer"))
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                f"GuessNumber needs whole numbers in the columns low, high and answer ({error!r}); set data.source to "
-                "hidden_numbers, or add the columns"
-            ) from error
+        self._low, self._high, self._answer = _numbers(row)
 
     def step(self, completion: str) -> Step:
         self._turns += 1
@@ -52,3 +53,14 @@ class GuessNumber(Environment):
             return Step(observation=f"It is higher than {guess}.", reward=reward)
         self._high = min(self._high, guess - 1)
         return Step(observation=f"It is lower than {guess}.", reward=reward)
+
+
+def _numbers(row: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The lowest and the highest number that are possible, and the one to find."""
+    try:
+        return int(row["low"]), int(row["high"]), int(row["answer"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"GuessNumber needs whole numbers in the columns low, high and answer ({error!r}); set data.source to "
+            "hidden_numbers, or add the columns"
+        ) from error

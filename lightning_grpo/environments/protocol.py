@@ -56,6 +56,13 @@ class Environment(ABC):
         ranges = {"max_turns": "[1, inf)", "max_turn_tokens": "[1, inf)", "step_time_limit": "(0, inf)"}
         check_ranges(self, ranges, prefix=f"{type(self).__name__}.")
 
+    def check(self, rows: Sequence[Mapping[str, Any]], /) -> None:  # noqa: B027  most can begin from any row
+        """Raise ValueError for rows of the data set from which no episode can begin. Called once, before training.
+
+        Args:
+            rows: all columns of each row but ``prompt``.
+        """
+
     def prepare(self, tokenizer: Any) -> None:  # noqa: B027  most environments need no tokenizer
         """Called with the policy's tokenizer before episodes begin. A copy of the tokenizer for every sample would be
         slow, so keep what is needed of it instead."""

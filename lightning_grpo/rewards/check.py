@@ -1,4 +1,5 @@
-"""Checks before training that every reward can score every row of the data set."""
+"""Checks before training that every reward can score every row of the data set, and that the environment can begin from
+it."""
 
 import hashlib
 import inspect
@@ -26,6 +27,12 @@ class Row(Protocol):
     def rewards(self) -> Collection[str] | None: ...
 
 
+class Checker(Protocol):
+    """A reward, or an environment."""
+
+    def check(self, rows: Sequence[Mapping[str, Any]], /) -> None: ...
+
+
 @runtime_checkable
 class Stored(Protocol):
     """Rows that are stored together with the keys of the rewards that accepted them."""
@@ -34,26 +41,28 @@ class Stored(Protocol):
     def accept(self, key: str) -> None: ...
 
 
-def check_rows(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
-    """Call `Reward.check` of every reward with the rows that it applies to.
+def check_rows(rewards: Sequence[Reward], rows: Sequence[Row], environment: Checker | None = None) -> None:
+    """Call `Reward.check` of every reward with the rows that it applies to, and ``check`` of the environment with all.
 
-    Of stored rows that the same rewards accepted in an earlier run, only the first ones are checked.
+    Of stored rows that the same rewards and environment accepted in an earlier run, only the first ones are checked.
 
     Raises:
-        UserError: a reward rejects a row, or a row names a reward that does not exist. The message states its location
+        UserError: a row is rejected, or names a reward that does not exist. The message states its location
             ("train.jsonl, line 7").
     """
-    key = _key(rewards) if isinstance(rows, Stored) else None
+    key = _key([*rewards, environment]) if isinstance(rows, Stored) else None
     if not isinstance(rows, Stored) or key is None:
-        _check(rewards, rows)
+        _check(rewards, rows, environment)
     elif rows.accepts(key):
-        _check(rewards, list(rows[:FIRST]))
+        _check(rewards, list(rows[:FIRST]), environment)
     else:
-        _check(rewards, list(rows))
+        _check(rewards, list(rows), environment)
         rows.accept(key)
 
 
-def _check(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
+def _check(rewards: Sequence[Reward], rows: Sequence[Row], environment: Checker | None) -> None:
+    if environment is not None:
+        _check_columns(environment, rows)
     names = [reward.name for reward in rewards]
     for row in rows:
         if unknown := [name for name in row.rewards or () if name not in names]:
@@ -68,26 +77,31 @@ def _check(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
                     "source do not include; add it to them"
                 )
     for reward in rewards:
-        applicable = [row for row in rows if row.rewards is None or reward.name in row.rewards]
-        try:
-            reward.check([row.columns for row in applicable])
-        except ValueError as error:
-            place = next((row.place for row in applicable if _rejects(reward, row.columns)), None)
-            raise UserError(f"{place}: {error}" if place else str(error)) from error
+        _check_columns(reward, [row for row in rows if row.rewards is None or reward.name in row.rewards])
 
 
-def _rejects(reward: Reward, row: Mapping[str, Any]) -> bool:
+def _check_columns(checker: Checker, rows: Sequence[Row]) -> None:
     try:
-        reward.check([row])
+        checker.check([row.columns for row in rows])
+    except ValueError as error:
+        place = next((row.place for row in rows if _rejects(checker, row.columns)), None)
+        raise UserError(f"{place}: {error}" if place else str(error)) from error
+
+
+def _rejects(checker: Checker, row: Mapping[str, Any]) -> bool:
+    try:
+        checker.check([row])
     except ValueError:
         return True
     return False
 
 
-def _key(rewards: Sequence[Reward]) -> str | None:
-    """A hash of the options of rewards and of the files that define them; None if they can't be described."""
+def _key(checkers: Sequence[Checker | None]) -> str | None:
+    """A hash of the options of rewards or an environment and of the files that define them; None if they can't be
+    described."""
     try:
-        parts = [[*map(_code, type(reward).__mro__[:-1]), vars(reward)] for reward in rewards]
+        known = [checker for checker in checkers if checker is not None]
+        parts = [[*map(_code, type(checker).__mro__[:-1]), vars(checker)] for checker in known]
         text = json.dumps(parts, default=_code)
     except (TypeError, ValueError, OSError):  # such as an option that is a module, or a class without a file
         return None

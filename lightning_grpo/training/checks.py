@@ -53,8 +53,8 @@ def check_run(module: Any, stage: str) -> None:
         )
     if module.environment is not None:
         check_conversations(module.environment, trainer, module.tokenizer)
-    check_rows(module.rewards, data.prompts_to_check if stage == "fit" else ())
-    check_rows([*module.rewards, *module.eval_rewards], getattr(data, "validation", ()))
+    check_rows(module.rewards, data.prompts_to_check if stage == "fit" else (), module.environment)
+    check_rows([*module.rewards, *module.eval_rewards], getattr(data, "validation", ()), module.environment)
 
 
 def check_trainer(trainer: Trainer) -> None:

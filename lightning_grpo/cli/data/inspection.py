@@ -53,8 +53,8 @@ class InspectCommand(GRPOCommand):
         print(duplicate_line(train))
         if not self.has_rewards:
             return
-        check_rows(module.rewards, train)
-        check_rows([*module.rewards, *module.eval_rewards], held_out)
+        check_rows(module.rewards, train, module.environment)
+        check_rows([*module.rewards, *module.eval_rewards], held_out, module.environment)
         print(f"rewards    {', '.join(module.reward_names)} can score all rows")
 
 
