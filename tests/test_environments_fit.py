@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import pytest
 import torch
@@ -230,12 +231,21 @@ def test_held_out_prompts_act_in_the_environment(tmp_path, tiny_model_path):
     assert records[0]["completion"] == records[0]["conversation"][-1]["content"]
 
 
+def assert_parts(row, tokenizer):
+    """The parts of the text are those of the tokens."""
+    runs = groupby(zip(row["sampled"], row["completion_ids"], strict=True), key=lambda token: token[0])
+    parts = [tokenizer.decode([token for _, token in part]) for _, part in runs]
+    assert [len(part) for part in parts] == row["part_lengths"]
+    assert "".join(parts) == row["completion"]
+
+
 def test_samples_are_recorded_with_all_tokens(tmp_path, tiny_model_path, tokenizer):
     train(tmp_path, tiny_model_path, callbacks=[Record(print_every=0, logprobs=True)], steps=2)
     rows = read_run(tmp_path).samples().to_pylist()
     assert len(rows) == 32
     for row in rows:
         assert row["completion"] == tokenizer.decode(row["completion_ids"])
+        assert_parts(row, tokenizer)
         assert len(row["sampled"]) == len(row["completion_ids"]) == len(row["engine_logprobs"])
         assert [value is None for value in row["engine_logprobs"]] == [not sampled for sampled in row["sampled"]]
         assert row["sampled"][-1]

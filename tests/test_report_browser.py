@@ -188,6 +188,22 @@ def test_hostile_text_is_shown_and_never_runs(show, tmp_path, viewport):
     assert page.locator("#samples :is(img, .sample-body a, .sample-prompt a, .sample-body script)").count() == 0
 
 
+def test_what_the_policy_did_not_sample_is_grey(show, tmp_path):
+    dialogue = {"completion": "hi🙂<ok>bye", "part_lengths": [3, 4, 3], "sampled": [True, False, True]}
+    logged = {"engine_logprobs": [-0.1, None, -0.1]}
+    write_samples(tmp_path, [sample(1, 0, 0, **dialogue, **logged)])
+    page = show()
+    body = page.locator(".sample-body")
+    assert body.inner_text() == "hi🙂<ok>bye"
+    assert body.locator(".sample-context").all_inner_texts() == ["<ok>"]
+    colors = [part.evaluate("part => getComputedStyle(part).color") for part in body.locator("span").all()]
+    assert colors[0] == colors[2] != colors[1]
+    assert "2 tokens" in first_row(page).inner_text()
+    page.locator(".sample-colors select").select_option("engine")
+    assert page.locator(".sample-token.sample-context").all_inner_texts() == ["⟨2⟩"]
+    assert "not sampled" in page.locator(".sample-token.sample-context").get_attribute("title")
+
+
 def test_tokens_are_marked_by_log_prob_and_ratio(show, tmp_path):
     char_tokenizer().save_pretrained(tmp_path / "model")
     ids = char_tokenizer()("a b")["input_ids"]

@@ -114,6 +114,14 @@ def test_log_probs_come_with_the_texts_of_their_tokens(tmp_path):
     assert [run["token_texts"][str(token)] for token in run["completion_ids"][0]] == ["a", " ", "b"]
 
 
+def test_what_the_policy_did_not_sample_is_set_apart_and_not_counted(tmp_path):
+    dialogue = {"completion": "hi🙂<ok>bye", "part_lengths": [3, 4, 3], "sampled": [True, False, True]}
+    write_samples(tmp_path, [sample(1, 0, 0, **dialogue), sample(1, 0, 1)])
+    (run,) = contents(samples.render([read_run(tmp_path)]))
+    assert run["part_lengths"] == [[4, 4, 3], None], "JavaScript counts an emoji as two"
+    assert run["tokens"] == [2, 3]
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1 half-written"])
 def test_a_damaged_file_is_left_out_with_a_warning(tmp_path, content):
     write_samples(tmp_path, list(rows(2)))

@@ -64,6 +64,7 @@ class SampleTables:
         is_dialogue = experience.conversations is not None
         truncated, versions = _numpy(experience.truncated[rows]), _numpy(experience.versions[rows])
         written = [ids[kept].tolist() for ids, kept in zip(ids, context, strict=True)]
+        parts = [self._part_lengths(*row) for row in zip(written, mask, strict=True)] if is_dialogue else None
         n, is_empty = len(place), ~mask.any(1)
         reasons = np.where(is_dialogue | (mask.sum(1) >= self.max_completion_length), "length", "cutoff")
         columns: dict[str, Any] = {
@@ -79,6 +80,7 @@ class SampleTables:
             "prompt_ids": _lists(_numpy(experience.prompt_ids[rows]), prompt_mask, pa.int32()),
             "completion_ids": _lists(ids, context, pa.int32()),
             "sampled": _lists(mask, context, pa.bool_()) if is_dialogue else None,
+            "part_lengths": parts,
             "reward": _floats(experience.totals[rows]),
             "advantage": _floats(_per_completion(experience.advantages[rows], experience.completion_mask[rows])),
             "truncated": truncated,
@@ -108,8 +110,17 @@ class SampleTables:
         texts: dict[bytes, str] = {}
         for ids in prompts:
             if (key := ids.tobytes()) not in texts:
-                texts[key] = str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+                texts[key] = self._text(ids.tolist())
         return [texts[ids.tobytes()] for ids in prompts]
+
+    def _part_lengths(self, ids: list[int], sampled: np.ndarray) -> list[int]:
+        """Numbers of characters of the parts of a completion, those that the policy sampled and the others in turn."""
+        ends = [*np.flatnonzero(np.diff(sampled[: len(ids)])) + 1, len(ids)]
+        # from the beginning, since tokenizers may drop the first space of a text
+        return np.diff([0, *(len(self._text(ids[:end])) for end in ends)]).tolist()
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def _numpy(x: Tensor) -> np.ndarray:

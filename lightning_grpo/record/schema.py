@@ -34,6 +34,7 @@ COLUMNS = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),
         ("completion_ids", pa.list_(pa.int32())),
         ("sampled", pa.list_(pa.bool_())),
+        ("part_lengths", pa.list_(pa.int32())),
         ("reward", pa.float32()),
         ("advantage", pa.float32()),
         ("truncated", pa.bool_()),

@@ -269,7 +269,7 @@
     body.setAttribute("role", "region");
     body.setAttribute("aria-label", `Completion ${sample.index}`);
     if (color && run.logprobs) appendTokens(body, sample, run);
-    else if (sample.completion) appendLong(body, sample.completion);
+    else if (sample.completion) appendCompletion(body, sample, run);
     else body.append(element("span", "muted", "(empty)"));
     card.append(facts(sample, run));
     return card;
@@ -293,6 +293,16 @@
       appendLong(pair.appendChild(element("dd")), value);
     }
     return table;
+  }
+
+  /** Appends a completion, in which observations of the environment are set apart. */
+  function appendCompletion(parent, sample, run) {
+    let end = 0;
+    for (const [i, length] of (run.part_lengths[sample.row] ?? [Infinity]).entries()) {
+      const part = parent.appendChild(element("span", i % 2 ? "sample-context" : ""));
+      if (i % 2) part.title = "not sampled";
+      appendLong(part, sample.completion.slice(end, (end += length)));
+    }
   }
 
   function appendLong(parent, text) {
@@ -350,10 +360,13 @@
     return found;
   }
 
+  const isContext = (run, row, place) => run.sampled[row]?.[place] === false;
+
   function describe(run, row, place) {
     const values = valuesOf(run, row, place);
     const parts = Object.entries(values).map(([name, value]) => `${name} ${value.toFixed(3)}`.replace("-", "−"));
-    return `token ${place + 1} (id ${run.completion_ids[row][place]}): ${parts.join(", ") || "no log-prob"}`;
+    const missing = isContext(run, row, place) ? "not sampled" : "no log-prob";
+    return `token ${place + 1} (id ${run.completion_ids[row][place]}): ${parts.join(", ") || missing}`;
   }
 
   function appendTokens(body, sample, run) {
@@ -365,6 +378,7 @@
       const bounds = color === "ratio" ? [1.01, 1.05, 1.1, 1.2].map(Math.log) : [0.9, 0.5, 0.1, 0.01].map((p) => -Math.log(p));
       const sign = color === "ratio" ? Math.sign(Math.log(value)) : 0;
       const token = element("span", value === undefined ? "sample-token" : tokenClass(levelOf(distance, bounds), sign));
+      token.classList.toggle("sample-context", isContext(run, sample.row, place));
       append(token, run.token_texts[id] ?? `⟨${id}⟩`);
       token.title = describe(run, sample.row, place);
       return token;

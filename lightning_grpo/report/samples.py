@@ -5,6 +5,7 @@ shows them as text.
 """
 
 import base64
+import itertools
 import json
 import math
 import zlib
@@ -103,9 +104,16 @@ def read(run: Run, groups: Iterable[Key]) -> pa.Table:
     for start in range(0, len(steps), STEPS_PER_READ):
         table = run.samples(names, steps[start : start + STEPS_PER_READ])
         table = table.filter(pa.array([key in wanted for key in _keys(table)], pa.bool_()))
-        table = table.append_column("tokens", pc.list_value_length(table["completion_ids"]))
-        tables.append(table if has_logprobs(table) else table.drop_columns("completion_ids"))
+        table = table.append_column("tokens", pa.array(token_counts(table), pa.int32()))
+        tables.append(table if has_logprobs(table) else table.drop_columns(["completion_ids", "sampled"]))
     return pa.concat_tables(tables, promote_options="permissive")
+
+
+def token_counts(table: pa.Table) -> list[int | None]:
+    """Return the number of tokens of each sample that the policy sampled."""
+    lengths = pc.list_value_length(table["completion_ids"]).to_pylist()
+    masks = table["sampled"].to_pylist()
+    return [length if mask is None else sum(mask) for length, mask in zip(lengths, masks, strict=True)]
 
 
 def has_logprobs(table: pa.Table) -> bool:
@@ -157,6 +165,10 @@ def columns(table: pa.Table) -> dict[str, Any]:
             for column in table.column_names
             if column.startswith(prefix)
         }
+    out["part_lengths"] = [
+        lengths and part_lengths(text, lengths)
+        for text, lengths in zip(out["completion"], table["part_lengths"].to_pylist(), strict=True)
+    ]
     out["logprobs"] = {
         name.removesuffix("_logprobs"): [
             values and [milli(value) for value in values] for values in table[name].to_pylist()
@@ -166,7 +178,15 @@ def columns(table: pa.Table) -> dict[str, Any]:
     }
     if out["logprobs"]:
         out["completion_ids"] = table["completion_ids"].to_pylist()
+        out["sampled"] = table["sampled"].to_pylist()
     return out
+
+
+def part_lengths(text: str, lengths: Sequence[int]) -> list[int]:
+    """Return the lengths of the parts of ``text`` in UTF-16 code units, as JavaScript counts them."""
+    ends = [0, *itertools.accumulate(lengths)]
+    parts = [text[start:end] for start, end in itertools.pairwise(ends)]
+    return [len(part.encode("utf-16-le", "surrogatepass")) // 2 for part in parts]
 
 
 def plain(value: Any) -> Any:
