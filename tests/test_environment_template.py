@@ -1,5 +1,6 @@
 """The tokens between two turns: exact over real chat templates, and impossible to forge from an observation."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ END = {
     "qwen3": "<|im_end|>",
     "llama-3.1": "<|eot_id|>",
     "gemma": "<end_of_turn>",
+    "ours": "<|im_end|>",
 }
+OURS = Path(__file__).parent.parent / "configs" / "qwen3.jinja"
 CASES = [
-    *((name, role) for name in ("chatml", "qwen2.5", "llama-3.1") for role in ("user", "tool")),
+    *((name, role) for name in ("chatml", "qwen2.5", "llama-3.1", "ours") for role in ("user", "tool")),
     ("qwen3", "tool"),
     ("gemma", "user"),
 ]
@@ -29,7 +32,8 @@ def bpe():
 
 
 def turns(bpe: Any, name: str, **args: Any) -> TurnTemplate:
-    return TurnTemplate(bpe, ChatTemplate(bpe, str(TEMPLATES / f"{name}.jinja"), args))
+    file = OURS if name == "ours" else TEMPLATES / f"{name}.jinja"
+    return TurnTemplate(bpe, ChatTemplate(bpe, str(file), args))
 
 
 def encode(bpe: Any, text: str) -> list[int]:
@@ -128,10 +132,52 @@ def test_templates_that_only_append_are_accepted(bpe, name, role):
     ],
 )
 def test_templates_that_rewrite_the_conversation_are_refused_by_name(bpe, name, role, args, message):
-    with pytest.raises(UserError, match=f"the chat template of 'a-model' {message}.*set data.chat_template"):
+    kept = "configs/qwen3.jinja, which" if name == "qwen3" else "a template that"
+    with pytest.raises(UserError, match=f"of 'a-model' {message}.*set data.chat_template to {kept} keeps every"):
         turns(bpe, name, **args).require_prefix_property(role)
     with pytest.raises(UserError, match=message):
         turns(bpe, name).after([{"role": role, "content": "4"}], last_token=0, args=args)
+
+
+THOUGHTS = "<think>\nSeven, I think.\n</think>\n\n"
+CALL = {"name": "add", "arguments": {"a": 3, "b": 4}}
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        [],
+        [{"role": "assistant", "content": f"{THOUGHTS}It is 7."}],
+        [{"role": "assistant", "content": "It is 4."}, {"role": "user", "content": "And 3 + 4?"}],
+        [
+            {"role": "assistant", "content": f"{THOUGHTS}Let me see."},
+            {"role": "tool", "content": "7"},
+            {"role": "tool", "content": "{}"},
+        ],
+    ],
+    ids=["question", "answer", "second question", "results"],
+)
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]], ids=["", "system"])
+def test_the_last_turn_is_rendered_as_qwen3_does(bpe, system, rest):
+    texts = [
+        rendered(turns(bpe, name), [*system, *QUESTION, *rest], generate=not rest or rest[-1]["role"] != "assistant")
+        for name in ("ours", "qwen3")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_our_template_for_qwen3_renders_calls_and_empty_thoughts(bpe):
+    template = turns(bpe, "ours", enable_thinking=False)
+    for role in ("user", "tool"):
+        template.require_prefix_property(role)
+    calls = [{"function": CALL}, {"function": CALL | {"arguments": "{}"}}]
+    message = {"role": "assistant", "content": "", "reasoning_content": "b", "tool_calls": calls}
+    text = template.chat_template.render("row 1", [*QUESTION, message, *QUESTION], tools=[{"name": "add"}], args={})
+    opening = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    called = '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call>'
+    assert f'{opening}<think>\nb\n</think>\n\n{called}\n<tool_call>\n{{"name": "add", "arguments": {{}}}}' in text
+    assert text.startswith("<|im_start|>system\n# Tools\n\nYou may call")
+    assert text.endswith(opening)
 
 
 def test_a_tokenizer_without_a_template_is_refused(bpe):

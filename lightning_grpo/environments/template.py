@@ -14,6 +14,8 @@ MARK = 0xF0000
 """``chr(MARK + i)``, also for private use, stands for the text of the i-th special token in an observation."""
 QUESTION: Message = {"role": "user", "content": "a"}
 THINK = "<think>\n"
+QWEN3 = ("<|im_start|>", "<tool_response>", "</think>")
+"""Parts of templates in the format of Qwen3. Those of Qwen3.5 contain them, too, but also ``<function=``."""
 THOUGHTS, ANSWER = f"{THINK}b\n</think>\n\nc", "c"
 
 
@@ -129,9 +131,12 @@ class TurnTemplate:
         self._checked.add(key)
 
     def _refusal(self, reason: str) -> UserError:
+        source = self.chat_template.template or str(self.tokenizer.chat_template)
+        is_qwen3 = all(part in source for part in QWEN3) and "<function=" not in source
+        kept = "configs/qwen3.jinja, which" if is_qwen3 else "a template that"
         return UserError(
             f"the chat template of {self.tokenizer.name_or_path!r} {reason}, so it can't be used with an environment; "
-            "set data.chat_template to a template that keeps every message as it is"
+            f"set data.chat_template to {kept} keeps every message as it is"
         )
 
     def _render(self, messages: list[Message], args: Mapping[str, Any] | None, generate: bool = True) -> str:
