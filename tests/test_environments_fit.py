@@ -89,11 +89,8 @@ def letters(text):
     return re.sub(r"<\w+>", "", text)
 
 
-@pytest.mark.parametrize("kind", [Letters, Lengthened])
-def test_what_was_sampled_is_what_is_trained_on(tmp_path, tiny_model_path, tokenizer, kind):
-    record, policy = train(tmp_path, tiny_model_path, kind(), steps=1)
-    experience = policy.progress.experience
-    assert record["sampling/sampling_logp_difference/max"][0] < 1e-5, "engine and trainer see the same tokens"
+def assert_trained_on_what_was_sampled(experience, tokenizer):
+    """The tokens of each completion are its conversation, and the loss mask is True on those of the policy."""
     lengths = set()
     for n, conversation in enumerate(experience.conversations):
         own = [message["content"] for message in conversation if message["role"] == "assistant"]
@@ -104,6 +101,14 @@ def test_what_was_sampled_is_what_is_trained_on(tmp_path, tiny_model_path, token
         assert experience.turn_rewards[n].sum() == pytest.approx(float(experience.rewards[n, 0]), abs=1e-6)
         lengths.add(len(own))
     assert lengths == {1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", [Letters, Lengthened])
+def test_what_was_sampled_is_what_is_trained_on(tmp_path, tiny_model_path, tokenizer, kind):
+    record, policy = train(tmp_path, tiny_model_path, kind(), steps=1)
+    experience = policy.progress.experience
+    assert record["sampling/sampling_logp_difference/max"][0] < 1e-5, "engine and trainer see the same tokens"
+    assert_trained_on_what_was_sampled(experience, tokenizer)
     prompt = tokenizer.decode(experience.prompt_ids[0][experience.prompt_mask[0]])
     assert prompt.count("<user>") == (2 if kind is Lengthened else 1)
     assert len(experience.prompts[0]) == prompt.count("<user>")

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fitting import data, fit, module
+from fitting import AHEAD, data, fit, module
 from lightning import Callback
+from test_environments_fit import acting, assert_trained_on_what_was_sampled, chat
 
 from lightning_grpo.cli import main
 from lightning_grpo.policy.load import LoRA
-from lightning_grpo.rollout import VLLMRollout, WeightSyncError
+from lightning_grpo.rollout import VLLMProcessRollout, VLLMRollout, WeightSyncError
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -63,3 +64,18 @@ def test_the_adapter_that_trains_is_the_one_that_samples(tmp_path, tiny_model_pa
     assert max(record["sampling/sampling_logp_difference/max"]) < 1e-3
     assert record["staleness"] == [0, 0, 0]
     assert all(p.abs().max() > 1e-2 for name, p in policy.policy.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in process", "a server, ahead"])
+def test_an_environment_on_vllm(tmp_path, tiny_model_path, tokenizer, ahead):
+    """The steps are so small that the older weights, from which a rollout ahead is sampled, have the same log-probs."""
+    kind, options = (VLLMProcessRollout, {"environment": {"OMP_NUM_THREADS": "1"}}) if ahead else (VLLMRollout, {})
+    changes = AHEAD | {"rewards": []} if ahead else {}
+    policy = acting(tiny_model_path, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-7), **changes)
+    record = fit(tmp_path, policy, chat(), steps=3, accumulate=2, rollout=kind(dtype="float32", **options))
+    assert record["staleness"][0] == 0
+    assert (record["staleness"][2] > 0) == ahead
+    assert max(record["sampling/sampling_logp_difference/max"]) < 1e-3
+    experience = policy.progress.experience
+    assert_trained_on_what_was_sampled(experience, tokenizer)
+    assert not experience.rollout_logprobs[~experience.completion_mask].any()
