@@ -255,7 +255,8 @@ def test_one_completion_per_prompt(tmp_path, tiny_model_path):
 @pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
 def test_only_estimators_without_groups_learn_from_one_completion(estimator):
     config = AdvantageConfig(estimator=estimator, k=1 if estimator == "pass_at_k" else None)
-    advantages = config(torch.tensor([0.0, 1.0, 0.5, 1.0]), 1, lengths=torch.tensor([1, 2, 3, 4]))
+    sizes = {"lengths": torch.tensor([1, 2, 3, 4]), "grad_norms": torch.ones(4, 2)}
+    advantages = config(torch.tensor([0.0, 1.0, 0.5, 1.0]), 1, **sizes)
     assert bool((advantages != 0).any()) is not config.needs_groups
 
 
