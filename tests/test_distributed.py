@@ -16,7 +16,14 @@ AHEAD = [
     "--model.objective.rollout_correction", "{level: token, mode: truncate, upper: 2.0}",
 ]  # fmt: skip
 BATCH = ["--model.advantage.estimator", "reinforce_pp_baseline", "--model.optimizer.lr", "1.0"]
-CASES = {"in turn": [], "ahead": AHEAD, "batch statistics": BATCH}
+TEMPLATE = "{% for m in messages %}{{ m.role[0] + m.content }}{% endfor %}{{ 'a' if add_generation_prompt }}"
+TURNS = [
+    "--model.environment", "{class_path: test_environments_fit.Letters, init_args: {max_turns: 2, max_turn_tokens: 5}}",
+    "--model.rewards", "[{class_path: EnvironmentReward}]", "--data.chat", "true",
+    "--data.chat_template", TEMPLATE,
+    "--model.max_prompt_length", "16", "--model.max_completion_length", "16",
+]  # fmt: skip
+CASES = {"in turn": [], "ahead": AHEAD, "batch statistics": BATCH, "an environment": TURNS}
 
 
 def smoke(root: Path, *options: str, ranks: int) -> list[str]:
