@@ -36,9 +36,9 @@ def test_every_row_that_matters_is_in_one_micro_batch_of_its_window(sizes, skip)
     for window in range(windows):
         mine = range(window * accumulate * 4, (window + 1) * accumulate * 4)
         dealt = [row for batch in batches[window * accumulate : (window + 1) * accumulate] for row in batch]
-        assert len(dealt) == len(set(dealt)) and set(dealt) <= set(mine)
         wanted = {row for row in mine if not skip or advantages[row] != 0}
-        assert wanted <= set(dealt)
+        # a row without an advantage may fill several micro-batches
+        assert sorted(row for row in dealt if row in wanted) == sorted(wanted) and set(dealt) <= set(mine)
         # what else is there only fills micro-batches that would be empty
         assert all(advantages[row] == 0 for row in set(dealt) - wanted)
         assert len(set(dealt) - wanted) <= max(0, accumulate - len(wanted))
