@@ -354,7 +354,7 @@ def test_the_model_is_itself_again_after_an_error():
     assert model(input_ids=rows["prompt_ids"]).logits.shape[-1] == V
 
 
-def _sharded(rank: int, path: str, expected: dict) -> None:
+def assert_sharded_heads_agree(rank: int, path: str, expected: dict) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
@@ -378,7 +378,7 @@ def _sharded(rank: int, path: str, expected: dict) -> None:
 def test_fsdp2_sharded_head(tmp_path):
     """Two processes: an untied head sharded on its own, and a tied one in the root's group."""
     expected = {name: solve(naive, make(name), batch()) for name in ("Llama", "Gemma2")}
-    torch.multiprocessing.spawn(_sharded, (str(tmp_path / "store"), expected), nprocs=2)
+    torch.multiprocessing.spawn(assert_sharded_heads_agree, (str(tmp_path / "store"), expected), nprocs=2)
 
 
 def test_autocast_casts_a_weight_once_and_never_without_its_gradient():

@@ -121,8 +121,9 @@ def test_parts_check_their_numbers(build, words):
 
 
 def test_an_unused_clip_range_warns():
-    with pytest.warns(UserWarning, match=r"epsilon is 0.3.*SAPO"):
+    with pytest.warns(UserWarning, match=r"epsilon is 0.3.*SAPO") as warned:
         ObjectiveConfig(loss_type="sapo", epsilon=0.3)
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize("loss_type", PRESETS)

@@ -22,10 +22,12 @@ def constraint(name: str) -> Callable[[Callable[..., bool]], Callable[..., bool]
 
 
 def words(text: str) -> list[str]:
+    """The words and numbers of a text."""
     return re.findall(r"\w+(?:['’-]\w+|[.,]\d+)*", text)
 
 
 def sentences(text: str) -> list[str]:
+    """The parts of a text up to full stops, question marks and exclamation marks, those of abbreviations included."""
     ends = r"[.!?]+(?=[\s\"'”’)]|$)|[。！？]+"
     return [part for part in re.split(ends, text) if re.search(r"\w", part)]
 
@@ -36,6 +38,7 @@ def occurrences(text: str, phrase: str) -> int:
 
 
 def listed(values: list[str]) -> list[str]:
+    """Return ``values``, or raise `TypeError` if they are one text, whose letters would be taken for them."""
     if isinstance(values, str):
         raise TypeError(f"{values!r} is not a list")
     return values
@@ -55,6 +58,7 @@ def compared(count: int, relation: str | None, number: int) -> bool:
 
 
 def parts(text: str, by: str) -> list[str]:
+    """The ``paragraphs`` of a text, divided by ``***``, or its ``blocks``, divided by empty lines."""
     return [part for part in re.split(_SPLITTERS[by], text.strip()) if part.strip()]
 
 
