@@ -54,7 +54,7 @@ from lightning_grpo.training.generation import Generation
 from lightning_grpo.training.optimizers import Optimization, step_schedule
 from lightning_grpo.training.policy import TrainablePolicy
 from lightning_grpo.training.progress import Progress
-from lightning_grpo.training.scorer import Scorer
+from lightning_grpo.training.scorer import RowsToScore, Scorer
 from lightning_grpo.training.step import StepMonitor
 
 
@@ -331,15 +331,15 @@ class GRPOModule(TrainablePolicy):
         number, old_logprobs, ref_logprobs = batch.rollout_number, None, None
         rewards_and_kl = gated(self.rewards, rewards)
         micro_batches = self.cut(rollout, skip_zero_advantage=False)
-        scored = rollout, micro_batches, number, self.trainer
+        scored = RowsToScore(rollout, micro_batches, number, self.trainer)
         if self.advantage.needs_grad_norms:
             with self.window.timed("score"):
-                old_logprobs, rollout.grad_norms = self.scorer.score_with_norms(self.policy, *scored)
+                old_logprobs, rollout.grad_norms = self.scorer.score_with_norms(self.policy, scored)
         if self.objective.kl_in_reward:
             with self.window.timed("score"):
-                ref_logprobs = self.scorer.score_reference(self.policy, *scored)
+                ref_logprobs = self.scorer.score_reference(self.policy, scored)
                 if old_logprobs is None and not self.rollout_ahead:
-                    old_logprobs = self.scorer.score(self.policy, *scored)
+                    old_logprobs = self.scorer.score(self.policy, scored)
             rewards_and_kl = append_kl(
                 rewards_and_kl,
                 # with rollout_ahead, the policy that sampled is gone, and the engine's log-probs are used instead
@@ -371,13 +371,13 @@ class GRPOModule(TrainablePolicy):
         """
         experience, needs = self.progress.experience, self.objective
         one_pass = self.cut(experience, skip_zero_advantage=self.skips_rows)
-        scored = experience, one_pass, experience.number, self.trainer
+        scored = RowsToScore(experience, one_pass, experience.number, self.trainer)
         with self.window.timed("score"):
             if experience.old_logprobs is None and needs.needs_old_logprobs(self.updates_per_rollout):
                 is_known = logprobs is not None and one_pass == scored_on
-                experience.old_logprobs = logprobs if is_known else self.scorer.score(self.policy, *scored)
+                experience.old_logprobs = logprobs if is_known else self.scorer.score(self.policy, scored)
             if experience.ref_logprobs is None and needs.kl_in_loss:
-                experience.ref_logprobs = self.scorer.score_reference(self.policy, *scored)
+                experience.ref_logprobs = self.scorer.score_reference(self.policy, scored)
         self.progress.micro_batches = one_pass * self.num_iterations
 
     def cut(self, rollout: Rollout, *, skip_zero_advantage: bool) -> list[list[int]]:

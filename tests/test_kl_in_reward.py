@@ -8,6 +8,7 @@ from fitting import checksum, fit, module
 from lightning_grpo import GRPOModule
 from lightning_grpo.objective import ObjectiveConfig, RolloutCorrection
 from lightning_grpo.policy.load import LoRA, load_policy
+from lightning_grpo.training.scorer import RowsToScore
 
 IN_REWARD = {"beta": 0.5, "kl_placement": "reward"}
 
@@ -87,7 +88,7 @@ def test_one_rollout_ahead_the_samplers_log_probs_count(tmp_path, tiny_model_pat
     class Keep(Spy):
         def compute_advantages(self, rewards, rollout):
             reference = self.scorer.score_reference(
-                self.policy, rollout, self.cut(rollout, skip_zero_advantage=False), 0, self.trainer
+                self.policy, RowsToScore(rollout, self.cut(rollout, skip_zero_advantage=False), 0, self.trainer)
             )
             seen.append((rewards[:, 1], 0.5 * (reference - rollout.rollout_logprobs).sum(1)))
             return super().compute_advantages(rewards, rollout)

@@ -6,7 +6,7 @@ Shapes: N completions on this rank, n of them in a micro-batch, P prompt length,
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning import Trainer
@@ -17,6 +17,17 @@ from lightning_grpo.policy.adapters import trained_values, with_values
 from lightning_grpo.policy.logprobs import completion_logprobs
 from lightning_grpo.rollout import Rollout
 from lightning_grpo.rollout.seeds import rollout_seeds
+
+
+class RowsToScore(NamedTuple):
+    """The rows of a rollout whose log-probs are computed."""
+
+    rollout: Rollout
+    micro_batches: Sequence[list[int]]
+    """Those of the update."""
+    number: int
+    """Number of the rollout, which enters the seeds."""
+    trainer: Trainer
 
 
 class Scorer:
@@ -90,49 +101,41 @@ class Scorer:
     def score(
         self,
         model: nn.Module,
-        rollout: Rollout,
-        micro_batches: Sequence[list[int]],
-        number: int,
-        trainer: Trainer,
+        rows: RowsToScore,
     ) -> Tensor:
-        """Log-probs [N, T] of ``model`` for the rows of rollout ``number`` in ``micro_batches``, and 0 for other rows.
+        """Log-probs [N, T] of ``model`` for ``rows``, and 0 for those in no micro-batch.
 
         They are computed in the trainer's precision and on the micro-batches of the update: as long as the policy has
         not changed, they equal bit for bit what the update will compute, so that the first ratio is exactly 1.
         """
-        logprobs, _ = self._score(model, rollout, micro_batches, number, trainer)
+        logprobs, _ = self._score(model, rows)
         return logprobs
 
     def score_with_norms(
         self,
         model: nn.Module,
-        rollout: Rollout,
-        micro_batches: Sequence[list[int]],
-        number: int,
-        trainer: Trainer,
+        rows: RowsToScore,
     ) -> tuple[Tensor, Tensor]:
         """What `score` returns, and `Rollout.grad_norms` [N, T]."""
-        logprobs, _, norms = self._score(model, rollout, micro_batches, number, trainer, grad_norm=True)
-        return logprobs, norms.masked_fill(~rollout.completion_mask, torch.nan)
+        logprobs, _, norms = self._score(model, rows, grad_norm=True)
+        return logprobs, norms.masked_fill(~rows.rollout.completion_mask, torch.nan)
 
     @torch.no_grad()
     def _score(
         self,
         model: nn.Module,
-        rollout: Rollout,
-        micro_batches: Sequence[list[int]],
-        number: int,
-        trainer: Trainer,
+        rows: RowsToScore,
         *,
         grad_norm: bool = False,
     ) -> list[Tensor]:
         """The results of `logprobs`, [N, T] each, and 0 for rows that are in no micro-batch."""
+        rollout, micro_batches, number, trainer = rows
         scores = [torch.zeros_like(rollout.rollout_logprobs) for _ in range(3 if grad_norm else 2)]
         with trainer.precision_plugin.forward_context():
             for k, index in enumerate(micro_batches):
-                rows = rollout.rows(index, trainer.strategy.root_device)
+                batch = rollout.rows(index, trainer.strategy.root_device)
                 with self.seeded(trainer, number, k):
-                    results = self.logprobs(model, rows, grad_norm=grad_norm)
+                    results = self.logprobs(model, batch, grad_norm=grad_norm)
                 for score, values in zip(scores, results, strict=True):
                     score[index, : values.shape[1]] = values.to(score)
         return scores
@@ -140,23 +143,22 @@ class Scorer:
     def score_reference(
         self,
         policy: nn.Module,
-        rollout: Rollout,
-        micro_batches: Sequence[list[int]],
-        number: int,
-        trainer: Trainer,
+        rows: RowsToScore,
     ) -> Tensor:
         """`score` by ``policy`` as it was before training."""
         if self.initial is not None:
             with with_values(policy, self.initial):
-                return self.score(policy, rollout, micro_batches, number, trainer)
+                return self.score(policy, rows)
         if self.reference is None:
             adapted = cast(Any, policy)  # a PeftModel, whose type this package does not import
             with adapted.disable_adapter():
-                return self.score(policy, rollout, micro_batches, number, trainer)
+                return self.score(policy, rows)
         # Lightning moves and converts only what is in the module tree
         with full_precision_buffers(self.reference):
-            reference = trainer.precision_plugin.convert_module(self.reference.to(trainer.strategy.root_device))
-        return self.score(reference, rollout, micro_batches, number, trainer)
+            reference = rows.trainer.precision_plugin.convert_module(
+                self.reference.to(rows.trainer.strategy.root_device)
+            )
+        return self.score(reference, rows)
 
 
 @torch.no_grad()
