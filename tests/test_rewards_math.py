@@ -1,11 +1,13 @@
 """Mathematical answers: extraction, equality, and answers that were written to be accepted without being correct."""
 
+import random
+import re
 import sys
 
 import pytest
 
 from lightning_grpo.errors import UserError
-from lightning_grpo.rewards import ExactMatch, MathMatch, compute_rewards
+from lightning_grpo.rewards import ExactMatch, MathMatch, compute_rewards, latex_parser, mathematics
 from lightning_grpo.rewards.answers import extract
 from lightning_grpo.rewards.mathematics import canonical, equivalent
 
@@ -206,6 +208,39 @@ def test_tolerance_is_relative():
 def test_hostile_answers_are_unequal_and_cheap(answer):
     assert not equivalent(answer, "7")
     assert not equivalent(answer, r"x+\sqrt{7}")
+
+
+# ── The parser ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SHAPES = r"""
+x^2+12x-5 | \frac{x+12}{3} | 12\sqrt{5} | (12, 5) | [-12, 5) | \{12, 5, 7\} | x \in (12, \infty) | 12, 5 | 12 < x \le 57
+x = 12 \text{ or } x = 5 | \left(\frac{12}{5}, 7\right) | f(12) | e^{12x} | 12\pi | \log_{12} 5 | \binom{12}{5}
+\sin(12x) | 12^\circ | 12! | \overline{AB} | 1.25\% | x_{12} | (-\infty, 12] \cup (57, 91) | \int_0^{12} x^5 dx
+\sum_{k=1}^{12} k | 12\text{ cm}^5 | (1,2],(3 | x^{12 | 12+*5 | \begin{pmatrix}1&2\\3&4\end{pmatrix} | 1,5;2,7
+"""
+
+
+def test_stored_predictions_lead_to_the_same_expressions(monkeypatch):
+    """What the parser predicts for a text is what it predicted for an earlier one with other numbers and letters."""
+    from latex2sympy2_extended.antlr_parser import PSParser
+    from math_verify import parser
+    from sympy import srepr
+
+    mathematics._parse("1")
+    stored = PSParser.math
+    draw = random.Random(7)
+    texts = re.split(r" \| |\n", SHAPES.strip())
+    for text in texts:
+        for _ in range(2):
+            expressions = []
+            for math in (stored, stored.__wrapped__):
+                monkeypatch.setattr(PSParser, "math", math)
+                parser.parse_latex_cached.cache_clear()
+                value, normal = mathematics._parse.__wrapped__(text)
+                expressions.append((None if value is None else srepr(value), normal))
+            assert expressions[0] == expressions[1], text
+            text = re.sub("[1-9]", lambda _: str(draw.randint(1, 9)), text)
+    assert latex_parser._predictions.cache_info().hits >= len(texts)
 
 
 # ── The reward ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from lightning_grpo.errors import optional
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards.answers import check_extraction, extract
+from lightning_grpo.rewards.latex_parser import store_predictions
 from lightning_grpo.rewards.numbers import number_value
 from lightning_grpo.rewards.response import AnswerReward, response
 
@@ -137,6 +138,7 @@ def _loses_digits(answer: str, parsed: str) -> bool:
 def _parse(answer: str) -> tuple[Any, str]:
     """The answer as a sympy expression, None if it is none, and the text that math-verify made of it."""
     math_verify = optional("math_verify", "math", "MathMatch")
+    store_predictions()
     # time is limited by the worker; the library would use signals, and warn that it does not
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
