@@ -252,9 +252,7 @@ def _with_known_coefficient(
     # Chunks of equal size, because a small last chunk would make slow matrix products.
     step = -(-len(hidden) // max(-(-len(hidden) // largest), 1)) or 1
     softmaxes, grad_hidden = [], torch.empty_like(hidden) if needs[0] else None
-    grad_weight, grad_bias = (
-        torch.zeros_like(x) if need else None for x, need in zip((weight, bias), needs[1:], strict=True)
-    )
+    grad_weight = grad_bias = None
     buffer = gradient_buffer(hidden[:step], weight)
     for start in range(0, max(len(hidden), 1), step):
         i = slice(start, start + step)
@@ -262,7 +260,7 @@ def _with_known_coefficient(
         softmax, blocks = _softmax(stats, hidden[i], weight, bias, targets[i], transform.rows(i), buffer)
         softmaxes.append(softmax)
         chunk = hidden[i], weight, bias, targets[i], transform.rows(i), softmax, blocks
-        part, _, _ = _gradients(*chunk, coefficient[i], None, needs, (grad_weight, grad_bias))
+        part, grad_weight, grad_bias = _gradients(*chunk, coefficient[i], None, needs, (grad_weight, grad_bias))
         if grad_hidden is not None:
             grad_hidden[i] = part
     return Softmax(*map(torch.cat, zip(*softmaxes, strict=True))), grad_hidden, grad_weight, grad_bias
