@@ -352,6 +352,35 @@ def test_a_worker_that_died_while_idle_costs_no_completion():
     pool.close()
 
 
+STOPPED = """
+from multiprocessing.connection import Connection
+def half(self, message):
+    import os, signal
+    os.write(self.fileno(), message[:{sent}])
+    os.kill(os.getpid(), signal.SIGSTOP)
+Connection._send = half
+"""
+
+
+@pytest.mark.parametrize("sent", [0, 2, 9], ids=["before", "in its length", "in its text"])
+def test_a_worker_that_stops_within_an_answer_costs_only_its_job(sent):
+    pool = Pool(1)
+    values = pool.map(exec, [(STOPPED.format(sent=sent),), ("1",)], 0.5)
+    assert values == [Failure("it took more than 0.5 s", limit=True), None]
+    pool.close()
+
+
+def test_a_worker_that_takes_no_message_is_not_waited_for():
+    pool = Pool(1)
+    pool.map(abs, [(1,)], 10.0)
+    (worker,) = pool._workers
+    os.killpg(worker.process.pid, signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        worker.channel.send(bytes(1 << 24), 0.2)
+    pool.close()
+    assert worker.process.poll() is not None
+
+
 class Prepared(TextReward):
     """Must be imported by workers."""
 

@@ -17,13 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, LifoQueue, SimpleQueue
 from threading import Event
 from typing import Any
 
 from lightning_grpo.errors import RunError
+from lightning_grpo.rewards.sandbox.channel import Channel
 from lightning_grpo.rewards.sandbox.program import enforced_restrictions
 from lightning_grpo.rewards.sandbox.worker import DROP, RUN
 
@@ -34,7 +34,7 @@ CHUNK = 32
 PATIENCE = 0.05
 """Seconds that a job may take before the jobs behind it in its chunk are passed to other workers."""
 START = 60.0
-"""Seconds within which a worker must start."""
+"""Seconds within which a worker must start, take what it is sent, and end when it is killed."""
 FOLDER = "{folder}"
 """Stands for a worker's folder in the command of `isolation`."""
 _MAX_ANSWER = 1 << 20
@@ -106,20 +106,19 @@ class _Worker:
             "PYTHONDONTWRITEBYTECODE": "1",
             "TMPDIR": self.folder,
         }
-        self.process = subprocess.Popen(
-            [*_in_folder(command, self.folder), sys.executable, "-I", "-S", "-X", "utf8", "-c", start],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=self.folder,
-            env=environment,
-            pass_fds=[self._of_worker.fileno()],
-            start_new_session=True,
-        )
-        self.jobs = Connection(os.dup(self.process.stdin.fileno()), readable=False)
-        self.answers = Connection(os.dup(self.process.stdout.fileno()), writable=False)
-        self.process.stdin.close()
-        self.process.stdout.close()
+        link, standard = socket.socketpair()
+        with standard:
+            self.process = subprocess.Popen(
+                [*_in_folder(command, self.folder), sys.executable, "-I", "-S", "-X", "utf8", "-c", start],
+                stdin=standard,
+                stdout=standard,
+                stderr=subprocess.DEVNULL,
+                cwd=self.folder,
+                env=environment,
+                pass_fds=[self._of_worker.fileno()],
+                start_new_session=True,
+            )
+        self.channel = Channel(link, _MAX_ANSWER)
         self.starting = 1
         """Messages that the worker has still to send before it is ready for jobs."""
         self._loaded: set[bytes] = set()
@@ -129,15 +128,13 @@ class _Worker:
         if function not in self._loaded:
             self._loaded.add(function)
             self.starting += 1
-            self.jobs.send_bytes(pickle.dumps((function, None)))
+            self.channel.send(pickle.dumps((function, None)), START)
 
     def wait_until_ready(self) -> None:
         while self.starting:
             try:
-                if not self.answers.poll(START):
-                    raise EOFError
-                self.answers.recv_bytes(_MAX_ANSWER)
-            except (EOFError, OSError):
+                self.channel.receive(START)
+            except (EOFError, OSError, ValueError):
                 raise RunError(
                     "a reward worker process did not start; set sandbox: false in the reward, or run "
                     f"{sys.executable} -c 'import lightning_grpo.rewards.sandbox.worker' to see why"
@@ -146,7 +143,7 @@ class _Worker:
 
     def send(self, function: bytes, jobs: Sequence[tuple[Any, ...]]) -> None:
         self.tokens.send(RUN * len(jobs))
-        self.jobs.send_bytes(pickle.dumps((function, jobs)))
+        self.channel.send(pickle.dumps((function, jobs)), START)
 
     def take_back(self, count: int) -> int:
         """Take back up to ``count`` jobs, the last of those that were sent, and return how many had not begun."""
@@ -162,8 +159,9 @@ class _Worker:
     def kill(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        for connection in (self.jobs, self.answers, self.tokens, self._of_worker):
+        with suppress(subprocess.TimeoutExpired):  # the system can't end it; the run need not wait for that
+            self.process.wait(START)
+        for connection in (self.channel, self.tokens, self._of_worker):
             connection.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -201,14 +199,21 @@ class Pool:
 
     def prepare(self, function: Any) -> None:
         """Start all workers, and have each import what the function needs, without waiting for it."""
-        workers = []
+        pickled, idle = pickle.dumps(function), []
         with suppress(Empty):
             while True:
-                workers.append(self._idle.get_nowait() or self._new_worker())
-        for worker in workers:
-            with suppress(OSError):  # it ended; `map` finds out
-                worker.load(pickle.dumps(function))
-            self._idle.put(worker)
+                idle.append(self._idle.get_nowait())
+        while idle:
+            worker = idle.pop()
+            try:
+                worker = worker or self._new_worker()
+                worker.load(pickled)
+            except OSError:  # it ended; `map` starts another
+                if worker:
+                    self._discard(worker)
+                worker = None
+            finally:
+                self._idle.put(worker)
 
     def map(self, function: Any, jobs: Sequence[tuple[Any, ...]], seconds: float) -> list[Any]:
         """What ``function(*job)`` returns for each job, in order; a `Failure` for one that returned nothing.
@@ -264,16 +269,16 @@ class Pool:
             worker.wait_until_ready()  # the time that imports take is not that of a job
             worker.send(call.function, [call.jobs[index] for index in pending])
             while pending:
-                patience = min(PATIENCE, call.seconds) if len(pending) > 1 else 0.0
-                if not (patience and worker.answers.poll(patience)):
-                    taken = [pending.pop() for _ in range(worker.take_back(len(pending) - 1))]
-                    if taken:
+                seconds = call.seconds
+                if len(pending) > 1 and not worker.channel.poll(patience := min(PATIENCE, seconds)):
+                    seconds -= patience
+                    if taken := [pending.pop() for _ in range(worker.take_back(len(pending) - 1))]:
                         self._threads.submit(self._run, call, taken[::-1])
-                    if not worker.answers.poll(call.seconds - patience):
-                        raise _WorkerLost(Failure(f"it took more than {call.seconds:g} s", limit=True))
-                answer = json.loads(worker.answers.recv_bytes(_MAX_ANSWER))
+                answer = json.loads(worker.channel.receive(seconds))
                 failed = "error" in answer and Failure(answer["error"], limit="limit" in answer)
                 call.results.put((pending.popleft(), failed or answer["value"]))
+        except TimeoutError as error:
+            raise _WorkerLost(Failure(f"it took more than {call.seconds:g} s", limit=True)) from error
         except (EOFError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise _WorkerLost(Failure("it ended its worker process", limit=True)) from error
 

@@ -86,7 +86,7 @@ def _serve(requests: socket.socket) -> tuple[list[int], float, int] | None:
 
 
 def _wait(requests: socket.socket) -> bool:
-    """Wait for a message of the worker; return False if the run ended, which closes the pipe of jobs."""
+    """Wait for a message of the worker; return False if the run ended, which closes the socket of jobs."""
     poll = select.poll()
     poll.register(requests, select.POLLIN)
     poll.register(0, 0)

@@ -54,14 +54,13 @@ def _text(error: BaseException) -> str:
 
 
 def main(supervisor: socket.socket, tokens: int) -> None:
-    """Answer jobs from standard input on standard output until it is closed.
+    """Answer jobs on the socket that is standard input and output, until it is closed.
 
     Args:
         supervisor: starts processes for programs.
         tokens: socket with one token for each job, so that the parent can take back jobs that have not begun.
     """
-    jobs = Connection(os.dup(0), writable=False)
-    answers = Connection(os.dup(1), readable=False)
+    parent = Connection(os.dup(0))
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1):
         os.dup2(null, standard)
@@ -71,18 +70,18 @@ def main(supervisor: socket.socket, tokens: int) -> None:
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
     program.supervisor = supervisor
-    answers.send_bytes(json.dumps(confine_worker()).encode())
+    parent.send_bytes(json.dumps(confine_worker()).encode())
     try:
         while True:
-            function, chunk = pickle.loads(jobs.recv_bytes())
+            function, chunk = pickle.loads(parent.recv_bytes())
             if chunk is None:
                 with suppress(BaseException):  # the jobs that follow report it
                     _load(function)
-                answers.send_bytes(b"{}")
+                parent.send_bytes(b"{}")
                 continue
             for arguments in chunk:
                 if os.read(tokens, 1) == DROP:
                     break
-                answers.send_bytes(_answer(function, arguments))
-    except (EOFError, BrokenPipeError):
+                parent.send_bytes(_answer(function, arguments))
+    except (EOFError, ConnectionError):
         pass
