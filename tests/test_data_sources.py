@@ -13,8 +13,7 @@ from lightning_grpo.data.dataset import DataSetReader
 from lightning_grpo.data.prompts import fingerprint
 from lightning_grpo.data.stream import Stream
 from lightning_grpo.errors import UserError
-from lightning_grpo.rewards import Reward, check, compute_rewards
-from lightning_grpo.rewards.base import as_rewards
+from lightning_grpo.rewards import Reward, as_rewards, check, compute_rewards
 from lightning_grpo.rewards.check import check_rows
 
 ROWS = [{"prompt": f"question {i}", "answer": str(i)} for i in range(5)]

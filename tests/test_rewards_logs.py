@@ -6,8 +6,7 @@ from fitting import checksum, data, fit, module
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.record import Record, read_run
-from lightning_grpo.rewards import FunctionReward, Reward, compute_rewards
-from lightning_grpo.rewards.base import as_rewards
+from lightning_grpo.rewards import FunctionReward, Reward, as_rewards, compute_rewards
 from lightning_grpo.rewards.logs import RewardLogs
 
 

@@ -4,7 +4,7 @@ from lightning_grpo.lazy import lazy_names
 
 _MODULES = {
     "answers": ("ExactMatch", "PrefixMatch"),
-    "base": ("FunctionReward", "Reward", "as_rewards", "completion_text"),
+    "base": ("Reward", "completion_text"),
     "choice": ("MultipleChoice",),
     "code": ("CodeTests",),
     "compute": ("compute_rewards",),
@@ -13,6 +13,7 @@ _MODULES = {
     "early": ("EarlyRewards",),
     "environment": ("EnvironmentReward",),
     "format": ("LengthPenalty", "RegexFormat", "RepetitionPenalty"),
+    "function": ("FunctionReward", "as_rewards"),
     "fuzzy": ("FuzzyMatch",),
     "judge": ("LLMJudge",),
     "mathematics": ("MathMatch",),

@@ -1,6 +1,5 @@
-"""The `Reward` base class, and `FunctionReward`, which wraps a plain function."""
+"""The `Reward` base class, and how rewards are called."""
 
-import importlib
 import inspect
 import math
 import re
@@ -11,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from lightning_grpo.errors import UserError
+from lightning_grpo.lazy import lazy_names
 from lightning_grpo.ranges import check_ranges
 
 Scores = Sequence[float | None]
@@ -48,12 +48,6 @@ def require_arguments(function: Callable[..., Any], arguments: Iterable[str]) ->
             )
         if named and name not in arguments and parameter.default is parameter.empty:
             raise UserError(f"it requires {name!r}, but the arguments are {', '.join(arguments)}")
-
-
-def names_argument(reward: "Reward", name: str) -> bool:
-    """Whether the signature of a reward names the argument."""
-    function = reward.function if isinstance(reward, FunctionReward) else type(reward).__call__
-    return name in inspect.signature(function).parameters
 
 
 def completion_text(completion: Completion) -> str:
@@ -156,52 +150,5 @@ class Reward(ABC):
         """Raise ValueError for rows of the data set that can't be scored. Called once, before training."""
 
 
-@dataclass(kw_only=True, eq=False)
-class FunctionReward(Reward):
-    """Wrap a function ``f(prompts, completions, completion_ids, **columns)``, or one with some of these arguments."""
-
-    function: str | Callable[..., Any]
-    """The function or its import path, ``package.module.function``."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.function, str):
-            self.function = load_function(self.function)
-        if not callable(self.function):
-            raise UserError(f"reward function {self.function!r} can't be called; set a function or its import path")
-        self.name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
-        super().__post_init__()
-
-    def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
-        """Raise `UserError` if the function requires an argument that the data set has no column for."""
-        try:
-            require_arguments(
-                self.function, [*ARGUMENTS, *LOGS, *OFFERED, *dict.fromkeys(k for row in columns for k in row)]
-            )
-        except UserError as error:
-            raise UserError(f"the reward function {self.name!r} can't be called: {error}") from None
-
-    def __call__(self, /, **arguments: Any) -> Scores | Awaitable[Scores]:
-        return call_with(self.function, arguments)
-
-
-def load_function(path: str) -> Callable[..., Any]:
-    """Import the object at a dotted path."""
-    module, _, name = path.rpartition(".")
-    if "/" in path:
-        raise UserError(
-            f"reward function {path!r} can't be imported: it looks like a model's name or a file. For a reward "
-            "model, set class_path: RewardModel and init_args: {{model: …}}"
-        )
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"reward function {path!r} can't be imported: {error}; set package.module.function") from error
-
-
-def as_rewards(rewards: Sequence[Reward | Callable[..., Any] | str]) -> list[Reward]:
-    """Wrap functions and import paths in `FunctionReward`; raise `UserError` if two rewards have the same name."""
-    wrapped = [reward if isinstance(reward, Reward) else FunctionReward(function=reward) for reward in rewards]
-    names = [reward.name for reward in wrapped]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"two rewards are named {twice[0]!r}; set another `name` for one of them")
-    return wrapped
+# configurations of earlier versions have it under this path
+__getattr__, _ = lazy_names(__name__, {"FunctionReward": "lightning_grpo.rewards.function"})

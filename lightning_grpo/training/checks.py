@@ -15,8 +15,8 @@ from lightning_grpo.objective import AdvantageConfig, ObjectiveConfig
 from lightning_grpo.policy import LoRA, load_config, load_generation_config
 from lightning_grpo.policy.checks import require_context, require_end_token
 from lightning_grpo.rewards import EnvironmentReward, Reward
-from lightning_grpo.rewards.base import names_argument
 from lightning_grpo.rewards.check import check_rows
+from lightning_grpo.rewards.function import names_argument
 from lightning_grpo.rollout import RolloutCallback, Sampling, SyncedEngine
 from lightning_grpo.training.batching import check_batch_arithmetic
 from lightning_grpo.training.generation import turn_template

@@ -29,7 +29,7 @@ from lightning_grpo.rewards import (
     decode_completions,
     template_opening,
 )
-from lightning_grpo.rewards.base import names_argument
+from lightning_grpo.rewards.function import names_argument
 from lightning_grpo.rewards.logs import RewardLogs
 from lightning_grpo.rollout import Completion, Rollout, SampleRequest, Sampling, SyncedEngine
 from lightning_grpo.rollout.seeds import rollout_seeds

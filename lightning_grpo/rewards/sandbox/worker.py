@@ -48,7 +48,7 @@ def _answer(function: bytes, arguments: tuple[Any, ...]) -> bytes:
 
 def _text(error: BaseException) -> str:
     try:
-        return str(error)[:NOTE]
+        return "".join(char if char.isprintable() else " " for char in str(error)[:NOTE])
     except BaseException:
         return "its message can't be shown"
 
