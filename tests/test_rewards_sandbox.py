@@ -16,6 +16,7 @@ import pytest
 from lightning_grpo.errors import ReportedError
 from lightning_grpo.rewards import CodeTests, ExactMatch, ReasoningGym, RegexFormat, TextReward
 from lightning_grpo.rewards.code import extract_code, read_assertion
+from lightning_grpo.rewards.sandbox import pool as pool_module
 from lightning_grpo.rewards.sandbox.pool import Failure, Pool, shared_pool
 from lightning_grpo.rewards.sandbox.program import enforced_restrictions
 
@@ -290,6 +291,26 @@ def test_workers_have_no_network():
         job = f"import socket; socket.create_connection({server.getsockname()!r}, 2)"
         (answer,) = shared_pool().map(exec, [(job,)], 10.0)
     assert isinstance(answer, Failure) and not answer.limit and "Error" in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("namespaces", "seccomp", "landlock", "stated"),
+    [
+        (True, True, True, []),
+        (False, False, True, ["no namespaces", "they have the network", "no seccomp"]),
+        (True, False, True, ["no seccomp"]),
+        (False, True, False, ["no namespaces", "they can write files", "no Landlock"]),
+    ],
+    ids=["all", "Landlock alone", "no seccomp", "seccomp alone"],
+)
+def test_what_a_system_cannot_enforce_is_stated(monkeypatch, caplog, namespaces, seccomp, landlock, stated):
+    enforced = {"seccomp": seccomp, "landlock": landlock}
+    monkeypatch.setattr(pool_module, "enforced_restrictions", lambda: enforced)
+    monkeypatch.setattr(pool_module, "_starts", lambda command: namespaces and command[0] == "unshare")
+    assert bool(pool_module.isolation.__wrapped__()) == namespaces
+    reasons = [reason for message in caplog.messages for reason in message.split("; ")]
+    assert len(reasons) == len(stated)
+    assert all(text in reason for text, reason in zip(stated, reasons, strict=True))
 
 
 def test_several_threads_share_a_pool():

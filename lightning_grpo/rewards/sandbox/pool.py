@@ -72,6 +72,10 @@ def isolation() -> tuple[str, ...]:
         missing.append("they have the network (neither namespaces nor seccomp)")
     if command != bubblewrap and not enforced["landlock"]:
         missing.append("they can write files of this user (neither bubblewrap nor Landlock)")
+    if not enforced["seccomp"]:
+        missing.append("programs that they run can start and signal other processes (no seccomp)")
+    if not enforced["landlock"]:
+        missing.append("programs that they run can read files of this user (no Landlock)")
     if missing:
         log.warning("The isolation of reward workers is limited on this system: %s.", "; ".join(missing))
     return command
@@ -110,8 +114,8 @@ class _Worker:
         with standard:
             self.process = subprocess.Popen(
                 [*_in_folder(command, self.folder), sys.executable, "-I", "-S", "-X", "utf8", "-c", start],
-                stdin=standard,
-                stdout=standard,
+                stdin=standard.fileno(),
+                stdout=standard.fileno(),
                 stderr=subprocess.DEVNULL,
                 cwd=self.folder,
                 env=environment,
