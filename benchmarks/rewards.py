@@ -1,7 +1,8 @@
 """Rewards in worker processes: scorings per second, and what a hostile completion costs.
 
-- Ordinary answers per second of `MathMatch`, in groups of 8 with other numbers in each call, and ordinary programs per
-  second of `CodeTests`, each in a process of its own with three tests; all cores.
+- Ordinary answers per second of `MathMatch`, in groups of 8 with other numbers in each call; expressions alone, which
+  must be parsed; and the ordinary answers of an earlier call, as a policy repeats them. Ordinary programs per second of
+  `CodeTests`, each in a process of its own with three tests. All cores.
 - Scorings per second of a reward that does almost nothing, in this process and in workers, in batches of 8 and 512.
 - Batches with one hostile completion: how long the batch takes beyond that completion's own limit, and after how long
   the last of the others was scored.
@@ -12,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ GOALS = {"math": 2000.0, "programs": 50.0}
 LIMIT, MAX_EXCESS, REPEATS = 2.0, 0.5, 3
 # of ten answers in the MATH data set, about seven are a number, one is a fraction and two are expressions
 ANSWERS = [
-    *([(r"so $x = \boxed{%d}$", "%d")] * 5),
-    (r"we obtain \boxed{%d,234.5}", "%d234.5"),
-    (r"which gives \boxed{%d\%%}", r"%d\%%"),
-    (r"the answer is \boxed{\frac{%d}{7}}.", "%d/7"),
-    (r"The solution is \boxed{(-\infty, %d]}", r"(-\infty, %d]"),
-    (r"Therefore \boxed{x^2 + %d}", "%d+x^2"),
+    *([(r"so $x = \boxed{%(n)d}$", "%(n)d")] * 5),
+    (r"we obtain \boxed{%(grouped)s.5}", "%(n)d.5"),
+    (r"which gives \boxed{%(n)d\%%}", r"%(n)d\%%"),
+    (r"the answer is \boxed{\frac{%(n)d}{7}}.", "%(n)d/7"),
+    (r"The solution is \boxed{(-\infty, %(n)d]}", r"(-\infty, %(n)d]"),
+    (r"Therefore \boxed{x^2 + %(n)d}", "%(n)d+x^2"),
 ]
+EXPRESSIONS = ANSWERS[-2:]
 GENERATIONS = 8
 PROGRAM = """```python
 def primes(n):
@@ -70,6 +72,10 @@ def rates(size: int) -> dict[str, Callable[[], float]]:
     here, workers = ExactMatch(extract="<a>(.*?)</a>"), ExactMatch(extract="<a>([0-9]*)</a>")
     return {
         "math": lambda: rate(MathMatch(), lambda call: answers(call, 100 * size), mean=0.5),
+        "math, expressions alone": lambda: rate(
+            MathMatch(), lambda call: answers(100 + call, 20 * size, EXPRESSIONS), mean=0.5
+        ),
+        "math, answers of an earlier call": lambda: rate(MathMatch(), lambda call: answers(0, 100 * size), mean=0.5),
         "programs": lambda: rate(CodeTests(), lambda call: programs),
         "trivial, in this process, batches of 8": lambda: rate(here, lambda call: small),
         "trivial, in workers, batches of 8": lambda: rate(workers, lambda call: small),
@@ -78,14 +84,22 @@ def rates(size: int) -> dict[str, Callable[[], float]]:
     }
 
 
-def answers(call: int, prompts: int) -> tuple[list[str], dict[str, list[str]]]:
+def answers(
+    call: int, prompts: int, kinds: Sequence[tuple[str, str]] = ANSWERS
+) -> tuple[list[str], dict[str, list[str]]]:
     """Groups of completions, of which every second one is correct, with other numbers in each group and call."""
     rows = [(prompt, sample) for prompt in range(prompts) for sample in range(GENERATIONS)]
-    texts, right = zip(*(ANSWERS[prompt % len(ANSWERS)] for prompt, _ in rows), strict=True)
+    texts, right = zip(*(kinds[prompt % len(kinds)] for prompt, _ in rows), strict=True)
     numbers = [11 + call * prompts + prompt for prompt, _ in rows]
     given = [number + (sample % 2) * (10**4 + sample) for number, (_, sample) in zip(numbers, rows, strict=True)]
-    completions = [text % number for text, number in zip(texts, given, strict=True)]
-    return completions, {"answer": [text % number for text, number in zip(right, numbers, strict=True)]}
+    return [written(*each) for each in zip(texts, given, strict=True)], {
+        "answer": [written(*each) for each in zip(right, numbers, strict=True)]
+    }
+
+
+def written(text: str, number: int) -> str:
+    """The text with the number, of which some answers separate the thousands."""
+    return text % {"n": number, "grouped": f"{number:,}"}
 
 
 def rate(reward: TextReward, batch: Callable[[int], tuple[list[str], dict[str, Any]]], mean: float = 1.0) -> float:
