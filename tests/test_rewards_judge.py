@@ -21,11 +21,12 @@ KEY = "sk-the-secret-key"
 
 
 class Server:
-    """Answers each request with what ``answer(message, attempt)`` returns: text, probabilities, or a status code."""
+    """Answers each request with what ``answer(message, attempt)`` returns: text, probabilities, a status code, or a
+    list with the whole content of the response."""
 
     def __init__(self, answer):
         self.answer, self.bodies, self.headers, self.running, self.most = answer, [], [], 0, 0
-        self.attempts, self.lock = {}, threading.Lock()
+        self.attempts, self.lock, self.greeting = {}, threading.Lock(), "Hello"
 
     def reply(self, handler):
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
@@ -37,13 +38,15 @@ class Server:
             self.most = max(self.most, self.running)
             attempt = self.attempts[message] = self.attempts.get(message, 0) + 1
         try:
-            answer = "Hello" if message == "Hello" else self.answer(message, attempt)
+            answer = self.greeting if message == "Hello" else self.answer(message, attempt)
         finally:
             with self.lock:
                 self.running -= 1
         if isinstance(answer, int):
             error = {"error": {"message": f"status {answer}, {handler.headers['Authorization']}"}}
             return answer, error
+        if isinstance(answer, list):
+            return 200, answer[0]
         logprobs, text = None, answer
         if isinstance(answer, dict):
             top = [{"token": token, "logprob": value, "bytes": None} for token, value in answer.items()]
@@ -66,9 +69,9 @@ def judged_by(answer):
 
         def do_POST(self):
             status, content = server.reply(self)
-            body = json.dumps(content).encode()
+            body = (content if isinstance(content, str) else json.dumps(content)).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", "text/html" if body.startswith(b"<") else "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Retry-After-Ms", "1")
             self.end_headers()
@@ -232,6 +235,45 @@ def test_many_failures_end_the_run():
         score(closed, "4", "5")
 
 
+MALFORMED = {
+    "a page": "<html>busy</html>",
+    "cut off": '{"choices": [',
+    "no choice": {"choices": []},
+    "null": {"choices": None, "error": {"message": "overloaded"}},
+    "no message": {"choices": [{"index": 0, "finish_reason": "stop", "message": None}]},
+    "no text": {"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": [{"text": "Grade"}]}}]},
+}
+
+
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
+def test_a_response_that_is_no_chat_completion_has_no_reward(content):
+    answer = graded(lambda response: "10")
+    with judged_by(lambda message, attempt: [content] if "\nbad\n" in message else answer(message, attempt)) as (
+        server,
+        url,
+    ):
+        judge = LLMJudge(base_url=url, model="judge", retries=0)
+        good, bad = score(judge, "good", "bad")
+        assert good == 1.0 and bad != bad
+        server.greeting = [content]
+        with pytest.raises(UnreachableError, match=r"does not reply: (ValueError: the response is no chat|JSONDecode)"):
+            judge.check([{}])
+
+
+def test_a_server_without_log_probs_is_refused_before_training():
+    with judged_by(lambda message, attempt: "Yes") as (server, url):
+        judge = LLMJudge(base_url=url, model="judge", answers={"Yes": 1, "No": 0})
+        with pytest.raises(UserError, match=r"returns no log-probs; .* remove answers"):
+            judge.check([{}])
+        server.greeting = {"Hello": -0.1}
+        judge.check([{}])
+
+
+def test_lone_surrogates_are_sent_as_question_marks():
+    with judged_by(graded(lambda response: "10" if response == "4 ?" else "0")) as (_, url):
+        assert score(LLMJudge(base_url=url, model="judge"), "4 \ud83d") == [1.0]
+
+
 def test_a_slow_server_is_not_waited_for():
     def slow(message, attempt):
         time.sleep(0.5)
@@ -305,6 +347,7 @@ def test_the_judge_is_greeted_before_training():
         ({"pattern": "("}, "pattern is"),
         ({"answers": {"Yes": 1}}, "at least two words"),
         ({"template": "Grade it."}, r"does not contain \{completion\}"),
+        ({"template": "Grade {completion}."}, r"pattern contains \{nonce\}, which LLMJudge.template does not"),
         ({"concurrency": 0}, "concurrency is 0; set 1 or more"),
         ({"max_failed": 2}, "max_failed is 2"),
     ],

@@ -52,7 +52,7 @@ def require_arguments(function: Callable[..., Any], arguments: Iterable[str]) ->
 
 def completion_text(completion: Completion) -> str:
     """The text of a completion, plain or conversational (the content of its last message)."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    return completion if isinstance(completion, str) else completion[-1]["content"] or ""
 
 
 @dataclass(kw_only=True, eq=False)

@@ -110,10 +110,10 @@ class CodeTests(TextReward):
             for test in tests:
                 if isinstance(test, str):
                     read_assertion(test)
-                elif not isinstance(test, Mapping) or not {"input", "output"} <= set(test):
+                elif not (isinstance(test, Mapping) and all(isinstance(test.get(k), str) for k in ("input", "output"))):
                     raise UserError(
-                        f"CodeTests: row {row} has the test {test!r:.80}; set 'assert EXPRESSION == VALUE' or "
-                        '{"input": ..., "output": ...}'
+                        f"CodeTests: row {row} has the test {test!r:.80}; set 'assert EXPRESSION == VALUE', or "
+                        '{"input": ..., "output": ...} with texts'
                     )
 
     def score(self, text: str, row: Mapping[str, Any]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.ranges import check_ranges
-from lightning_grpo.rewards.base import Reward, Scores, call_with
+from lightning_grpo.rewards.base import LOGS, OFFERED, Reward, Scores, call_with
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,10 +41,22 @@ class CosineLength(Reward):
     def prepare(self) -> None:
         self.reward.prepare()
 
+    @property
+    def in_workers(self) -> bool:
+        return self.reward.in_workers
+
     def __call__(
-        self, *, completion_ids: list[list[int]], openings: list[str] | None = None, **arguments: Any
+        self,
+        *,
+        completion_ids: list[list[int]],
+        openings: list[str] | None = None,
+        log_metric: Any = None,
+        log_extra: Any = None,
+        **arguments: Any,
     ) -> Scores | Awaitable[Scores]:
-        scores = call_with(self.reward, {**arguments, "completion_ids": completion_ids, "openings": openings})
+        logs = {"log_metric": log_metric, "log_extra": log_extra}
+        given = {**arguments, **logs, "completion_ids": completion_ids, "openings": openings}
+        scores = call_with(self.reward, given, offered=(*OFFERED, *LOGS))
         return self._later(scores, completion_ids) if inspect.isawaitable(scores) else self._all(scores, completion_ids)
 
     async def _later(self, scores: Awaitable[Scores], completion_ids: list[list[int]]) -> Scores:

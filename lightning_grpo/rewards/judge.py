@@ -93,8 +93,8 @@ class LLMJudge(Reward):
     concurrency: int = 32
     """Maximum number of requests at a time, on each rank."""
     retries: int = 5
-    """How many times a request is repeated, with growing delays, if the connection fails, the time is exceeded, or the
-    server answers with 408, 409, 429 or 5xx."""
+    """How many times a request is repeated, with growing delays (or that of the header Retry-After, up to a minute), if
+    the connection fails, the time is exceeded, or the server answers with 408, 409, 429 or 5xx."""
     timeout: float = 120.0
     """Maximum seconds per request."""
     max_failed: float = 0.1
@@ -144,6 +144,11 @@ class LLMJudge(Reward):
             raise UserError(
                 "LLMJudge.template does not contain {completion}, so the judge would not see what it grades"
             )
+        if self.answers is None and "{nonce}" in self.pattern and "{nonce}" not in self._template:
+            raise UserError(
+                "LLMJudge.pattern contains {nonce}, which LLMJudge.template does not, so that the judge can't repeat "
+                "it; add {nonce} to the template, or set a pattern without it"
+            )
         self._has_graded = False
 
     # ── Start ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -159,19 +164,26 @@ class LLMJudge(Reward):
                         f"{', '.join(values) or '(none)'}"
                     )
         if columns:
-            _ = self._greeting
+            _ = self._cache, self._greeting
 
     @cached_property
-    def _greeting(self) -> None:
+    def _greeting(self) -> dict[str, Any]:
+        """The judge's reply to a greeting."""
         openai = self._openai
         with openai.OpenAI(**self._connection) as client:
             try:
-                client.chat.completions.create(**self._body("Hello"))
-            except openai.APIError as error:
+                reply = read_reply(client.chat.completions.create(**self._body("Hello")))
+            except (openai.APIError, ValueError) as error:
                 raise UnreachableError(
                     f"the judge {self.model!r} at {self.base_url} does not reply: {self._describe(error)}; check "
                     f"base_url, model, request and the key in the environment variable {self.api_key_env}"
                 ) from None
+        if self.answers is not None and not reply["tokens"]:
+            raise UserError(
+                f"LLMJudge.answers is set, but the server at {self.base_url} returns no log-probs; use a server that "
+                "does, or let the judge give a grade instead: remove answers"
+            )
+        return reply
 
     # ── Scoring ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -201,7 +213,8 @@ class LLMJudge(Reward):
         own |= {"low": f"{self.low:g}", "high": f"{self.high:g}", "answers": ", ".join(self.answers or ())}
         values = {**row, **own}
         # in one pass, since values may contain placeholders
-        return _PLACEHOLDER.sub(lambda found: str(values.get(found[1], found[0])), self._template)
+        message = _PLACEHOLDER.sub(lambda found: str(values.get(found[1], found[0])), self._template)
+        return message.encode(errors="replace").decode()  # lone surrogates can't be sent
 
     def _body(self, message: str) -> dict[str, Any]:
         """The request that sends a message to the judge."""
@@ -235,18 +248,14 @@ class LLMJudge(Reward):
 
     async def _request(self, client: Any, body: dict[str, Any]) -> dict[str, Any]:
         try:
-            choice = (await client.chat.completions.create(**body)).choices[0]
+            return read_reply(await client.chat.completions.create(**body))
         except self._openai.APIError as error:
             reason, status = self._describe(error), getattr(error, "status_code", None)
             if status in (401, 403, 404):
                 raise RunError(f"the judge {self.model!r} at {self.base_url} refuses all requests: {reason}") from None
             return {"refused" if status in (400, 413, 422) else "failed": reason}
-        first = choice.logprobs.content[0].top_logprobs if choice.logprobs and choice.logprobs.content else ()
-        return {
-            "text": choice.message.content or "",
-            "tokens": {option.token: math.exp(option.logprob) for option in first},
-            "cut_off": choice.finish_reason == "length",
-        }
+        except ValueError as error:
+            return {"failed": self._describe(error)}
 
     def _grade(self, reply: Mapping[str, Any], nonce: str) -> float | None:
         """The reward from a reply; None if it contains no grade."""
@@ -318,6 +327,24 @@ class LLMJudge(Reward):
         if key := os.environ.get(self.api_key_env):
             text = text.replace(key, "***")
         return " ".join(text.split())[:500]
+
+
+def read_reply(response: Any) -> dict[str, Any]:
+    """The parts of a chat completion of OpenAI's API that a grade is read from. Raises ValueError if the response is
+    something else, such as the page of a proxy."""
+    try:
+        choice = response.choices[0]
+        text = choice.message.content or ""
+        if not isinstance(text, str):
+            raise TypeError
+        first = choice.logprobs.content[0].top_logprobs if choice.logprobs and choice.logprobs.content else None
+        return {
+            "text": text,
+            "tokens": {option.token: math.exp(option.logprob) for option in first or ()},
+            "cut_off": choice.finish_reason == "length",
+        }
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(f"the response is no chat completion: {response!r:.200}") from error
 
 
 def broken_up(text: str) -> str:

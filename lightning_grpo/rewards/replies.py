@@ -39,10 +39,14 @@ class ReplyCache:
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
     def get(self, key: str) -> Any:
-        """The reply stored under ``key``, or None."""
-        with self._lock:
-            row = self._file.execute("SELECT reply FROM replies WHERE request = ?", (key,)).fetchone()
-        return row and json.loads(row[0])
+        """The reply stored under ``key``, or None. If reading fails, a warning is logged."""
+        try:
+            with self._lock:
+                row = self._file.execute("SELECT reply FROM replies WHERE request = ?", (key,)).fetchone()
+            return row and json.loads(row[0])
+        except (sqlite3.Error, ValueError) as error:
+            log.warning("A stored reply can't be read, and is requested again: %s", error)
+            return None
 
     def put(self, key: str, reply: Any) -> None:
         """Store a reply. If that fails, as on a full disk, a warning is logged."""

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,9 @@ from lightning_grpo.policy.load import load_tokenizer
 from lightning_grpo.policy.pretrained import Pretrained
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards.base import Completion, Reward, completion_text
+
+_SCORING = Lock()
+"""Held while a model scores, since rewards of held-out prompts are computed in another thread than early ones."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -108,12 +112,13 @@ class RewardModel(Reward):
         ids = self._within_context(ids, log_metric)
         classifier = self._loaded[0]
         device = self.device or getattr(getattr(trainer_state, "strategy", None), "root_device", "cpu")
-        classifier.to(device)
         scores = torch.empty(len(ids))
-        for rows in batches([len(row) for row in ids], self.max_batch_tokens):
-            scores[rows] = self._scores([ids[row] for row in rows])
-        if self.offload:
-            classifier.to("cpu")
+        with _SCORING:
+            classifier.to(device)
+            for rows in batches([len(row) for row in ids], self.max_batch_tokens):
+                scores[rows] = self._scores([ids[row] for row in rows])
+            if self.offload:
+                classifier.to("cpu")
         return scores.tolist()
 
     def _ids(self, prompt: Any, completion: Completion, opening: str) -> list[int]:
