@@ -65,13 +65,13 @@ class PromptDataModule(lightning.LightningDataModule):
     Args:
         source: A .jsonl, .json, .csv (also .jsonl.gz, …), .parquet or .arrow file, a pattern of such files
             (``data/train-*.parquet``), a folder written by datasets.save_to_disk, a hub name (owner/name),
-            ``reasoning_gym:TASK`` (procedural, offline), ``arithmetic``, ``hidden_numbers`` or ``letters`` (procedural,
-            built in). Several sources are given by name, each with options of its own (`Source`); the names appear in
-            metrics.
-        source_args: Further arguments of the source: the configuration of a reasoning-gym task; ``low``, ``high``,
-            ``operator``, ``template`` of arithmetic; ``width``, ``highest``, ``template`` of hidden_numbers;
-            ``alphabet``, ``repeats`` of letters; ``split`` of a folder; ``split``, ``name``, ``revision``, … of a hub
-            data set.
+            ``reasoning_gym:TASK`` (procedural, offline), ``verifiers:NAME`` (the data set of an environment of
+            verifiers), ``arithmetic``, ``hidden_numbers`` or ``letters`` (procedural, built in). Several sources are
+            given by name, each with options of its own (`Source`); the names appear in metrics.
+        source_args: Further arguments of the source: the configuration of a reasoning-gym task; ``split`` (``train`` or
+            ``eval``) and the arguments of an environment of verifiers; ``low``, ``high``, ``operator``, ``template`` of
+            arithmetic; ``width``, ``highest``, ``template`` of hidden_numbers; ``alphabet``, ``repeats`` of letters;
+            ``split`` of a folder; ``split``, ``name``, ``revision``, … of a hub data set.
         size: Number of rows to generate (procedural sources) or to read from the start. Unset: all.
         validation_source: Source of the held-out prompts, in the same form as ``source``; several have metrics by
             name. Unset: held-out prompts are taken from ``source``.

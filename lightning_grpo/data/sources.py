@@ -13,12 +13,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from lightning_grpo.data.files import READERS, find_files, is_file_name, read_files
 from lightning_grpo.data.rows import Row
+from lightning_grpo.data.verifiers import PREFIX, verifiers_rows
 from lightning_grpo.errors import UserError, optional
 from lightning_grpo.policy.files import hub_reachable
 
 KINDS = (
     "a .jsonl, .json, .csv, .parquet or .arrow file or a pattern of such files, a folder written by "
-    "datasets.save_to_disk, a hub name (owner/name), reasoning_gym:TASK, arithmetic, hidden_numbers, or letters"
+    "datasets.save_to_disk, a hub name (owner/name), reasoning_gym:TASK, verifiers:NAME, arithmetic, hidden_numbers, "
+    "or letters"
 )
 MAX_ENUMERATED = 100_000
 Rows = TypeVar("Rows", bound=Iterable)
@@ -236,6 +238,8 @@ def open_source(
     if source.startswith("reasoning_gym:"):
         rows = reasoning_gym(source.removeprefix("reasoning_gym:"), size, seed, args)
         return Opened(_numbered(source, rows), None)
+    if source.startswith(PREFIX):
+        return Opened(_numbered(source, verifiers_rows(source.removeprefix(PREFIX), args)), None)
     if source in PROCEDURAL:
         return Opened(_numbered(source, _call(source, PROCEDURAL[source], size, seed, args=args)), None)
     if path.is_dir():
@@ -264,7 +268,7 @@ def read(
 
 def stream_rows(source: str, *, args: dict[str, Any], size: int | None) -> Iterator[tuple[str, Row]]:
     """Yield the rows of files, a saved data set or one on the hub, or the first ``size``, while they are read."""
-    if source.startswith("reasoning_gym:") or source in PROCEDURAL:
+    if source.startswith(("reasoning_gym:", PREFIX)) or source in PROCEDURAL:
         raise UserError(f"data.streaming is true, but {source} generates its rows; set streaming to false")
     if not is_file_name(source) and not Path(source).expanduser().is_dir():
         args = args | {"streaming": True}

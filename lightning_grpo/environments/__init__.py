@@ -9,6 +9,7 @@ _MODULES = {
     "template": ("TurnTemplate",),
     "tools": ("ToolEnvironment",),
     "trl": ("TRLEnvironment",),
+    "verifiers": ("VerifiersEnvironment",),
 }
 __all__ = sorted(name for names in _MODULES.values() for name in names)
 
