@@ -178,6 +178,46 @@ def test_unequal_answers(given, expected):
     assert not equivalent(given, expected)
 
 
+HEDGES = [
+    *(
+        r"\quad ",
+        r"\;",
+        r"\!",
+        "\n",
+        r"\approx ",
+        r"\equiv ",
+        r"\to ",
+        r"\implies ",
+        r"\lor ",
+        r"\&",
+        r"\text{ or }",
+        "{,}",
+    ),
+    *(
+        r"\cup ",
+        r"\pm ",
+        r"\%",
+        r"\mod ",
+        "=",
+        "==",
+        r"\ne ",
+        "_",
+        "^{0}",
+        r"\ldots ",
+        r"}\boxed{",
+        r"$, $",
+        r"\text{ cm } ",
+    ),
+    *(r"\atop ", r"\not ", "~", "\u200b", "\u2009", "、", "∨", "±", "→", "≈", "?", "!", "#", " (", r"\text{, not }"),
+]
+
+
+@pytest.mark.parametrize("form", ["7{}8", "x=7{}x=8", r"\{{7{}8\}}"])
+def test_no_answer_equals_two_numbers(form):
+    for hedge in HEDGES:
+        assert sum(equivalent(form.format(hedge), number) for number in ("7", "8")) <= 1, hedge
+
+
 def test_tolerance_is_relative():
     assert equivalent("0.333", "1/3", tolerance=0.01)
     assert equivalent("1.414", r"\sqrt{2}", tolerance=0.001)

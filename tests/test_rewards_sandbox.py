@@ -168,14 +168,32 @@ def test_the_last_block_counts():
 
 
 @pytest.mark.parametrize(
-    "test", ["assert f(1) == g(1)", "f(1) == 2", "assert f(1) < 2", "assert (", "assert 1; exit()"]
+    "test",
+    [
+        *("assert f(1) == g(1)", "f(1) == 2", "assert f(1) < 2", "assert (", "assert 1; exit()"),
+        *("assert f(1) == 2 and f(2) == 3", "assert not (f(1) == 2)", "assert any(x == 1 for x in f(1))"),
+        *("assert (f(1) == 2) == True", "assert (f(1) > 2) is True", "assert f(1) or False"),
+    ],
 )
 def test_assertions_whose_value_a_program_could_forge_are_refused(test):
     with pytest.raises(ReportedError, match="is not of the form 'assert EXPRESSION == VALUE'"):
         reward.check([{"tests": [test]}])
 
 
+def test_what_is_close_is_decided_outside_of_the_program():
+    tests = ["assert math.isclose(f(1), 2.0, rel_tol=0.01)", "assert isclose(f(2), 4)"]
+    forged = "import math\nmath.isclose = isclose = lambda *a, **k: True\ndef f(x): return 1.0"
+    right = "import math\ndef f(x): return 2.01 if x == 1 else 4"
+    assert reward(completions=[fenced(forged), fenced(right)], tests=[tests] * 2) == [0.0, 1.0]
+    for test in ("assert math.isclose(f(1), g(1))", "assert math.isclose(f(1), 2.0, tol=1)", "assert isclose(f(1))"):
+        with pytest.raises(ReportedError, match="is not of the form"):
+            read_assertion(test)
+
+
 def test_rows_and_options_are_checked():
+    for wrong in ({"input": ["1"], "output": "1"}, {"input": "1"}, 7):
+        with pytest.raises(ReportedError, match="with texts"):
+            reward.check([{"tests": [wrong]}])
     assert read_assertion("assert not f(1)") == ("bool(f(1))", False)
     with pytest.raises(ReportedError, match=r"CodeTests\.tests is 'tests', which is None in row 0"):
         reward.check([{"answer": 1}])

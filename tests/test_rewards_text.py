@@ -18,6 +18,7 @@ from lightning_grpo.rewards import (
 )
 from lightning_grpo.rewards.choice import chosen_letter
 from lightning_grpo.rewards.constraints import CHECKS
+from lightning_grpo.rewards.logs import RewardLogs
 from lightning_grpo.rewards.response import response
 
 
@@ -91,6 +92,10 @@ def test_one_choice(text):
         "The answer is (A) and (B)",
         "The answer is either A or B",
         r"\boxed{A, B}",
+        r"\boxed{A \text{ or } B}",
+        "Answer: A;B",
+        "Answer: A | B",
+        "Answer: {A} + {B}",
         "The answer is not B",
         "(A) is wrong, so (B)",
         "A good question",
@@ -357,6 +362,19 @@ def test_cosine_of_an_asynchronous_reward():
 
     reward = CosineLength(reward=FunctionReward(function=right), max_completion_length=10, correct=(2.0, 1.0))
     assert scores(reward, ["a", "b"], [{}] * 2, lengths=[5, 10]) == pytest.approx([1.5, 1.0])
+
+
+def test_the_reward_within_a_cosine_logs():
+    def right(completions, log_metric, **columns):
+        columns["log_extra"]("text", completions)
+        log_metric("right", 1.0)
+        return [1.0] * len(completions)
+
+    logs = RewardLogs(1)
+    reward = CosineLength(reward=FunctionReward(function=right), max_completion_length=10)
+    assert scores(reward, ["a"], [{}], lengths=[10], logs=logs) == [0.5]
+    assert logs.metrics == {"right": [1.0]} and logs.extras == [{"text": "a"}]
+    assert CosineLength(reward=JSONSchema(), max_completion_length=10).in_workers
 
 
 def test_options_and_rows_of_the_cosine_are_checked():

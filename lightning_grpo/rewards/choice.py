@@ -22,7 +22,7 @@ def chosen_letter(text: str, letters: str) -> str | None:
     """
     text = _BOX.sub(" answer: {", _MARKUP.sub("", text)).replace("<answer>", " answer: ")
     one = rf"{_OPEN}([{letters}])(?![\w'’]){_CLOSE}"
-    listed = rf"{one}(?:\s*(?:,|/|&|\bor\b|\band\b){{1,2}}{one}|\s+{one})*"
+    listed = rf"{one}(?:[\s{{}}]*(?:(?:[,/&;|+]|\bor\b|\band\b)[\s{{}}]*){{1,2}}{one}|\s+{one})*"
     statement = (
         rf"(?i:\b(?:answer|choice|option)\b[^.\n:]{{0,40}}?(?:\bis\b|:|=)|\bI (?:choose|pick|select)\b):?({listed})"
     )

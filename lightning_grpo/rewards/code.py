@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -24,33 +25,59 @@ def extract_code(text: str) -> str | None:
     return blocks[-1] if blocks else None
 
 
+class Close:
+    """Equal to the numbers that ``math.isclose`` accepts with these arguments."""
+
+    def __init__(self, value: float, **tolerances: float) -> None:
+        self._value, self._tolerances = value, tolerances
+        math.isclose(value, value, **tolerances)  # raises if these are no tolerances
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, int | float) and math.isclose(other, self._value, **self._tolerances)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @lru_cache(maxsize=4096)
 def read_assertion(test: str) -> tuple[str, Any]:
     """The expression that a test ``assert EXPRESSION == VALUE`` evaluates, and the value, a Python literal.
 
-    ``assert EXPRESSION`` expects true, ``assert not EXPRESSION`` false.
+    ``assert EXPRESSION`` expects true, ``assert not EXPRESSION`` false, and ``assert math.isclose(EXPRESSION, VALUE)``
+    a number that is `Close`.
 
     Raises:
-        UserError: the test has another form.
+        UserError: the test has another form, or the program could decide a comparison in it: the value that it returns
+            may be equal to everything.
     """
     try:
         (statement,) = ast.parse(test.strip()).body
         if not isinstance(statement, ast.Assert):
             raise ValueError
-        condition = statement.test
-        if isinstance(condition, ast.Compare):
-            (operator,), (right,) = condition.ops, condition.comparators
-            if not isinstance(operator, ast.Eq | ast.Is):
-                raise ValueError
-            return ast.unparse(condition.left), ast.literal_eval(right)
-        if isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not):
-            return f"bool({ast.unparse(condition.operand)})", False
-        return f"bool({ast.unparse(condition)})", True
-    except (SyntaxError, ValueError) as error:
+        expression, value = _expected(statement.test)
+        if isinstance(value, bool) and any(isinstance(n, ast.Compare | ast.BoolOp) for n in ast.walk(expression)):
+            raise ValueError
+        return ast.unparse(expression), value
+    except (SyntaxError, ValueError, TypeError) as error:
         raise UserError(
             f"the test {test[:80]!r} is not of the form 'assert EXPRESSION == VALUE' with a literal VALUE; its value "
             "is compared outside of the program, so that the program can't forge it: rewrite or drop this test"
         ) from error
+
+
+def _expected(condition: ast.expr) -> tuple[ast.expr, Any]:
+    """What the program evaluates of a condition, and the value with which the condition holds."""
+    if isinstance(condition, ast.Compare):
+        (operator,), (right,) = condition.ops, condition.comparators
+        if not isinstance(operator, ast.Eq | ast.Is):
+            raise ValueError
+        return condition.left, ast.literal_eval(right)
+    if isinstance(condition, ast.Call) and ast.unparse(condition.func) in ("math.isclose", "isclose"):
+        left, right = condition.args
+        tolerances = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in condition.keywords}
+        return left, Close(ast.literal_eval(right), **tolerances)
+    negated = isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not)
+    operand = condition.operand if negated else condition  # type: ignore[attr-defined]
+    return ast.Call(ast.Name("bool"), [operand], []), not negated
 
 
 @dataclass(kw_only=True, eq=False)

@@ -30,8 +30,8 @@ import lightning_grpo.rewards.reasoning_gym
 import lightning_grpo.rewards.reward_model
 import lightning_grpo.rewards.schema  # noqa: F401
 from lightning_grpo.errors import RunError, UserError
-from lightning_grpo.rewards.base import LOGS, OFFERED, Completion, Reward, Scores, call_with
-from lightning_grpo.rewards.function import FunctionReward
+from lightning_grpo.rewards.base import LOGS, Completion, Reward, Scores
+from lightning_grpo.rewards.function import call_reward
 from lightning_grpo.rewards.logs import RewardLogs
 from lightning_grpo.rewards.time_limit import completion_in_frame, time_limit, timeout_error
 
@@ -133,11 +133,7 @@ def _named_in_errors(reward: Reward, arguments: Mapping[str, Any]) -> Iterator[N
 
 def _call(reward: Reward, arguments: Mapping[str, Any]) -> Any:
     with _named_in_errors(reward, arguments):
-        if isinstance(reward, FunctionReward):
-            return reward(**arguments)
-        # a column named self would collide with the method's first argument
-        given = {name: values for name, values in arguments.items() if name != "self"}
-        return call_with(reward, given, offered=(*OFFERED, *LOGS))
+        return call_reward(reward, arguments)
 
 
 def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.ranges import check_ranges
-from lightning_grpo.rewards.base import LOGS, OFFERED, Reward, Scores, call_with
+from lightning_grpo.rewards.base import Reward, Scores
+from lightning_grpo.rewards.function import call_reward
 
 
 @dataclass(kw_only=True, eq=False)
@@ -56,7 +57,7 @@ class CosineLength(Reward):
     ) -> Scores | Awaitable[Scores]:
         logs = {"log_metric": log_metric, "log_extra": log_extra}
         given = {**arguments, **logs, "completion_ids": completion_ids, "openings": openings}
-        scores = call_with(self.reward, given, offered=(*OFFERED, *LOGS))
+        scores = call_reward(self.reward, given)
         return self._later(scores, completion_ids) if inspect.isawaitable(scores) else self._all(scores, completion_ids)
 
     async def _later(self, scores: Awaitable[Scores], completion_ids: list[list[int]]) -> Scores:

@@ -71,7 +71,8 @@ class FunctionReward(WorkerReward):
         names = [name for name in arguments if name not in (*STAYS, *LOGS)]
         rows = [({name: [arguments[name][i]] for name in names},) for i in range(len(arguments["completions"]))]
         answers = self.evaluate(self._score_one, rows, (self.failed, {}, {}))
-        self._log([metrics for _, metrics, _ in answers], [extras for *_, extras in answers], arguments)
+        if arguments.get("log_metric"):
+            self._repeat_logs([metrics for _, metrics, _ in answers], [extras for *_, extras in answers], arguments)
         return [value for value, *_ in answers]
 
     def _score_one(self, arguments: Mapping[str, Any]) -> tuple[Any, dict[str, list[float]], dict[str, Any]]:
@@ -81,13 +82,22 @@ class FunctionReward(WorkerReward):
         return plain(value), logs.metrics, logs.extras[0]
 
     @staticmethod
-    def _log(metrics: Sequence[dict[str, list[float]]], extras: Sequence[dict[str, Any]], arguments: Any) -> None:
+    def _repeat_logs(metrics: Sequence[dict[str, list[float]]], extras: Sequence[dict[str, Any]], given: Any) -> None:
         """Log in this process what the calls in worker processes logged."""
-        for name, values in ((name, values) for logged in metrics for name, values in logged.items()):
+        for name, values in (item for logged in metrics for item in logged.items()):
             for value in values:
-                arguments["log_metric"](name, value)
+                given["log_metric"](name, value)
         for column in dict.fromkeys(column for logged in extras for column in logged):
-            arguments["log_extra"](column, [logged.get(column) for logged in extras])
+            given["log_extra"](column, [logged.get(column) for logged in extras])
+
+
+def call_reward(reward: Reward, arguments: Mapping[str, Any]) -> Scores | Awaitable[Scores]:
+    """Call a reward with those of the arguments that it, or its function, takes."""
+    if isinstance(reward, FunctionReward):
+        return reward(**arguments)
+    # a column named self would collide with the method's first argument
+    given = {name: values for name, values in arguments.items() if name != "self"}
+    return call_with(reward, given, offered=(*OFFERED, *LOGS))
 
 
 def names_argument(reward: Reward, name: str) -> bool:
