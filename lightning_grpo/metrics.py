@@ -127,12 +127,27 @@ class Spread(NamedTuple):
         return variance.clamp(min=0).sqrt()
 
 
-class EffectiveShare(Spread):
-    """The effective sample size of weights w relative to their number, (Σw)² / (n·Σw²)."""
+class EffectiveShare(NamedTuple):
+    """The effective sample size of weights w relative to their number, (Σw)² / (n·Σw²), from logarithms of the sums,
+    which do not overflow however large a weight is."""
+
+    log_sum: Tensor
+    log_square_sum: Tensor
+    count: Tensor  # type: ignore[assignment]  # not tuple.count
+
+    @classmethod
+    def of(cls, log_weights: Tensor, mask: Tensor) -> "EffectiveShare":
+        """Accumulate the weights of any shape whose ``mask`` is True, given as log w."""
+        values = log_weights.detach().double().masked_fill(~mask, float("-inf")).flatten()
+        return cls(values.logsumexp(0), (2 * values).logsumexp(0), mask.sum())
+
+    def merge(self, other: "EffectiveShare") -> "EffectiveShare":
+        sums = (torch.logaddexp(a, b) for a, b in zip(self[:2], other[:2], strict=True))
+        return EffectiveShare(*sums, self.count + other.count)
 
     def compute(self) -> Tensor:
-        """In (0, 1]; 1 if all weights are equal."""
-        return self.value**2 / (self.count * self.square)
+        """In (0, 1]; 1 if all weights are equal, NaN if there are none."""
+        return (2 * self.log_sum - self.log_square_sum).exp() / self.count
 
 
 class Correlation(NamedTuple):
@@ -183,7 +198,7 @@ class Total(NamedTuple):
         return self.value
 
 
-Metric = Mean | Min | Max | Percentile | Percentile99 | Spread | Correlation | NormRatio | Total
+Metric = Mean | Min | Max | Percentile | Percentile99 | Spread | EffectiveShare | Correlation | NormRatio | Total
 
 
 class Window:
@@ -261,26 +276,37 @@ class Window:
         self.seconds("update", total - phases)
         self.add({"step_time": Max(torch.tensor(total, dtype=torch.float64))})
 
+    def so_far(self, name: str) -> float | None:
+        """The value of a metric over all ranks, which the window keeps; None if it was not added. Every rank must call
+        it."""
+        found = _over_ranks({name: self.metrics[name]} if name in self.metrics else {})
+        return float(found[name].compute()) if found else None
+
     def reduce(self) -> dict[str, float]:
         """Return the values of `gather`."""
         return {name: float(metric.compute()) for name, metric in self.gather().items()}
 
     def gather(self) -> dict[str, Metric]:
         """Return all metrics that have values, merged over ranks, and clear the window. Every rank must call it."""
-        local = {name: type(m)(*(part.detach().double().cpu() for part in m)) for name, m in self.metrics.items()}
-        self.metrics = {}
-        ranks: list[Any] = [local]
-        # With one rank, gloo would copy the message in a thread of its own, and a message of 32 KiB in a second team of
-        # OpenMP threads. Once these outnumber the cores, every parallel operation of the process waits longer.
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            ranks = [None] * distributed.get_world_size()
-            distributed.all_gather_object(ranks, local)
-        for rank in ranks:
-            self.add(rank)
-        merged, self.metrics = self.metrics, {}
+        merged, self.metrics = _over_ranks(self.metrics), {}
         found = {name: metric for name, metric in merged.items() if not _empty(metric)}
         logged = {name.removeprefix(LOGGED): found.pop(name) for name in list(found) if name.startswith(LOGGED)}
         return logged | found
+
+
+def _over_ranks(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Merge ``metrics`` with those of the other ranks."""
+    local = {name: type(m)(*(part.detach().double().cpu() for part in m)) for name, m in metrics.items()}
+    ranks: list[Any] = [local]
+    # With one rank, gloo would copy the message in a thread of its own, and a message of 32 KiB in a second team of
+    # OpenMP threads. Once these outnumber the cores, every parallel operation of the process waits longer.
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        ranks = [None] * distributed.get_world_size()
+        distributed.all_gather_object(ranks, local)
+    merged = Window()
+    for rank in ranks:
+        merged.add(rank)
+    return merged.metrics
 
 
 def _empty(metric: Metric) -> bool:

@@ -429,6 +429,8 @@ class GRPOModule(TrainablePolicy):
         """Measure the gradient before it is clipped, and stop before one that is not finite reaches the weights."""
         self.progress.require_whole_step(self.trainer.accumulate_grad_batches)
         self.step_monitor.measure_gradient(self.named_parameters(), self.trainer)
+        if self.objective.ess_scaled_step:
+            self.optimization.scale_rates(optimizer, self.step_monitor.learning_rate_scale())
         self.progress.mid_step = True
 
     def configure_gradient_clipping(
@@ -445,17 +447,14 @@ class GRPOModule(TrainablePolicy):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step, and log true means over its micro-batches and all ranks."""
-        learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        (optimizer,), progress, monitor = self.trainer.optimizers, self.progress, self.step_monitor
+        learning_rate = optimizer.param_groups[0]["lr"]
         super().optimizer_step(*args, **kwargs)
+        self.optimization.restore_rates(optimizer)
         # Lightning would keep the gradients until the next backward pass, throughout the next rollout
-        self.trainer.optimizers[0].zero_grad()
-        progress, monitor = self.progress, self.step_monitor
+        optimizer.zero_grad()
         progress.commit(self.trainer, completion_tokens=monitor.completion_tokens, prompt_tokens=monitor.prompt_tokens)
-        further = {
-            "learning_rate": learning_rate,
-            "num_tokens": float(progress.num_tokens),
-            "completion_tokens": float(progress.completion_tokens),
-        }
+        further = {"learning_rate": learning_rate, **progress.token_counts}
         values = monitor.compute(self.trainer, self.coefficients.adaptive | further)
         self.coefficients.step(kl=values.get("kl"), entropy=values.get("entropy"))
         self.log_dict(values)

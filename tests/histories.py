@@ -63,6 +63,7 @@ def healthy(step: int, random: np.random.Generator) -> dict[str, float]:
         "sampling/kl": 2e-4,
         "sampling/k1": 1e-4 * random.normal(),
         "sampling/ess": 0.99,
+        "sampling/sequence_ess": 0.8 + 0.02 * random.normal(),
         "sampling/chi2": 0.01,
         "sampling/ratio/mean": 1 + 1e-3 * random.normal(),
         "sampling/ratio/std": 0.05,

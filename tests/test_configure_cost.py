@@ -95,6 +95,7 @@ def test_each_option_costs_where_it_should():
     assert base["score"] == 0
     assert seconds(beta=0.1)["score"] > 0
     assert seconds(beta=0.1, num_iterations=2)["score"] == approx(2 * seconds(beta=0.1)["score"])
+    assert seconds(scores_before_advantages=True) == base | {"score": seconds(beta=0.1)["score"]}
     assert seconds(num_iterations=2)["update"] == approx(2 * base["update"])
     assert seconds(lora_rank=16, dtype="bfloat16")["update"] < 0.8 * base["update"]
     assert seconds(gradient_checkpointing=True)["update"] > 1.2 * base["update"]

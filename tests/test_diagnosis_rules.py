@@ -18,6 +18,7 @@ FAULTS = {
     "EngineMismatch": ({"sampling/ess": 0.2, "sampling/chi2": 3.0}, {}),
     "EngineMismatch, only relative to its start": ({DIFFERENCE: lambda n: 0.05 + 0.002 * NOISE[n]}, {}),
     "EngineMismatch, KL alone": ({"sampling/kl": 0.3}, {}),
+    "FewEffectiveSamples": ({"sampling/sequence_ess": 0.1}, {}),
     "StaleSamples": ({"staleness": lambda n: float(n)}, {}),
     "NonFinite": ({"loss": math.nan, "grad_norm": math.nan}, {}),
     "NonFinite, KL": ({"kl": math.inf}, {}),
@@ -76,6 +77,7 @@ HARMLESS = {
     "StaleWeights, older samples": ({DIFFERENCE: lambda n: 0.008 * (1 + 0.5 * n), "staleness": 3.0}, {}),
     "StaleWeights, noisy": ({DIFFERENCE: lambda n: 0.012 * math.exp(0.5 * NOISE[n])}, {}),
     "EngineMismatch, noisy": ({DIFFERENCE: lambda n: 0.012 * math.exp(0.3 * NOISE[n])}, {}),
+    "FewEffectiveSamples, one step of many": ({"sampling/sequence_ess": lambda n: 0.05 if n % 5 == 0 else 0.7}, {}),
     "StaleSamples, one rollout ahead": ({"staleness": 1.0, "staleness_max": 2.0}, {}),
     "NonFinite, a metric without a value": ({"kl": math.nan}, {}),
     "NonFinite, steps that float16 training skips": (

@@ -122,7 +122,7 @@ def test_parts_of_any_size_give_the_metrics_of_the_whole(parts, seed):
     x, y = torch.rand(2, 23, generator=random, dtype=torch.float64)
     window = Window()
     for a, b in zip(x.split(23 // parts + 1), y.split(23 // parts + 1), strict=True):
-        window.add({"p90": Percentile(a, torch.tensor(0.9)), "ess": EffectiveShare.of(a)})
+        window.add({"p90": Percentile(a, torch.tensor(0.9)), "ess": EffectiveShare.of(a.log(), a >= 0)})
         window.add({"ratio": NormRatio(a.square().sum(), b.square().sum())})
     assert window.reduce() == pytest.approx(
         {
@@ -136,7 +136,19 @@ def test_parts_of_any_size_give_the_metrics_of_the_whole(parts, seed):
 def test_masked_values_are_not_looked_at():
     x, mask = torch.tensor([1.0, torch.nan, 3.0, torch.inf]), torch.tensor([True, False, True, False])
     assert float(Spread.masked(x, mask).compute()) == pytest.approx(math.sqrt(2))
-    assert float(EffectiveShare.masked(x, mask).compute()) == pytest.approx(16 / 20)
+    assert float(EffectiveShare.of(x.log(), mask).compute()) == pytest.approx(16 / 20)
+
+
+@pytest.mark.parametrize("shift", [0.0, 2000.0, -2000.0])
+def test_the_effective_share_does_not_depend_on_the_scale_of_the_weights(shift):
+    log_weights = torch.tensor([1.0, 1.0, 1.0, 9.0], dtype=torch.float64).log() + shift
+    window = Window()
+    for part in log_weights.split(1):
+        window.add({"ess": EffectiveShare.of(part, torch.tensor([True]))})
+    window.add({"ess": EffectiveShare.of(log_weights, torch.zeros(4, dtype=torch.bool))})
+    assert window.so_far("ess") == pytest.approx(12**2 / 84 / 4)
+    assert window.so_far("absent") is None
+    assert window.reduce() == {"ess": pytest.approx(12**2 / 84 / 4)}
 
 
 def test_lengths_have_exact_percentiles():

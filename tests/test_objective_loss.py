@@ -482,3 +482,17 @@ def test_the_ratio_of_trainer_and_engine_in_closed_form():
     expected = {"ratio/min": 0.5, "ratio/max": 2, "ratio/mean": 1.25, "ratio/std": 1.5 / 2**0.5}
     expected |= {"ess": 2.5**2 / (2 * 4.25), "chi2": 4.25 / 2 - 1, "k1": 0.0}
     assert {name: values[f"sampling/{name}"] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("bounded", [None, RolloutCorrection(level="sequence", upper=1.0)])
+def test_the_effective_sample_size_is_that_of_whole_completions_before_any_bound(bounded):
+    inputs = batch()
+    inputs["rollout_logprobs"][1, 0] = math.nan  # counts as π/π_engine = 1
+    log_ratio = (inputs["logprobs"] - inputs["rollout_logprobs"]).nan_to_num()
+    weights = [float(row[mask].sum().exp()) for row, mask in zip(log_ratio, inputs["mask"], strict=True)][: N - 1]
+    config = ObjectiveConfig(rollout_correction=bounded, max_completion_length=T)
+    _, metrics = policy_loss(config, **inputs)
+    expected = sum(weights) ** 2 / sum(w**2 for w in weights) / len(weights)
+    assert float(metrics["sampling/sequence_ess"].compute()) == pytest.approx(expected)
+    _, metrics = policy_loss(config, **inputs | {"rollout_logprobs": inputs["logprobs"]})
+    assert float(metrics["sampling/sequence_ess"].compute()) == pytest.approx(1, abs=1e-12)

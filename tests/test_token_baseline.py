@@ -6,6 +6,8 @@ from engines import CopyRollout
 from fitting import AHEAD, checksum, fit, module
 
 from lightning_grpo import GRPOModule
+from lightning_grpo.configure.callback import workload_of
+from lightning_grpo.configure.hardware import this_machine
 from lightning_grpo.objective import AdvantageConfig, ObjectiveConfig
 from lightning_grpo.policy.load import load_policy
 
@@ -48,6 +50,8 @@ def test_tokens_are_scored_before_the_advantages(tmp_path, tiny_model_path, opti
     assert rollout.grad_norms is None
     # two updates per rollout, so that old log-probs are needed
     assert (record["ratio/min"][0], record["ratio/max"][0]) == (1, 1)
+    # the cost model counts both: a pass for the baseline and one for the old log-probs
+    assert workload_of(policy.trainer, policy, this_machine()).scoring_passes == 2
 
 
 def test_log_probs_that_only_the_baseline_needs_are_not_kept(tmp_path, tiny_model_path):

@@ -240,6 +240,8 @@ def workload_of(trainer: Trainer, pl_module: GRPOModule, hardware: Hardware) -> 
         gradient_checkpointing=pl_module.gradient_checkpointing,
         share_prompt=pl_module.share_prompt,
         beta=float(pl_module.needs_reference),
+        scores_before_advantages=pl_module.advantage.needs_grad_norms
+        or (pl_module.objective.kl_in_reward and not pl_module.rollout_ahead),
         optimizer="adamw_8bit" if "8bit" in optimizer else "sgd" if optimizer == "SGD" else "adamw",
         learning_rate=_learning_rate(trainer),
         reward_models=sum(

@@ -135,7 +135,7 @@ def predict_cost(
     seconds = {
         "generate": _generate(w, hardware, efficiency),
         "reward": w.local_samples * reward_seconds,
-        "score": (w.needs_old_logprobs + w.needs_reference) * score_seconds(w, hardware, efficiency),
+        "score": w.scoring_passes * score_seconds(w, hardware, efficiency),
         "update": w.num_iterations * update_seconds(w, hardware, efficiency),
         "sync": 0.0 if w.engine == "hf" else w.engine_bytes * w.shape.params / hardware.link,
     }

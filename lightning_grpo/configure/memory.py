@@ -131,7 +131,7 @@ def _saved(w: Workload, hardware: Hardware) -> Activations:
 
 def _score(w: Workload, hardware: Hardware) -> Parts:
     """Return the memory for old and reference log-probs without gradients: the activations of one layer at a time."""
-    if not (w.needs_old_logprobs or w.needs_reference):
+    if not w.scoring_passes:
         return {}
     return {
         "activations": _saved(w, hardware).layer + 2 * _residual(w),

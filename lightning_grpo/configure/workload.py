@@ -54,6 +54,8 @@ class Workload:
     gradient_checkpointing: bool = False
     beta: float = 0.0
     """Weight of the KL penalty. Above 0, a reference scores every completion."""
+    scores_before_advantages: bool = False
+    """Whether the policy scores every completion before the advantages are computed, which depend on the scores."""
     optimizer: Optimizer = "adamw"
     learning_rate: float = 1e-6
     """Learning rate to keep if another optimizer is suggested."""
@@ -183,6 +185,15 @@ class Workload:
     @property
     def needs_reference(self) -> bool:
         return self.beta > 0
+
+    @property
+    def scoring_passes(self) -> int:
+        """Forward passes over a rollout besides its updates.
+
+        The scores from before the advantages are rarely used for the updates too, whose micro-batches leave out the
+        groups without a signal.
+        """
+        return self.scores_before_advantages + self.needs_old_logprobs + self.needs_reference
 
     @property
     def shares_prompt(self) -> bool:

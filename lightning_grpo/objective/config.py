@@ -81,6 +81,9 @@ class ObjectiveConfig:
     rollout_correction: RolloutCorrection | None = None
     """Reweight tokens or completions by π_old/π_engine. By default the engine's probabilities are assumed to equal the
     trainer's."""
+    ess_scaled_step: bool = False
+    """Multiply the learning rate of each optimizer step by the square root of sampling/sequence_ess, so that a step to
+    which few completions contribute, because the samples are off-policy, is small (arXiv:2602.17616)."""
     max_completion_length: int | None = None
     """Divisor of the constant aggregation, in tokens. By default model.max_completion_length."""
 

@@ -17,6 +17,8 @@ from lightning_grpo.objective.masks import off_policy_mask, top_entropy_mask
 from lightning_grpo.objective.surrogate import Surrogate, Terms
 from lightning_grpo.objective.tensors import LOG_LIMIT, exp, extremes, fill, has_tokens, mean_metric, sequence_mean
 
+SEQUENCE_ESS = "sampling/sequence_ess"
+
 
 def policy_loss(
     config: ObjectiveConfig,
@@ -77,6 +79,8 @@ def policy_loss(
         rollout_weight=None if correction is None else correction.weight(old, engine, mask),
     )
     metrics = mismatch_metrics(old, engine, terms.rollout_weight, mask) | ratio_metrics(parts.surrogate, terms)
+    if engine is not None:
+        metrics[SEQUENCE_ESS] = sequence_ess(logprobs, engine, mask)
 
     loss = parts.surrogate(terms)
     if config.off_policy_mask_threshold is not None:
@@ -177,10 +181,23 @@ def sampling_ratio_metrics(log_ratio: Tensor, mask: Tensor) -> dict[str, Metric]
         "sampling/ratio/mean": Mean(moments.value, moments.count),
         "sampling/ratio/max": highest,
         "sampling/ratio/std": moments,
-        "sampling/ess": EffectiveShare(*moments),
+        "sampling/ess": EffectiveShare.of(log_ratio, mask),
         "sampling/chi2": Mean(moments.square - moments.count, moments.count),
         "sampling/k1": mean_metric(-log_ratio, mask),
     }
+
+
+def sequence_ess(logprobs: Tensor, engine: Tensor, mask: Tensor) -> EffectiveShare:
+    """The effective sample size of the completions, relative to their number, with the weights w = Π π/π_engine over
+    the tokens of each, before any bound (arXiv:2602.17616). A token that the engine could not score has π/π_engine = 1.
+
+    Args:
+        logprobs: [N, T], of the policy.
+        engine: [N, T], of the engine; NaN for tokens that it could not score.
+        mask: [N, T] bool.
+    """
+    log_ratio = (logprobs - engine).detach().double()
+    return EffectiveShare.of(fill(log_ratio, mask & ~engine.isnan()).sum(1, keepdim=True), has_tokens(mask))
 
 
 def check_inputs(

@@ -58,7 +58,11 @@ FEATURED = (
         {f"{MISMATCH}mean": "mean", f"{MISMATCH}p99": "99th percentile"},
         "Difference between the log-probs of engine and trainer for sampled tokens.",
     ),
-    Featured("Effective sample size", "share of the tokens", {"sampling/ess": "effective sample size"}),
+    Featured(
+        "Effective sample size",
+        "share",
+        {"sampling/ess": "of the tokens", "sampling/sequence_ess": "of the completions"},
+    ),
     Featured("Clipped tokens", "share", {"clip_ratio/region_mean": "clipped"}),
     Featured("Staleness", "optimizer steps", {"staleness": "mean", "staleness_max": "maximum"}),
     Featured("Learning rate", "", {"learning_rate": "learning rate"}),

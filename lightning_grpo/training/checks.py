@@ -51,6 +51,12 @@ def check_run(module: Any, stage: str) -> None:
             num_iterations=module.num_iterations,
             ranks=module.data_ranks,
         )
+        if module.objective.ess_scaled_step and module.completions_per_step == 1:
+            raise UserError(
+                "objective.ess_scaled_step is true, but an optimizer step has a single completion, whose effective "
+                "sample size is always 1; set trainer.accumulate_grad_batches or model.micro_batch_size to 2 or more, "
+                "or ess_scaled_step to false"
+            )
     if module.environment is not None:
         check_conversations(module.environment, trainer, module.tokenizer)
     check_rows(module.rewards, data.prompts_to_check if stage == "fit" else (), module.environment)

@@ -55,6 +55,7 @@ class Optimization:
         self.described: dict[str, Any] | None = None
         """The options that `configure` used, as plain data for checkpoints."""
         self._saved: Mapping[str, Any] | None = None
+        self._scheduled_rates: list[float] | None = None
 
     def check(self) -> None:
         """Raise `UserError` if the optimizer does not accept its options."""
@@ -116,6 +117,17 @@ class Optimization:
         saved, self._saved = self._saved, None
         if saved is not None and self.described is not None:
             resume(trainer, saved, self.described)
+
+    def scale_rates(self, optimizer: Optimizer, factor: float) -> None:
+        """Multiply the learning rates by ``factor`` for the next step. Call `restore_rates` after it."""
+        self._scheduled_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        set_rates(optimizer, [rate * factor for rate in self._scheduled_rates])
+
+    def restore_rates(self, optimizer: Optimizer) -> None:
+        """Undo `scale_rates`, exactly."""
+        if self._scheduled_rates is not None:
+            set_rates(optimizer, self._scheduled_rates)
+            self._scheduled_rates = None
 
 
 def check_precision(optimizer: Optimizer, trainer: Trainer) -> None:
@@ -233,15 +245,19 @@ def take_changed(optimizer: Optimizer, saved: Mapping[str, Any], configured: Map
 
 def reschedule(scheduler: LambdaLR) -> None:
     """Set the learning rates of ``scheduler`` at its position, from the optimizer's initial ones."""
-    groups = scheduler.optimizer.param_groups
-    scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
     rates = [base * f(scheduler.last_epoch) for base, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(groups, rates, strict=True):
+    set_rates(scheduler.optimizer, rates)
+    scheduler._last_lr = rates
+
+
+def set_rates(optimizer: Optimizer, rates: Sequence[float]) -> None:
+    """Set the learning rate of each group of ``optimizer``."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-    scheduler._last_lr = rates
 
 
 def _is_plain(value: Any) -> bool:

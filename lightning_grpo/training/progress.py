@@ -152,6 +152,11 @@ class Progress:
             self.last_finished = self.experience.number
             self.experience, self.micro_step, self.committed = None, 0, 0
 
+    @property
+    def token_counts(self) -> dict[str, float]:
+        """Tokens trained on since the start, by the names of their metrics."""
+        return {"num_tokens": float(self.num_tokens), "completion_tokens": float(self.completion_tokens)}
+
     # ── Across runs ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def layout(self, trainer: Trainer) -> dict[str, int]:

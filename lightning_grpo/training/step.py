@@ -3,6 +3,7 @@
 Shapes: N completions on this rank, n of them in an optimizer step, R rewards.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import cast
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from lightning_grpo.errors import NonFiniteError
+from lightning_grpo.errors import NonFiniteError, UserError
 from lightning_grpo.metrics import Max, Mean, Metric, Window
 from lightning_grpo.monitor.observe import (
     memory_in_use,
@@ -27,6 +28,7 @@ from lightning_grpo.monitor.observe import (
     variance_shares,
 )
 from lightning_grpo.objective import ObjectiveConfig
+from lightning_grpo.objective.loss import SEQUENCE_ESS
 from lightning_grpo.policy.load import compute_dtype_of
 from lightning_grpo.training.experience import Experience
 from lightning_grpo.training.gradient import WeightSample, gradient_norms, noise_scale, square_norm
@@ -159,6 +161,23 @@ class StepMonitor:
         if self._weights is None:
             self._weights = WeightSample(p for _, p in parameters)
         self._weights.before = self._weights.values()
+
+    def learning_rate_scale(self) -> float:
+        """√(ESS/B) of the completions of the optimizer step on all ranks; 1 if none of them is in the loss. Call it on
+        every rank, after the last backward pass.
+
+        Raises:
+            UserError: the loss does not report the effective sample size.
+        """
+        share = self.window.so_far(SEQUENCE_ESS)
+        if share is None:
+            raise UserError(
+                f"objective.ess_scaled_step is true, but compute_loss does not return the metric {SEQUENCE_ESS}; "
+                "return those of policy_loss, or set it to false"
+            )
+        scale = 1.0 if math.isnan(share) else math.sqrt(share)
+        self.window.mean("learning_rate_scale", torch.tensor(scale, dtype=torch.float64))
+        return scale
 
     def _require_loss_scaling(self, norm: float, trainer: Trainer) -> None:
         """Raise for a gradient that is not finite, unless 16-mixed may have scaled the loss too far: its scaler then

@@ -9,10 +9,12 @@ import numpy as np
 
 from lightning_grpo.diagnosis.finding import Finding, Severity
 from lightning_grpo.diagnosis.history import History, Row
+from lightning_grpo.diagnosis.remedies import learning_rate
 from lightning_grpo.diagnosis.rule import Rule
 from lightning_grpo.diagnosis.statistics import noise, trend
 
 DIFFERENCE = "sampling/sampling_logp_difference/mean"
+SEQUENCE_ESS = "sampling/sequence_ess"
 CORRECTION = {"model.objective.rollout_correction": {"level": "token", "mode": "truncate", "upper": 2.0}}
 
 
@@ -142,6 +144,38 @@ class EngineMismatch(Rule):
 
     def choose(self, rows: Sequence[Row]) -> Iterable[Row]:
         return by_difference(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewEffectiveSamples(Rule):
+    """Few completions dominate the importance-weighted gradient, because the policy has moved away from the one that
+    sampled them: it is as noisy as that of a far smaller batch. Measured against the run's own start, because rounding
+    in the engine lowers the effective sample size of long completions from the first step on."""
+
+    name: ClassVar[str] = "few_effective_samples"
+    source: ClassVar[str] = "VCPO (arXiv:2602.17616); at 0.2 the gradient's noise is √5 times as large"
+    needs: ClassVar[tuple[str, ...]] = (SEQUENCE_ESS,)
+    ranges: ClassVar[dict[str, str]] = {"share": "(0, 1)", "fall": "(0, 1)"}
+
+    share: float = 0.2
+    """Effective sample size, as a share of the completions, below which a fall counts."""
+    fall: float = 0.5
+    """Share of its value at the start below which it counts as fallen."""
+
+    def check(self, history: History) -> Finding | None:
+        start, now = history.start(SEQUENCE_ESS, 5).median, history.last(SEQUENCE_ESS, 10).median
+        if now >= min(self.share, self.fall * start):
+            return None
+        scaled = bool(history.option("model.objective.ess_scaled_step"))
+        return self.finding(
+            history,
+            f"the effective sample size of a step is {now:.0%} of its completions, {start:.0%} at the start",
+            evidence=[SEQUENCE_ESS, "staleness", "grad_norm"],
+            change=learning_rate(history, 1 / 3) if scaled else {"model.objective.ess_scaled_step": True},
+            advice="use fewer optimizer steps per rollout or a lower learning rate"
+            + ("" if scaled else "; ess_scaled_step makes such steps smaller"),
+            extent=1 / now,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
