@@ -142,8 +142,11 @@ class EffectiveShare(NamedTuple):
         return cls(values.logsumexp(0), (2 * values).logsumexp(0), mask.sum())
 
     def merge(self, other: "EffectiveShare") -> "EffectiveShare":
-        sums = (torch.logaddexp(a, b) for a, b in zip(self[:2], other[:2], strict=True))
-        return EffectiveShare(*sums, self.count + other.count)
+        return EffectiveShare(
+            torch.logaddexp(self.log_sum, other.log_sum),
+            torch.logaddexp(self.log_square_sum, other.log_square_sum),
+            self.count + other.count,
+        )
 
     def compute(self) -> Tensor:
         """In (0, 1]; 1 if all weights are equal, NaN if there are none."""

@@ -14,6 +14,7 @@ from lightning_grpo.record import read_run
 AHEAD = [
     "--rollout", "engines.CopyRollout", "--model.rollout_ahead", "1",
     "--model.objective.rollout_correction", "{level: token, mode: truncate, upper: 2.0}",
+    "--model.objective.ess_scaled_step", "true",
 ]  # fmt: skip
 BATCH = ["--model.advantage.estimator", "reinforce_pp_baseline", "--model.optimizer.lr", "1.0"]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] + m.content }}{% endfor %}{{ 'a' if add_generation_prompt }}"
@@ -83,6 +84,8 @@ def test_two_ranks_end_where_one_process_ends(tmp_path, monkeypatch, two_ranks, 
             "pass@4",
             "reward_length_correlation",
             "sampling/ess",
+            "sampling/sequence_ess",
+            *(["learning_rate_scale"] if case == "ahead" else []),
             "sampling/k1",
             "sampling/ratio/std",
             "update_ratio",

@@ -251,7 +251,7 @@ def reschedule(scheduler: LambdaLR) -> None:
     scheduler._last_lr = rates
 
 
-def set_rates(optimizer: Optimizer, rates: Sequence[float]) -> None:
+def set_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
     """Set the learning rate of each group of ``optimizer``."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
