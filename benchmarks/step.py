@@ -10,8 +10,9 @@ advantage and the norm of the first gradient, which are about equal on both side
 
 Contenders: `hf` is TRL with transformers' generate, its default, against ours with `HFRollout`; `vllm` is TRL with vLLM
 in its process (colocate, without its importance sampling correction, which is off by default here too) against ours
-with `VLLMRollout`. TRL is measured with the interpreter named by `--peers`, which has trl==1.16.0 (and vLLM); if a
-contender fails, its row reports that, and `--check` fails.
+with `VLLMRollout`. If TRL can't run vLLM on this machine, the output says why, and ours is compared with TRL and
+transformers' generate instead. TRL is measured with the interpreter named by `--peers`, which has trl==1.16.0 (and
+vLLM); if a contender fails, its row reports that, and `--check` fails.
 """
 
 import argparse
@@ -385,6 +386,10 @@ def main() -> int:
             for side in args.sides:
                 job = base | case | {"side": side}
                 rows[side] = job | measure(job, args.peers if side == "TRL" else sys.executable)
+                if "failed" in rows[side] and side == "TRL" and job["engine"] == "vllm":
+                    print(f"  TRL with vLLM {describe(rows[side])}; with transformers' generate:", flush=True)
+                    job |= {"engine": "hf"}
+                    rows[side] = job | measure(job, args.peers)
                 print(f"  {side:5}{describe(rows[side])}", flush=True)
                 results.append(rows[side])
             if len(rows) == len(SIDES):
