@@ -638,8 +638,7 @@ class GRPOModule(TrainablePolicy):
     @property
     def reward_weights(self) -> Tensor:
         """[R] at the current optimizer step."""
-        step = 0 if self._trainer is None else self.trainer.global_step
-        return torch.tensor([reward.weight_at(step) for reward in self.rewards], dtype=torch.float32)
+        return torch.tensor([reward.weight_at(self.trained_steps) for reward in self.rewards], dtype=torch.float32)
 
     def contributions(self, rewards: Tensor) -> Tensor:
         """[N, R]: the ``rewards`` [N, R] as they count in their sum; see `Experience`."""

@@ -2,6 +2,7 @@
 
 import json
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +91,21 @@ def test_pass_rate_writes_prompts_that_can_be_trained_on(file, tiny_model_path, 
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert all({"prompt", "answer", "pass_rate", "mean_reward", "pass@2", "pass@4"} < row.keys() for row in rows)
     assert {row["samples"] for row in rows} == {4} and {row["prompt"] for row in rows} <= {r["prompt"] for r in ROWS}
+
+
+def test_pass_rate_samples_episodes_of_an_environment(tiny_model_path, tmp_path, capsys):
+    path = config("hidden_numbers", tiny_model_path, tmp_path, source_args={"template": "hi"}, size=6, chat=True)
+    run, out = json.loads(Path(path).read_text()), tmp_path / "rates.jsonl"
+    game = {"class_path": "lightning_grpo.environments.GuessNumber", "init_args": {"max_turns": 2}}
+    run["model"]["init_args"] |= {"rewards": [], "environment": game, "max_completion_length": 10}
+    Path(path).write_text(json.dumps(run))
+    main(["data", "pass-rate", path, "--samples", "4", "--rows", "2", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "pass rate 0.0% over 4 completions per prompt" in printed
+    assert "raise model.max_completion_length, or max_turn_tokens of the environment" in printed
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [[{"role": "user", "content": "hi"}]] * 2
+    assert all({"low", "high", "answer", "pass_rate", "pass@4"} < row.keys() for row in rows)
 
 
 def measured(*rights, totals=None, truncated=False):

@@ -7,6 +7,7 @@ from string import ascii_lowercase
 import pytest
 import torch
 from fitting import checksum, data, done, fit, module
+from lightning import Trainer
 
 from lightning_grpo import PromptDataModule
 from lightning_grpo.data import Prompt, PromptBatch
@@ -14,7 +15,7 @@ from lightning_grpo.metrics import Spread
 from lightning_grpo.monitor.intervals import interval
 from lightning_grpo.monitor.terminal import held_out_figures, with_interval
 from lightning_grpo.rewards import ExactMatch, FunctionReward
-from lightning_grpo.rollout import Rollout
+from lightning_grpo.rollout import HFRollout, Rollout
 from lightning_grpo.training.evaluation import Evaluation, majority
 
 
@@ -131,3 +132,20 @@ def test_rewards_of_evaluations_check_held_out_rows_alone(tmp_path, tiny_model_p
     assert fit(tmp_path, policy, data(), steps=1)["reward"]
     with pytest.raises(ValueError, match=r"ExactMatch\.answer is 'solution'"):
         fit(tmp_path, policy, data(validation_size=4), steps=1)
+
+
+def test_a_checkpoint_is_evaluated_with_the_reward_weights_of_its_step(tmp_path, tiny_model_path):
+    def policy():
+        rewards = [FunctionReward(function=lambda completions: [1.0] * len(completions), weight={0: 1.0, 4: 3.0})]
+        return module(tiny_model_path, rewards=rewards)
+
+    trained = policy()
+    fit(tmp_path, trained, data(validation_size=2), steps=2)
+    trained.trainer.save_checkpoint(path := tmp_path / "step.ckpt")
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(default_root_dir=tmp_path, callbacks=[HFRollout()], **settings)
+    new, loaded = (
+        trainer.validate(policy(), data(validation_size=2), ckpt_path=ckpt, weights_only=False, verbose=False)[0]
+        for ckpt in (None, path)
+    )
+    assert (new["val/reward"], loaded["val/reward"]) == (1.0, 2.0)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,6 +61,19 @@ class TrainablePolicy(LightningModule):
             self.strict_loading = False
         self.policy: Policy | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._loaded_steps: int | None = None
+
+    @property
+    def trained_steps(self) -> int:
+        """Number of optimizer steps that the policy has taken: in this run, or before the checkpoint was saved that was
+        loaded to evaluate it."""
+        if self._loaded_steps is not None:
+            return self._loaded_steps
+        return 0 if self._trainer is None else self.trainer.global_step
+
+    def on_fit_start(self) -> None:
+        """Forget what was evaluated before."""
+        self._loaded_steps = None
 
     # ── The model ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -149,6 +163,8 @@ class TrainablePolicy(LightningModule):
         adapters.check(checkpoint["policy"]["lora"], self.lora, self._trainable, self.quantization)
         if self.lora is None and self.device_mesh is None:
             require_same_weights(self.state_dict(), checkpoint["state_dict"])
+        if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            self._loaded_steps = checkpoint["global_step"]
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location: Any = None, **kwargs: Any) -> Self:

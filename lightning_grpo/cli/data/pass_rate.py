@@ -52,7 +52,10 @@ class PassRateCommand(GRPOCommand):
             out = self.options.out or run_folder(self.trainer) / "pass_rates.jsonl"
             write(measured, out)
             print(f"{len(measured)} prompts with their pass rates: {out}")
-            print("\n".join(verdict(measured, self.model.num_generations, str(out))))
+            limit = "model.max_completion_length"
+            if self.model.environment is not None:
+                limit += ", or max_turn_tokens of the environment"
+            print("\n".join(verdict(measured, self.model.num_generations, str(out), limit)))
 
 
 class PassRates(Callback):
@@ -162,13 +165,16 @@ def write(measured: Sequence[dict[str, Any]], path: Path) -> None:
         raise UserError(f"--out is {path}, but a column has values of several types ({error}); set a .jsonl") from error
 
 
-def verdict(measured: Sequence[dict[str, Any]], G: int, file: str) -> list[str]:
+def verdict(
+    measured: Sequence[dict[str, Any]], G: int, file: str, limit: str = "model.max_completion_length"
+) -> list[str]:
     """Lines about the pass rates, the share of groups with different rewards, and what to change.
 
     Args:
         measured: prompts of `PassRates`.
         G: num_generations of the run.
         file: where the prompts were written.
+        limit: the options that limit the length of completions.
     """
     n = len(measured[0]["right"])
     rates = np.array([np.mean(prompt["right"]) for prompt in measured])
@@ -185,11 +191,11 @@ def verdict(measured: Sequence[dict[str, Any]], G: int, file: str) -> list[str]:
         return [*lines, f"GRPO can learn from these prompts: {share:.0%} of the groups of {G} carry a gradient"]
     how = "hardly learn" if share < FEW else "learn only slowly"
     lines.append(f"GRPO can {how} from these prompts: only {share:.0%} of the groups of {G} carry a gradient")
-    return [*lines, *(f"  {change}" for change in _changes(measured, rates, shares, G, file))]
+    return [*lines, *(f"  {change}" for change in _changes(measured, rates, shares, G, file, limit))]
 
 
 def _changes(
-    measured: Sequence[dict[str, Any]], rates: np.ndarray, shares: dict[int, float], G: int, file: str
+    measured: Sequence[dict[str, Any]], rates: np.ndarray, shares: dict[int, float], G: int, file: str, limit: str
 ) -> list[str]:
     truncated = _mean([_mean(prompt["truncated"]) for prompt in measured])
     changes = []
@@ -197,7 +203,7 @@ def _changes(
         example = escaped(measured[0]["completion"][-120:])
         changes.append(f"check that the reward finds the answer in a completion such as {example!r}")
     if truncated >= TRUNCATED:
-        changes.append(f"raise model.max_completion_length: {truncated:.0%} of the completions are truncated")
+        changes.append(f"raise {limit}: {truncated:.0%} of the completions are truncated")
     if (larger := next((size for size, share in shares.items() if size > G and share >= ENOUGH), None)) is not None:
         changes.append(f"set model.num_generations to {larger}, for which {shares[larger]:.0%} of the groups differ")
     if rates.mean() < 0.5:
