@@ -319,8 +319,19 @@ def test_share_of_constraints():
             },
             "the relation 'about' is unknown; set one of less than, at least",
         ),
+        (
+            {"instruction_id_list": ["startend:end_checker"], "kwargs": [{"end_phrase": ""}]},
+            "end_phrase of startend:end_checker in row 0 is ''; set a text, or drop it",
+        ),
+        (
+            {
+                "instruction_id_list": ["length_constraints:nth_paragraph_first_word"],
+                "kwargs": [{"num_paragraphs": 3, "nth_paragraph": "1", "first_word": "x"}],
+            },
+            "do not fit: '>=' not supported",
+        ),
     ],
-    ids=["columns", "none", "lengths", "name", "argument", "type", "list", "relation"],
+    ids=["columns", "none", "lengths", "name", "argument", "type", "list", "relation", "empty", "type of another"],
 )
 def test_constraints_are_checked_before_training(row, message):
     with pytest.raises(UserError, match=message):

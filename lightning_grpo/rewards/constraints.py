@@ -112,7 +112,8 @@ def _number_paragraphs(text: str, num_paragraphs: int) -> bool:
 @constraint("length_constraints:nth_paragraph_first_word")
 def _first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
     blocks = parts(text, "blocks")
-    first = words(blocks[nth_paragraph - 1])[:1] if len(blocks) == num_paragraphs >= nth_paragraph > 0 else []
+    is_there = num_paragraphs >= nth_paragraph > 0 and len(blocks) == num_paragraphs
+    first = words(blocks[nth_paragraph - 1])[:1] if is_there else []
     return [word.casefold() for word in first] == [first_word.casefold()]
 
 
@@ -244,6 +245,11 @@ class Constraints(ResponseReward):
             for name, arguments in self._pairs(values):
                 if name not in CHECKS:
                     raise UserError(f"Constraints: {name!r} in row {row} is unknown; set one of {', '.join(CHECKS)}")
+                for key, value in arguments.items():
+                    if value in ("", []) or (isinstance(value, list) and "" in value):
+                        raise UserError(
+                            f"Constraints: {key} of {name} in row {row} is {value!r}; set a text, or drop it"
+                        )
                 try:
                     CHECKS[name]("A response.", **arguments)
                 except UserError as error:

@@ -19,6 +19,9 @@ OUTSIDE = frozenset(
 # attributes, which Landlock does not cover
 PROCESSES = frozenset((57, 58, 59, 322, 62, 200, 234, 129, 297, 424, 434, 109, 112))
 MODES = frozenset((90, 91, 92, 93, 94, 188, 189, 190, 260, 268, 452))
+# shared memory, semaphores and queues, which outlive a program; priorities and cores, also those of other processes
+LASTING = frozenset((29, 30, 31, 64, 65, 66, 68, 69, 70, 71, 220, 240))
+PRIORITIES = frozenset((141, 142, 144, 203, 251, 314))
 CLONE, CLONE3, PRLIMIT, CLONE_THREAD = 56, 435, 302, 0x10000
 EPERM, ENOSYS = 1, 38
 SET_DEATH_SIGNAL, SET_DUMPABLE, SET_NO_NEW_PRIVS, SET_SECCOMP = 1, 4, 38, 22
@@ -78,7 +81,7 @@ def confine_program() -> dict[str, bool]:
     the current folder; return what is enforced."""
     paths = (sys.base_prefix, "/usr", "/lib", "/lib64", "/dev/urandom", "/etc/localtime")
     readable = dict.fromkeys(paths, READ & ~1) | {"/dev/null": READ_WRITE}
-    return _confine(readable, OUTSIDE | PROCESSES | MODES, processes=False)
+    return _confine(readable, OUTSIDE | PROCESSES | MODES | LASTING | PRIORITIES, processes=False)
 
 
 def _confine(readable: Mapping[str, int], refused: Iterable[int], *, processes: bool) -> dict[str, bool]:

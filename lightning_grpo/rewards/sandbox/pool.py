@@ -167,7 +167,15 @@ class _Worker:
             self.process.wait(START)
         for connection in (self.channel, self.tokens, self._of_worker):
             connection.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
+
+
+def _remove(folder: str) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except RecursionError:  # a program made folders within folders, for which only `rm` has no limit
+        with suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(["rm", "-rf", folder], capture_output=True, timeout=START)
 
 
 @dataclass(frozen=True)
