@@ -93,6 +93,10 @@ def test_every_option_of_ours_in_the_table_exists(capsys, tmp_path):
             "init_args": {
                 "model": {"name": "x"},
                 "lora": {},
+                "environment": {
+                    "class_path": "lightning_grpo.environments.ToolEnvironment",
+                    "init_args": {"tools": ["lightning_grpo.environments.calculate"]},
+                },
                 "optimizer": {"class_path": "torch.optim.AdamW"},
                 "objective": {"rollout_correction": {}, "adaptive_entropy": {}},
             }
@@ -227,6 +231,8 @@ def test_a_script_converts_to_a_configuration_that_fit_reads(tmp_path, capsys):
         *({"lr_scheduler_type": name} for name in ("polynomial", "warmup_stable_decay", "cosine", "constant")),
         {"datasets": [{"path": "owner/one", "name": "main"}, {"path": "two.jsonl"}]},
         {"dataset_name": "owner/one", "dataset_streaming": True, "use_peft": True, "load_in_4bit": True},
+        {"tools": "lightning_grpo.environments.calculate", "max_tool_calling_iterations": 3},
+        {"environment_factory": "test_tools.Counter", "tools": ["test_tools.add"]},
         {"eval_strategy": "epoch", "metric_for_best_model": "eval_reward", "save_total_limit": 3},
         {"model_init_kwargs": {"revision": "v1", "dtype": "bfloat16", "rope_theta": 1e6}},
     ],
@@ -243,6 +249,26 @@ def test_options_convert_to_a_module_that_takes_them(given, tmp_path):
     parser.add_subclass_arguments(PromptDataModule, "data")
     built = parser.instantiate_classes(parser.parse_object({key: config[key] for key in ("model", "data")}))
     assert built.model.objective.loss_type == given.get("loss_type", "dapo")
+
+
+def test_tools_and_environments_are_converted():
+    def model(**given):
+        conversion = convert(given)
+        init = yaml.safe_load(render(conversion, []))["model"]["init_args"]
+        return init.get("environment"), init["rewards"], conversion.remarks
+
+    tools, _, _ = model(tools=["a.add"], max_tool_calling_iterations=3)
+    assert tools == {
+        "class_path": "lightning_grpo.environments.ToolEnvironment",
+        "init_args": {"tools": ["a.add"], "max_turns": 4},
+    }
+    environment, rewards, remarks = model(environment_factory="a.Game")
+    assert environment["init_args"] == {"factory": "a.Game"} and environment["class_path"].endswith("TRLEnvironment")
+    assert (rewards, remarks) == ([], [])
+    environment, _, [remark] = model(environment_factory={"game": "a.Game", "other": "a.Other"})
+    assert environment is None and "several environments" in remark
+    _, _, [remark] = model(max_tool_calling_iterations=3)
+    assert remark == "max_tool_calling_iterations: 3 needs tools or environment_factory"
 
 
 @pytest.mark.parametrize(

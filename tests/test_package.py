@@ -17,8 +17,8 @@ from lightning_grpo.rewards.reasoning_gym import _scorer
 ROOT = Path(__file__).parents[1]
 NAMES = {"pyyaml": "yaml"}
 """Import names of distributions that have another name there."""
-OPTIONAL = {"triton"}
-"""Comes with torch's CUDA builds alone."""
+OPTIONAL = {"triton", "antlr4", "latex2sympy2_extended"}
+"""Come with torch's CUDA builds, or with math-verify."""
 BY_CLASS_PATH = {"tensorboard"}
 
 
@@ -29,6 +29,8 @@ EXTRAS = {
     "plot": "matplotlib",
     "report": "plotly",
     "bitsandbytes": "bitsandbytes",
+    "judge": "openai",
+    "verifiers": "verifiers",
 }
 
 
@@ -61,10 +63,11 @@ def test_every_imported_package_is_declared_and_every_declared_one_imported():
         ("datasets", lambda path: read(str(path), args={}, size=None, seed=0)),
         ("reasoning-gym", lambda path: read("reasoning_gym:chain_sum", args={}, size=1, seed=0)),
         ("reasoning-gym", lambda path: _scorer("chain_sum", "{}")),
+        ("verifiers", lambda path: read("verifiers:game", args={}, size=1, seed=0)),
         ("plot", lambda path: plot.draw(None, path / "plan")),
         ("report", lambda path: report.main([str(path)])),
     ],
-    ids=["hub", "saved data set", "source", "reward", "plot", "report"],
+    ids=["hub", "saved data set", "source", "reward", "verifiers", "plot", "report"],
 )
 def test_a_missing_extra_is_named(monkeypatch, tmp_path, extra, use):
     _scorer.cache_clear()

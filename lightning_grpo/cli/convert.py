@@ -21,6 +21,7 @@ PARTS = (
     learning.objective,
     learning.optimizer,
     data.prompts,
+    data.environment,
     data.rewards,
     data.evaluation,
     policy.rollout,

@@ -1,4 +1,4 @@
-"""Prompts, rewards, and held-out prompts."""
+"""Prompts, environment, rewards, and held-out prompts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +46,27 @@ def prompts(run: Conversion) -> None:
     run.copy("chat_template_kwargs", "data_seed")
 
 
+def environment(run: Conversion) -> None:
+    """Tools, and the objects of an environment."""
+    tools, factory, calls = run["tools"], run["environment_factory"], run["max_tool_calling_iterations"]
+    if isinstance(factory, Mapping):
+        run.remarks.append(
+            "environment_factory: several environments, chosen by a column of the row, have no equivalent; set the "
+            "path of one class, whose reset(**row) may choose"
+        )
+        factory = None
+    if not tools and not factory:
+        if calls is not None:
+            run.remarks.append(f"max_tool_calling_iterations: {calls} needs tools or environment_factory")
+        return
+    options: dict[str, Any] = {"tools": [tools] if isinstance(tools, str) else tools} if tools else {}
+    options |= {"factory": factory} if factory else {}
+    options |= {} if calls is None else {"max_turns": int(calls) + 1}
+    kind = "TRLEnvironment" if factory else "ToolEnvironment"
+    described = {"class_path": f"lightning_grpo.environments.{kind}", "init_args": options}
+    run.put("model.environment", described, "max_tool_calling_iterations")
+
+
 def rewards(run: Conversion) -> None:
     """Reward functions and their weights."""
     functions = run["reward_funcs"] or []
@@ -60,7 +81,9 @@ def rewards(run: Conversion) -> None:
         options = dict(reward.get("init_args", {})) | ({"name": name} if name in REWARDS else {"function": name})
         converted.append({**reward, "init_args": options | {"weight": float(weight)}})
         notes += [note] if note else []
-    if not converted:
+    if not converted and isinstance(run["environment_factory"], str):
+        notes = ["the method get_reward of the environment; reward functions are arguments of GRPOTrainer in TRL"]
+    elif not converted:
         converted = [{"class_path": "lightning_grpo.rewards.ExactMatch"}]
         notes = [
             "the rewards are arguments of GRPOTrainer in TRL; set yours, a function as "

@@ -81,7 +81,7 @@ GRPO_CONFIG = [
     Row("entropy_coef_max", 1.0, "model.objective.adaptive_entropy.maximum"),
     Row("entropy_coef_delta", 0.005, "model.objective.adaptive_entropy.delta"),
     Row("entropy_target", 0.2, "model.objective.adaptive_entropy.target"),
-    Row("max_tool_calling_iterations", None, "", "the max_turns of an environment, which counts the last answer too"),
+    Row("max_tool_calling_iterations", None, "model.environment.max_turns", "counts the last answer too, so it is one more; 8 by default here, unlimited in TRL"),
     Row("vllm_importance_sampling_correction", True, "model.objective.rollout_correction", "off by default here"),
     Row("vllm_importance_sampling_mode", "sequence_mask", "model.objective.rollout_correction.level, model.objective.rollout_correction.mode"),
     Row("vllm_importance_sampling_clip_max", 3.0, "model.objective.rollout_correction.upper", "2 by default here"),
@@ -217,9 +217,11 @@ SCRIPT = [
     Row("gradient_checkpointing_use_reentrant", False, "", "always without reentrance"),
     Row("ignore_bias_buffers", False),
     Row("num_processes", 1, "trainer.devices", "an argument of accelerate"),
+    Row("tools", None, "model.environment", "an argument of GRPOTrainer; functions by their dotted paths are the tools of a ToolEnvironment"),
+    Row("environment_factory", None, "model.environment", "an argument of GRPOTrainer; a class by its dotted path is the factory of a TRLEnvironment"),
     Row("env", None, "", "set these variables in the shell"),
     Row("max_prompt_length", None, "model.max_prompt_length", "an option of earlier versions of TRL; longer prompts are dropped here, and cut there"),
 ]  # fmt: skip
-"""Arguments of the script ``trl grpo`` (ModelConfig, ScriptArguments), and a former option."""
+"""Arguments of the script ``trl grpo`` (ModelConfig, ScriptArguments) and of GRPOTrainer, and a former option."""
 
 ROWS = {row.name: row for row in (*GRPO_CONFIG, *TRAINING_ARGUMENTS, *SCRIPT)}
