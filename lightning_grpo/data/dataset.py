@@ -17,6 +17,7 @@ from lightning_grpo.data.prompts import Encoded, Prompt, fingerprint, identify
 from lightning_grpo.data.sources import Opened, open_source, require_rows, stream_rows
 from lightning_grpo.data.store import PromptTable, PromptWriter, open_table
 from lightning_grpo.data.streaming import FIRST, StreamedPrompts
+from lightning_grpo.data.template import read_template
 from lightning_grpo.errors import UserError
 from lightning_grpo.ranges import check_ranges
 
@@ -161,9 +162,8 @@ class DataSetReader:
         if not getattr(tokenizer, "is_fast", False):
             return None
         encoder = {f.name: getattr(self.encoder, f.name) for f in fields(self.encoder) if f.name != "tokenizer"}
-        template = self.encoder.chat_template
-        if template is not None and "{" not in template and Path(template).is_file():
-            encoder["chat_template"] = Path(template).read_text(encoding="utf-8", errors="replace")
+        if self.encoder.chat_template is not None:
+            encoder["chat_template"] = read_template(self.encoder.chat_template)
         parts = [
             *((part.name, asdict(replace(part.source, weight=None)), part.opened.identity) for part in opened),
             encoder,

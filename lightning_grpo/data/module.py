@@ -83,7 +83,8 @@ class PromptDataModule(lightning.LightningDataModule):
             ``question`` as the prompt and a nested value as ``answer``. Other columns keep their names.
         chat: Turn a text prompt into a user message, for models trained for chat.
         system_prompt: System message to put before every prompt that is a list of messages.
-        chat_template: Jinja template, or a file that contains one, to use instead of the tokenizer's.
+        chat_template: Jinja template to use instead of the tokenizer's, a file that contains one, or ``qwen3``: a
+            template in the format of Qwen3 that keeps the thoughts of earlier turns.
         chat_template_args: Variables for the template, for example ``{enable_thinking: false}``.
         prompts_per_rollout: Prompts per rollout, over all ranks (B).
         max_prompt_length: Longest prompt, in tokens. Unset: the module's ``max_prompt_length``.

@@ -6,26 +6,48 @@ from typing import Any
 from lightning_grpo.data.rows import Message
 from lightning_grpo.errors import UserError
 
+TEMPLATES = Path(__file__).parent / "templates"
+"""Templates by name. They keep every message as it is, as environments require."""
+
+
+def read_template(template: str) -> str:
+    """Return a Jinja template.
+
+    Args:
+        template: the template itself, a file that contains one, or ``qwen3``, which has the format of Qwen3.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if "{" in template:
+        return template
+    file = TEMPLATES / f"{template}.jinja"
+    if not file.is_file():
+        file = Path(template)
+    if not file.is_file():
+        names = ", ".join(sorted(path.stem for path in TEMPLATES.iterdir()))
+        raise UserError(
+            f"data.chat_template is {template!r}, which is neither a file nor a Jinja template; set one of these, or a "
+            f"name ({names})"
+        )
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.chat_template is {template!r}, which can't be read: {error}") from error
+
 
 class ChatTemplate:
     """Renders chat messages, and reports what the template omits or rejects.
 
     Args:
         tokenizer: provides the template unless another is given.
-        template: a Jinja template, or a file that contains one.
+        template: as for `read_template`.
         args: variables for the template.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None, args: dict[str, Any] | None = None) -> None:
-        if template is not None and "{" not in template:
-            if not Path(template).is_file():
-                raise UserError(f"data.chat_template is {template!r}, which is neither a file nor a Jinja template")
-            try:
-                template = Path(template).read_text(encoding="utf-8-sig")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"data.chat_template is {template!r}, which can't be read: {error}") from error
         self.tokenizer = tokenizer
-        self.template = template
+        self.template = None if template is None else read_template(template)
         self.args = args or {}
         self.omissions: dict[str, str] = {}
         """What the template omitted or changed: subject → message about the first row."""

@@ -133,7 +133,7 @@ class TurnTemplate:
     def _refusal(self, reason: str) -> UserError:
         source = self.chat_template.template or str(self.tokenizer.chat_template)
         is_qwen3 = all(part in source for part in QWEN3) and "<function=" not in source
-        kept = "configs/qwen3.jinja, which" if is_qwen3 else "a template that"
+        kept = "qwen3, a template that" if is_qwen3 else "a template that"
         return UserError(
             f"the chat template of {self.tokenizer.name_or_path!r} {reason}, so it can't be used with an environment; "
             f"set data.chat_template to {kept} keeps every message as it is"
