@@ -4,6 +4,7 @@ A row is what is wrong with a run that is otherwise `configs/smoke.yaml`, and wh
 in an option is the test's folder, where ``files`` are written first.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,3 +120,15 @@ def test_bad_input_ends_with_one_line(row, tmp_path, capsys):
     assert "Traceback" not in err
     for fragment in row.fragments:
         assert fragment.replace("{tmp}", str(tmp_path)) in errors[0]
+
+
+def test_the_extra_that_an_environment_needs_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "verifiers", None)
+    environment = "{class_path: lightning_grpo.environments.VerifiersEnvironment, init_args: {name: game}}"
+    root = ["--trainer.default_root_dir", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(ROOT / "configs" / "smoke.yaml"), "--model.environment", environment, *root])
+    assert (
+        "error: the environment 'game' needs verifiers, which is not installed; run pip install "
+        "'lightning-grpo[verifiers]'"
+    ) in capsys.readouterr().err

@@ -131,7 +131,9 @@ class GRPOCommand(LightningCLI):
         except Exception as error:
             chain = list(_causes(error))
             if missing := next((e for e in chain if isinstance(e, ModuleNotFoundError)), None):
-                raise UserError(f"a package of the configuration is not installed: {_one_line(missing)}") from error
+                reported = next((str(e) for e in chain if isinstance(e, ReportedError)), None)
+                unknown = f"a package of the configuration is not installed: {_one_line(missing)}"
+                raise UserError(reported or unknown) from error
             if refused := next((e for e in chain if isinstance(e, MisconfigurationException)), None):
                 raise UserError(f"trainer: {_one_line(refused)}") from error
             raise
