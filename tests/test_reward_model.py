@@ -113,6 +113,11 @@ def test_chat_messages_need_a_template(tmp_path):
     model = RewardModel(model=saved(tmp_path / "strict", tokenizer=tokenizer, pad_token_id=0))
     with pytest.raises(UserError, match=r"can't render a conversation with the roles user, assistant: roles must alt"):
         score(model, [[{"role": "user", "content": "1+1"}]], ["2"])
+    with pytest.raises(UserError, match="can't render a conversation"):
+        model.check([{}])
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match=r"the chat template of .* omits the completion"):
+        RewardModel(model=saved(tmp_path / "users", tokenizer=tokenizer, pad_token_id=0)).check([{}])
 
 
 def test_long_texts_are_refused_or_shortened_at_their_beginning(path):

@@ -62,9 +62,14 @@ class RewardModel(Reward):
             raise UserError(f"RewardModel.device is {self.device!r}: {error}; set cpu or cuda:0") from error
 
     def check(self, columns: Sequence[Mapping[str, Any]]) -> None:
-        """Load the model, which raises `UserError` if it is no reward model."""
-        if columns:
-            self._loaded  # noqa: B018
+        """Load the model, which raises `UserError` if it is no reward model, and check its chat template."""
+        if columns and self._loaded[1].chat_template:
+            prompt = [{"role": "user", "content": "Is it?"}]
+            if self._ids(prompt, "Yes", "") == self._ids(prompt, "No", ""):
+                raise UserError(
+                    f"the reward {self.name!r}: the chat template of {self._source.name} omits the completion; set a "
+                    "reward model whose template renders messages of the assistant"
+                )
 
     def bytes_on(self, device: torch.device) -> int:
         """The memory that the weights occupy on ``device``, that of the policy, between two calls."""
