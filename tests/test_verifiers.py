@@ -151,6 +151,11 @@ def test_what_cannot_be_trained_on_ends_the_run(text, reason):
         run(environment("hints"), [text, "3"])
 
 
+def test_an_environment_that_cannot_begin_ends_the_run():
+    with pytest.raises(RunError, match=r"ended before its first turn .SandboxError.*no machine is free"):
+        run(environment("unavailable"), ["3"])
+
+
 def test_wrong_environments_are_refused_at_start():
     with pytest.raises(UserError, match="the environment 'no_such': Could not import 'no_such' environment"):
         VerifiersEnvironment(name="no_such")

@@ -49,6 +49,12 @@ class Hints(vf.MultiTurnEnv):
         self.ended.append((state["stop_condition"], state["is_truncated"], state["wrong"]))
 
 
+class Unavailable(Hints):
+    async def setup_state(self, state):
+        state["wrong"] = 0
+        raise vf.SandboxError("no machine is free")
+
+
 def wrong(state) -> float:
     return float(state["wrong"])
 
@@ -70,6 +76,8 @@ def load_environment(kind: str, **options):
     if kind == "hints":
         rubric = vf.Rubric(funcs=[exact, wrong, shortness], weights=[1.0, 0.0, 0.1])
         return Hints(**settings | {"rubric": rubric})
+    if kind == "unavailable":
+        return Unavailable(**settings)
     if kind == "tools":
         return vf.ToolEnv(tools=[add], **settings)
     return vf.SingleTurnEnv(message_type="completion", **settings)

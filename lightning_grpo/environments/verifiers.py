@@ -126,7 +126,7 @@ class Rollout:
         self._tools = tools
         self._response_template = response_template
         self._requests: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        self._turn: asyncio.Future[Any]
+        self._turn: asyncio.Future[Any] | None = None
         self._task: asyncio.Task[dict[str, Any]]
 
     @property
@@ -160,8 +160,8 @@ class Rollout:
 
     async def close(self) -> None:
         """End the rollout, so that verifiers frees what it holds."""
-        if self._turn.done():
-            self._task.cancel()  # after an error of the run it may be anywhere
+        if self._turn is None or self._turn.done():
+            self._task.cancel()  # unless it has ended, an error of the run interrupts it
             await asyncio.gather(self._task, return_exceptions=True)
         else:
             await self.finish()
@@ -182,7 +182,7 @@ class Rollout:
         if (request.get("tools") or []) != self._tools:
             raise RunError("the environment offers other tools than the prompt describes; set them in the column tools")
         messages = with_text(request["messages"])
-        if (said := roles_and_texts(messages[: len(self._messages)])) != (known := roles_and_texts(self._messages)):
+        if (said := _spoken(messages[: len(self._messages)])) != (known := _spoken(self._messages)):
             raise RunError(
                 f"the environment changed earlier messages, from {known} to {said}; only one that appends messages can "
                 "be trained on the tokens that were sampled"
@@ -213,17 +213,18 @@ def with_text(messages: Sequence[Message]) -> list[Message]:
     Raises:
         RunError: if a part is not text.
     """
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
     if others := [part["type"] for part in parts if part["type"] != "text"]:
         raise RunError(f"a message of the environment contains {others[0]!r}; only text can be trained on")
-    return [message | {"content": _text(message["content"])} for message in messages]
+    return [message | {"content": _text(content)} for message, content in zip(messages, contents, strict=True)]
 
 
 def _text(content: str | list[dict[str, Any]] | None) -> str:
     return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
-def roles_and_texts(messages: Sequence[Message]) -> list[tuple[str, str]]:
+def _spoken(messages: Sequence[Message]) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in messages]
 
 
