@@ -100,10 +100,11 @@ class GRPOModule(TrainablePolicy):
         dtype: Data type of the parameters. Keep float32 together with trainer.precision: bf16-mixed: with bfloat16
             parameters, updates at learning rates of 1e-5 and below are mostly lost to rounding.
         gradient_checkpointing: Recompute activations in the backward pass. Uses less memory and about a third more
-            compute, and disables share_prompt.
-        share_prompt: Compute each prompt once for all of its completions. Has no effect with gradient_checkpointing.
+            compute.
+        share_prompt: Compute each prompt once for all of its completions in a micro-batch. On GPUs it has no effect
+            with gradient_checkpointing or FSDP.
         attn_implementation: Attention implementation, by its name in transformers: sdpa, eager, flash_attention_2, …
-            The default is sdpa, except for bfloat16 on CPUs, where plain matrix products are faster.
+            The default is sdpa, except on CPUs, where the completions of a micro-batch are one row without padding.
         head_in_float32: Compute the logits in float32 whatever the precision (arXiv:2510.13786). A vLLM engine does the
             same with engine_args: {hf_overrides: {head_dtype: float32}}.
         from_scratch: Initialize the weights at random from the checkpoint's configuration instead of loading them.
@@ -207,7 +208,7 @@ class GRPOModule(TrainablePolicy):
         self.sampling = sampling
         self.validation_sampling = validation_sampling or replace(sampling, cutoff=1.0)
         self.rollout_ahead = rollout_ahead
-        self.share_prompt = share_prompt and not gradient_checkpointing
+        self.share_prompt = share_prompt
         self.optimization = Optimization(
             optimizer,
             lr_schedule=lr_schedule,

@@ -1,5 +1,6 @@
 """completion_logprobs against log_softmax over a model's own logits, for many architectures and wrappers."""
 
+import itertools
 import logging
 import os
 
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.policy import logprobs
+from lightning_grpo.policy.attention import NAME
 from lightning_grpo.policy.load import compute_head_in_float32
 from lightning_grpo.policy.logprobs import completion_logprobs
 
@@ -43,9 +45,11 @@ MODELS = {
     "Cohere": {"logit_scale": 0.25},
     "Granite": {"logits_scaling": 2.0},
 }
+# Rows with padding, and one row without.
+ATTENTIONS = {"padded": "sdpa", "packed": NAME}
 
 
-def make(name: str, **overrides) -> nn.Module:
+def make(name: str, attention: str = "sdpa", **overrides) -> nn.Module:
     config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))
     model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
     settings = SMALL if name != "GPT2" else {"vocab_size": V, "n_layer": 2, "n_head": 4, "eos_token_id": 1}
@@ -55,6 +59,7 @@ def make(name: str, **overrides) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(2)
+    model.set_attn_implementation(attention)
     return model
 
 
@@ -113,10 +118,11 @@ def assert_same(found, expected, atol=1e-5, gradients=1e-5):
         assert (found[2][name] - y).norm() <= gradients * largest, name
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
 @pytest.mark.parametrize("share_prompt", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_any_architecture(name, share_prompt, caplog):
-    model, rows = make(name), batch()
+def test_any_architecture(name, share_prompt, attention, caplog):
+    model, rows = make(name, attention), batch()
     expected = solve(naive, model, rows, temperature=0.7)
     found = solve(ours, model, rows, temperature=0.7, share_prompt=share_prompt)
     assert expected[0].std() > 0.5, "the models must tell tokens apart, or nothing is tested"
@@ -124,11 +130,12 @@ def test_any_architecture(name, share_prompt, caplog):
     assert not [r for r in caplog.records if r.name.startswith("lightning_grpo")], "nothing here should fall back"
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
 @pytest.mark.parametrize("share_prompt", [False, True])
 @pytest.mark.parametrize("name", ["Llama", "Gemma2"])
-def test_tokens_that_are_not_scored_are_context(name, share_prompt):
+def test_tokens_that_are_not_scored_are_context(name, share_prompt, attention):
     """A mask with holes, as of completions that hold what others wrote, only selects."""
-    model, rows = make(name), batch()
+    model, rows = make(name, attention), batch()
     whole = ours(model, rows, share_prompt=share_prompt)
     own = rows["completion_mask"] & torch.tensor([True, False, False, True, True, True, True])
     assert (rows["completion_mask"] & ~own).sum() == 8
@@ -139,9 +146,10 @@ def test_tokens_that_are_not_scored_are_context(name, share_prompt):
 
 
 @pytest.mark.parametrize("head", ["linear", "a module", "unknown"])
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
 @pytest.mark.parametrize("share_prompt", [False, True])
-def test_squared_norms_of_the_gradients(monkeypatch, share_prompt, head):
-    model, rows = make("Llama"), batch()
+def test_squared_norms_of_the_gradients(monkeypatch, share_prompt, attention, head):
+    model, rows = make("Llama", attention), batch()
     if head == "a module":
         model.lm_head = nn.Sequential(model.lm_head)
     elif head == "unknown":
@@ -177,15 +185,17 @@ def test_shared_prompts_are_computed_once():
     assert tokens == [6 * (7 + 4), 2 * 7, 6 * 4]
 
 
-def test_prompts_that_differ_in_their_mask_only_are_different():
-    model, rows = make("Llama"), batch()
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_prompts_that_differ_in_their_mask_only_are_different(attention):
+    model, rows = make("Llama", attention), batch()
     rows["prompt_mask"][1, 4] = True
     assert_same(solve(ours, model, rows), solve(naive, model, rows))
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
 @pytest.mark.parametrize("share_prompt", [False, True])
-def test_entropy_gradient_and_temperature_of_each_row(share_prompt):
-    model, rows = make("Gemma2"), batch()
+def test_entropy_gradient_and_temperature_of_each_row(share_prompt, attention):
+    model, rows = make("Gemma2", attention), batch()
     options = {"temperature": torch.linspace(0.5, 1.5, 6), "entropy_grad": True}
     assert_same(solve(ours, model, rows, share_prompt=share_prompt, **options), solve(naive, model, rows, **options))
 
@@ -194,25 +204,28 @@ def test_entropy_has_no_gradient_unless_asked():
     assert not ours(make("Llama"), batch())[1].requires_grad
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
 @pytest.mark.parametrize("share_prompt", [False, True])
-def test_coefficient_known_ahead(share_prompt):
-    model, rows = make("Llama"), batch()
+def test_coefficient_known_ahead(share_prompt, attention):
+    model, rows = make("Llama", attention), batch()
     c = torch.randn(rows["completion_ids"].shape, generator=torch.Generator().manual_seed(1))
     assert_same(solve(ours, model, rows, share_prompt=share_prompt, coefficient=c), solve(naive, model, rows))
 
 
-def test_no_completion_token_at_all():
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_no_completion_token_at_all(attention):
     """The outputs still hang on the parameters, or a distributed backward would wait for ever."""
-    model, rows = make("Llama"), batch()
+    model, rows = make("Llama", attention), batch()
     rows["completion_mask"][:] = False
     logprobs, entropy, gradients = solve(ours, model, rows)
     assert (logprobs == 0).all() and (entropy == 0).all()
     assert gradients and all((x == 0).all() for x in gradients.values())
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
 @pytest.mark.parametrize("share_prompt", [False, True])
-def test_lora_and_its_reference(share_prompt):
-    model, rows = make("Llama"), batch()
+def test_lora_and_its_reference(share_prompt, attention):
+    model, rows = make("Llama", attention), batch()
     before = solve(naive, model, rows)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     expected = solve(naive, model, rows)
@@ -327,8 +340,9 @@ def test_a_head_that_is_not_linear_is_not_made_float32():
         compute_head_in_float32("Llama", model)
 
 
-def test_scoring_equals_the_update_to_the_bit():
-    model, rows = make("Llama"), batch()
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_scoring_equals_the_update_to_the_bit(attention):
+    model, rows = make("Llama", attention), batch()
     with torch.autocast("cpu", torch.bfloat16):
         updating = ours(model, rows)[0]
         with torch.no_grad():
@@ -359,8 +373,8 @@ def assert_sharded_heads_agree(rank: int, path: str, expected: dict) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     try:
-        for name in expected:
-            model, rows = make(name), batch()
+        for name, attention in itertools.product(expected, ATTENTIONS.values()):
+            model, rows = make(name, attention), batch()
             layers = model.model.layers
             for layer in layers:
                 fully_shard(layer)

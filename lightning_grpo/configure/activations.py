@@ -23,6 +23,7 @@ from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.policy.attention import attention_for
 from lightning_grpo.policy.load import DTYPES
 from lightning_grpo.policy.lora import LoRA, with_adapters
+from lightning_grpo.policy.packing import Layout, PackedRow
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ def _fake_experts() -> Iterator[None]:
 
 def _forward(trunk: PreTrainedModel, rows: int, prompts: int, P: int, T: int) -> None:
     """Run the trunk as the trainer does: on prompts with completions, or on each prompt once for all its rows."""
+    if trunk.config._attn_implementation == ATTENTION:
+        completions = [len(range(prompt, rows, prompts)) * [T] for prompt in range(prompts)]
+        ids = torch.zeros(1, prompts * P + rows * T, dtype=torch.long)
+        trunk(**PackedRow(ids, Layout([P] * prompts, completions), ids).inputs())
+        return
     ids = torch.zeros(rows, P + T, dtype=torch.long)
     if prompts == rows:
         trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -144,6 +150,7 @@ def _activations(shape: ModelShape, *sizes) -> Activations:
 def activations(w: Workload, attention: str = "sdpa") -> Activations:
     """Return what the forward of one micro-batch of ``w`` saves, with transformers' attention of this name."""
     rows = w.micro_batch_size
-    prompts = ceil(rows / w.num_generations) if w.shares_prompt else rows
+    packed = attention == attention_for(w.shape.config, ATTENTION) == ATTENTION
+    prompts = ceil(rows / w.num_generations) if w.shares_prompt or (packed and w.share_prompt) else rows
     settings = _Settings(attention, w.dtype, w.compute_dtype if w.is_mixed else None, w.lora_rank, w.lora_targets)
     return _activations(w.shape, rows, prompts, w.prompt_length, w.completion_length, settings)

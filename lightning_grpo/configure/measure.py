@@ -114,8 +114,8 @@ def measure_update(w: Workload, device: torch.device | str, steps: int = 2) -> M
         with autocast(w, device.type):
             for frozen in reference:
                 with torch.no_grad():
-                    completion_logprobs(frozen, **batch, share_prompt=w.shares_prompt)
-            logprobs, _ = completion_logprobs(model, **batch, share_prompt=w.shares_prompt)
+                    completion_logprobs(frozen, **batch, share_prompt=w.share_prompt)
+            logprobs, _ = completion_logprobs(model, **batch, share_prompt=w.share_prompt)
             loss = -logprobs.mean()
         if w.accumulate_grad_batches == 1:
             optimizer.zero_grad()

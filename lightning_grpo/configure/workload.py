@@ -85,8 +85,8 @@ class Workload:
     reward_models: float = 0.0
     """Bytes of reward models on the policy's device."""
     share_prompt: bool = True
-    """Whether the trainer computes a prompt once for all its completions in a micro-batch. Has no effect with gradient
-    checkpointing or FSDP."""
+    """Whether the trainer computes a prompt once for all its completions in a micro-batch. On GPUs it has no effect
+    with gradient checkpointing or FSDP."""
 
     def __post_init__(self) -> None:
         if self.precision in ("bf16-true", "16-true"):
@@ -197,5 +197,5 @@ class Workload:
 
     @property
     def shares_prompt(self) -> bool:
-        """Whether prompts are shared, given the other options."""
+        """Whether prompts are shared on a GPU, given the other options."""
         return self.share_prompt and not self.gradient_checkpointing and self.shards == 1

@@ -1,8 +1,8 @@
-"""Attention functions registered with transformers, which replace SDPA if they are faster.
+"""Attention functions registered with transformers.
 
-`train_attention` (`NAME`) uses `kernels.attention` on CPUs: in bfloat16, SDPA takes 1.3 to 4 times as long there,
-mostly in the backward (benchmarks/attention.py). In float32 both are equally fast, and SDPA is used.
-`decode_attention` (`DECODING_NAME`) is for sampling token by token.
+`train_attention` (`NAME`) is SDPA, except for rows of several sequences on CPUs (`policy.packing`): those have
+`kernels.attention`, which computes no masked blocks, and in bfloat16 takes a fraction of SDPA's time
+(benchmarks/packing.py). `decode_attention` (`DECODING_NAME`) is for sampling token by token.
 
 Shapes: N rows, T queries, L keys, H query heads, K key heads, D head size.
 """
@@ -15,17 +15,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_tracing
 
+from lightning_grpo.errors import RunError
 from lightning_grpo.kernels.attention import attention
+from lightning_grpo.policy.packing import Layout
 
 # transformers rejects models without SDPA if the name contains "sdpa".
 NAME, DECODING_NAME = "sdpa_or_products", "sdpa_one_query"
 
-# The largest number of keys for which matrix products are faster.
-MAX_KEYS = 2048
-
-# Arguments that change the result of SDPA or of other attentions.
-UNSUPPORTED = ("position_bias", "cache", "softcap", "s_aux")
+# Arguments that change the result.
+UNSUPPORTED = ("position_bias", "cache", "s_aux", "dropout")
 
 
 def attention_for(config: PreTrainedConfig, requested: str | None) -> str | None:
@@ -40,39 +40,44 @@ def attention_for(config: PreTrainedConfig, requested: str | None) -> str | None
 
 
 def train_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    layout: Layout | None = None,
+    **options,
 ) -> tuple[Tensor, None]:
     """Return attention [N, T, H, D] of query [N, H, T, D], key and value [N, K, L, D] and mask [N, 1, T, L] or None.
 
-    The signature and the result are those of transformers' SDPA.
+    The signature and the result are those of transformers' SDPA. With ``layout`` the only row has these sequences,
+    and the mask is not used.
+
+    Raises:
+        RunError: with ``layout``, an argument of the module that is not supported.
     """
-    device_type = query.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    dtype = torch.get_autocast_dtype(device_type) if autocast else query.dtype
-    if dtype != torch.bfloat16 or not _supports(module, query, key, value, attention_mask, options):
+    if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    window = options.get("sliding_window")
+    refused = [name for name in UNSUPPORTED if isinstance(options.get(name), Tensor) or options.get(name)]
+    # Of a row of ones a model makes a mask for windows only, or if it is traced.
+    if attention_mask is not None and window is None and not is_tracing(attention_mask):
+        refused.append("attention_mask")
+    if refused:
+        raise RunError(
+            f"{type(module).__name__} calls its attention with {', '.join(refused)}, which rows of several completions "
+            "do not support; set attn_implementation to sdpa"
+        )
+    device_type, dtype = query.device.type, query.dtype
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    computed = torch.float32 if dtype == torch.bfloat16 and not _multiplies_bfloat16() else dtype
     scale = options.get("scaling")
     with torch.autocast(device_type, enabled=False):
-        query, key, value = (x.to(dtype) for x in (query, key, value))
-        out = attention(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+        query, key, value = (x.to(computed) for x in (query, key, value))
+        blocks = layout.blocks(query.shape[1], window)
+        out = attention(query, key, value, blocks, query.shape[-1] ** -0.5 if scale is None else scale).to(dtype)
     return out.transpose(1, 2), None
-
-
-def _supports(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict) -> bool:
-    N, _, T, D = query.shape
-    L = key.shape[2]
-    if query.device.type != "cpu" or T == 1 or L > MAX_KEYS or value.shape[-1] != D or not _multiplies_bfloat16():
-        return False
-    if (
-        options.get("dropout")
-        or options.get("output_attentions")
-        or any(options.get(x) is not None for x in UNSUPPORTED)
-    ):
-        return False
-    if mask is not None:
-        return mask.dtype == torch.bool and mask.shape == (N, 1, T, L)
-    causal = options.get("is_causal")
-    return T == L and (getattr(module, "is_causal", True) if causal is None else causal)
 
 
 @functools.cache

@@ -2,9 +2,9 @@
 
 The model is called unchanged, including wrappers and hooks. Only the forward of its head is replaced, by a function
 that selects the hidden states which predict a completion token, and passes them to `linear_logprob` with the head's
-weight.
+weight. Where the model supports it, a micro-batch is one row without padding (`policy.packing`).
 
-Shapes: N rows, P prompt length, T completion length, V vocabulary, H hidden.
+Shapes: N rows, P prompt length, T completion length, A scored tokens, V vocabulary, H hidden.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +20,8 @@ from lightning_grpo.errors import RunError
 from lightning_grpo.kernels import logits_logprob
 from lightning_grpo.policy.head import Head, head_of, model_inputs, override_forward, warn_once
 from lightning_grpo.policy.load import base_model
+from lightning_grpo.policy.packable import packs
+from lightning_grpo.policy.packing import pack
 
 
 def completion_logprobs(
@@ -45,7 +47,7 @@ def completion_logprobs(
         completion_mask: [N, T] bool, True for tokens to score. A token that is False before the last True one of its
             row is context for later tokens, and is not scored.
         temperature: divides the logits; a number, or [N] with one value per row.
-        share_prompt: compute a prompt that several rows share only once (with gradients).
+        share_prompt: compute a prompt that several rows share only once (with gradients), if the model supports it.
         entropy_grad: propagate gradients from the entropy too.
         coefficient: [N, T], ∂loss/∂logprob if it is known before the loss, which saves work in `linear_logprob`.
         grad_norm: also return the squared norm of ∂log-prob/∂logits, without gradients for any result.
@@ -67,14 +69,21 @@ def completion_logprobs(
         grad_norm,
     )
     head = head_of(model, batch.prompt_ids[:1, -2:])
-    if head is None:
-        results = _through_logits(model, batch)
-    else:
-        shared = _shared_prompts(model, batch) if share_prompt else None
-        run = _unshared if shared is None else _shared
-        with _casts_once():
-            results = run(model, head, batch, shared)
+    packed = packs(model)
+    shared = _shared_prompts(model, batch) if share_prompt and head is not None and not packed else None
+    with _casts_once():
+        if head is not None and shared is not None:
+            results = _shared(model, head, batch, shared)
+        else:
+            inputs, predicting = _packed(batch, share_prompt) if packed else _padded(model, batch)
+            run = _through_logits if head is None else _call
+            results = run(model, head, batch, inputs, predicting)
     return tuple(x.new_zeros(mask.shape).masked_scatter(mask.bool(), x) for x in results)
+
+
+def shares_prompts(model: nn.Module) -> bool:
+    """Return whether a prompt that several rows share can be computed only once."""
+    return packs(model) or _no_cache(model) is None
 
 
 def _padding(mask: Tensor) -> int:
@@ -132,19 +141,25 @@ def _casts_once() -> Iterator[None]:
         torch.set_autocast_cache_enabled(cached)
 
 
-def _unshared(model, head: Head, batch: _Batch, _) -> tuple[Tensor, ...]:
+def _padded(model, batch: _Batch) -> tuple[dict, Callable]:
+    """Return the model's arguments, and the function that selects the hidden states which predict active tokens."""
     T = batch.completion_ids.shape[1]
-    return _call(model, head, batch, batch.inputs(model), lambda hidden: hidden[:, -T:])
+    return batch.inputs(model), lambda hidden: hidden[:, -T:][batch.completion_mask]
+
+
+def _packed(batch: _Batch, share_prompt: bool) -> tuple[dict, Callable]:
+    """What `_padded` returns, for one row without padding."""
+    row = pack(batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.context, share_prompt=share_prompt)
+    return row.inputs(), lambda hidden: hidden[0, row.predicting[batch.completion_mask]]
 
 
 def _call(model, head: Head, batch: _Batch, inputs: dict, predicting: Callable):
-    """Run the model; ``predicting`` selects the hidden states [N, T, H] that predict completion tokens."""
+    """Run the model; ``predicting`` selects the hidden states [A, H] that predict active completion tokens."""
     result = None
 
     def forward(hidden: Tensor) -> Tensor:
         nonlocal result
-        active = predicting(hidden)[batch.completion_mask]
-        result = head.logprobs(original, active, batch.options())
+        result = head.logprobs(original, predicting(hidden), batch.options())
         return hidden[..., :1]
 
     original = head.module.forward
@@ -156,15 +171,13 @@ def _call(model, head: Head, batch: _Batch, inputs: dict, predicting: Callable):
     return result
 
 
-def _through_logits(model, batch: _Batch) -> tuple[Tensor, ...]:
-    T = batch.completion_ids.shape[1]
-    logits = model(**batch.inputs(model)).logits[:, -T:][batch.completion_mask]
+def _through_logits(model, _, batch: _Batch, inputs: dict, predicting: Callable) -> tuple[Tensor, ...]:
     options = batch.options()
     del options["coefficient"]
-    return logits_logprob(logits, **options)
+    return logits_logprob(predicting(model(**inputs).logits), **options)
 
 
-# ── Prompts shared by rows ────────────────────────────────────────────────────────────────────────────────────────────
+# ── Prompts shared by padded rows ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -189,12 +202,8 @@ def _shared_prompts(model: nn.Module, batch: _Batch) -> _Shared | None:
         DynamicLayer.__name__,
         DynamicSlidingWindowLayer.__name__,
     }
-    reason = None
-    if model.training and getattr(base, "is_gradient_checkpointing", False):
-        reason = "gradient checkpointing drops the key-value cache"
-    elif isinstance(model, FSDPModule):
-        reason = "FSDP gathers weights for one forward pass at a time"
-    elif unsupported or not cache.layers:
+    reason = _no_cache(model)
+    if reason is None and (unsupported or not cache.layers):
         reason = f"its cache has {', '.join(sorted(unsupported)) or 'no layers'}"
     if reason:
         warn_once(
@@ -204,6 +213,15 @@ def _shared_prompts(model: nn.Module, batch: _Batch) -> _Shared | None:
     rows = torch.empty(len(unique), dtype=torch.long, device=inverse.device)
     rows[inverse] = torch.arange(N, device=inverse.device)
     return _Shared(rows, inverse, cache)
+
+
+def _no_cache(model: nn.Module) -> str | None:
+    """Return why the model can't use the key-value cache of prompts in training, or None."""
+    if model.training and getattr(base_model(model), "is_gradient_checkpointing", False):
+        return "gradient checkpointing drops the key-value cache"
+    if isinstance(model, FSDPModule):
+        return "FSDP gathers weights for one forward pass at a time"
+    return None
 
 
 def _shared(model, head: Head, batch: _Batch, shared: _Shared) -> tuple[Tensor, ...]:
@@ -228,5 +246,5 @@ def _shared(model, head: Head, batch: _Batch, shared: _Shared) -> tuple[Tensor, 
     shared.cache.batch_select_indices(shared.inverse)
     mask = torch.cat([batch.prompt_mask, batch.context[:, :-1]], 1)
     completions = {**model_inputs(model, batch.completion_ids[:, :-1], mask), **caching}
-    predicting = lambda hidden: torch.cat([last[shared.inverse], hidden], 1)
+    predicting = lambda hidden: torch.cat([last[shared.inverse], hidden], 1)[batch.completion_mask]
     return _call(model, head, batch, completions, predicting)

@@ -11,7 +11,6 @@ from typing import cast
 import torch
 from lightning import Trainer
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_grpo.errors import NonFiniteError, UserError
@@ -30,6 +29,8 @@ from lightning_grpo.monitor.observe import (
 from lightning_grpo.objective import ObjectiveConfig
 from lightning_grpo.objective.loss import SEQUENCE_ESS
 from lightning_grpo.policy.load import compute_dtype_of
+from lightning_grpo.policy.logprobs import shares_prompts
+from lightning_grpo.policy.packable import packs
 from lightning_grpo.training.experience import Experience
 from lightning_grpo.training.gradient import WeightSample, gradient_norms, noise_scale, square_norm
 from lightning_grpo.training.work import model_flops, peak_flops, work_of
@@ -111,9 +112,10 @@ class StepMonitor:
         self, experience: Experience, micro_batches: Sequence[list[int]], policy: nn.Module, *, share_prompt: bool
     ) -> None:
         """Log the share of padding in the update on ``micro_batches``, and count its floating-point operations."""
-        shares = share_prompt and not isinstance(policy, FSDPModule)
+        shares = share_prompt and shares_prompts(policy)
         work = work_of(experience, micro_batches, self.num_generations, shares)
-        padding, computed = (torch.tensor(n) for n in (work.computed - work.real, work.computed))
+        total = work.real if packs(policy) else work.computed
+        padding, computed = (torch.tensor(n) for n in (total - work.real, total))
         self.window.add({"padding_share": Mean(padding, computed)})
         if (flops := model_flops(policy, work)) is not None:
             self.window.mean("model_flops", torch.tensor(flops, dtype=torch.float64))

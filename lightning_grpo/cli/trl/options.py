@@ -139,7 +139,7 @@ TRAINING_ARGUMENTS = [
     Row("max_grad_norm", 1.0, "trainer.gradient_clip_val", "no clipping by default here"),
     Row("bf16", True, "trainer.precision", "bf16-mixed; by default it is chosen by the device here"),
     Row("fp16", False, "trainer.precision", "16-mixed"),
-    Row("gradient_checkpointing", True, "model.gradient_checkpointing", "false by default here; it switches share_prompt off, with which each prompt is computed once per group"),
+    Row("gradient_checkpointing", True, "model.gradient_checkpointing", "false by default here; on GPUs it switches share_prompt off, with which each prompt is computed once per group"),
     Row("gradient_checkpointing_kwargs", None, "", "always without reentrance"),
     Row("use_liger_kernel", False, "", "log-probs are always computed without the logits"),
     Row("logging_steps", 10, "trainer.log_every_n_steps", "1 by default here; each value is that of one step, not a mean over several"),
