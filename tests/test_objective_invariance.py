@@ -6,13 +6,25 @@ A trainer splits N completions over ranks and micro-batches, pads each by itself
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_grpo.objective import PRESETS, ObjectiveConfig, RolloutCorrection, policy_loss
+from lightning_grpo.policy.attention import NAME as ATTENTION
+from lightning_grpo.policy.logprobs import completion_logprobs
 
 N, T = 12, 10
 GLOBAL = [name for name in PRESETS if name != "bnpo"]
 PER_TOKEN = ("logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy")
 EVERYTHING = {"beta": 0.1, "entropy_coef": 0.05, "off_policy_mask_threshold": 0.1, "max_completion_length": 2 * T}
+TINY = LlamaConfig(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+)
 
 
 def step() -> dict[str, Tensor]:
@@ -120,6 +132,43 @@ def test_with_a_kl_or_an_entropy_bonus_they_may_not_be_left_out():
         assert not config.skips_zero_advantage
         missing = gradient(config, x, [torch.arange(N)]) - gradient(config, x, [kept])
         assert missing.abs().max() > 1e-4
+
+
+# ── Rows without padding ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def weight_gradient(loss_type: str, attention: str, micro_batches: list[Tensor], share_prompt: bool = True) -> Tensor:
+    """The gradient of all weights of a tiny model for the step, whose rows have three prompts."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(TINY)
+    model.set_attn_implementation(attention)
+    x, config, g = step(), everything(loss_type), torch.Generator().manual_seed(3)
+    rows = {
+        "prompt_ids": torch.randint(50, (3, 6), generator=g).repeat_interleave(4, 0),
+        "prompt_mask": (torch.arange(6) >= torch.tensor([[0], [3], [2]])).repeat_interleave(4, 0),
+        "completion_ids": torch.randint(50, (N, T), generator=g),
+        "completion_mask": x["mask"],
+    }
+    for part in micro_batches:
+        given = {name: value[part] for name, value in x.items()}
+        logprobs, entropy = completion_logprobs(
+            model, **{name: value[part] for name, value in rows.items()}, share_prompt=share_prompt, entropy_grad=True
+        )
+        given |= {"logprobs": logprobs.double(), "entropy": entropy.double()}
+        totals = {"num_tokens": int(x["mask"].sum()) / len(micro_batches), "num_sequences": N / len(micro_batches)}
+        loss, _ = policy_loss(config, **given, **totals)
+        (loss / len(micro_batches)).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("loss_type", GLOBAL)
+def test_packed_rows_have_the_gradient_of_padded_ones(loss_type):
+    expected = weight_gradient(loss_type, "sdpa", [torch.arange(N)], share_prompt=False)
+    uneven = list(torch.randperm(N, generator=torch.Generator().manual_seed(2)).split([5, 1, 4, 2]))
+    for micro_batches in ([torch.arange(N)], uneven):
+        for share_prompt in (True, False):
+            found = weight_gradient(loss_type, ATTENTION, micro_batches, share_prompt)
+            assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 # ── Tokens that the policy did not sample ─────────────────────────────────────────────────────────────────────────────
