@@ -155,7 +155,7 @@ MEMORY_SAVERS = (
         "activation checkpointing",
         lambda w: None if w.gradient_checkpointing else replace(w, gradient_checkpointing=True),
         lambda w: {"model.gradient_checkpointing": "true"},
-        "about a third more compute in the update; prompts are no longer shared",
+        "about a third more compute in the update; on GPUs prompts are no longer shared",
         ("gradient_checkpointing",),
         2,
     ),
