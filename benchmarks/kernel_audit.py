@@ -38,6 +38,7 @@ LAUNCHED = [
     ("accumulate", {"weights": False, "squares": True}),
     ("gradient", {"entropy": False}),
     ("gradient", {"entropy": True}),
+    ("join", {}),
 ]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -48,6 +49,8 @@ def variants(quick: bool) -> list[dict]:
         {"kernel": kernel, "logits": logits, "out": out, "capped": capped, **flags}
         for (kernel, flags), (logits, out), capped in itertools.product(LAUNCHED, DTYPES, (False, True))
     ]
+    # It reads and writes gradients only.
+    every = [v for v in every if v["kernel"] != "join" or (v["logits"] == v["out"] and not v["capped"])]
     if not quick:
         return every
     return [v for v in every if v["out"] == "bf16" and v["capped"] == any(v.get(flag) for flag in FLAGS)]
@@ -56,15 +59,20 @@ def variants(quick: bool) -> list[dict]:
 def compile_variant(variant: dict, target: GPUTarget):
     function = getattr(triton_rows, f"_{variant['kernel']}_kernel")
     names = function.arg_names
-    pointers = {"a_ptr": variant["logits"], "w_ptr": variant["out"], "out_ptr": variant["out"], "targets_ptr": "i64"}
+    written = dict.fromkeys(("w_ptr", "out_ptr", "g_ptr"), variant["out"])
+    pointers = {"a_ptr": variant["logits"], "targets_ptr": "i64"} | written
     signature = {
         name: "constexpr" if name.isupper() else f"*{pointers.get(name, 'fp32')}" if name.endswith("_ptr") else "i32"
         for name in names
     }
-    constants = {"FLOOR": FLOOR, "CAPPED": variant["capped"], "TILE": 8 * triton_rows.WARPS * target.warp_size}
+    constants = {"FLOOR": FLOOR, "SLACK": triton_rows.SLACK, "CAPPED": variant["capped"]}
+    constants |= {"TILE": 8 * triton_rows.WARPS * target.warp_size}
     constants |= {k.upper(): v for k, v in variant.items() if k in FLAGS}
+    constants = {name: value for name, value in constants.items() if name in names}
     # What the package allocates: rows at multiples of 64 columns, blocks that begin at one; the width is any.
-    even = [i for i, name in enumerate(names) if name.endswith(("_ptr", "_stride")) or name in ("first", "room")]
+    even = [
+        i for i, name in enumerate(names) if name.endswith(("_ptr", "_stride")) or name in ("first", "room", "block")
+    ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in even}
     return triton.compile(
         ASTSource(function, signature, constants, attributes), target, {"num_warps": triton_rows.WARPS}
@@ -76,7 +84,7 @@ def whole(variant: dict) -> tuple[int, int]:
     accesses = lambda dtype: 8 * BYTES[dtype] // 16
     if variant["kernel"] == "accumulate":
         loops = 1 + variant["weights"]
-        return loops * accesses(variant["logits"]), variant["weights"] * accesses(variant["out"])
+        return loops * accesses(variant["logits"]), 2 * variant["weights"] * accesses(variant["out"])
     return accesses(variant["logits"]), accesses(variant["out"])
 
 

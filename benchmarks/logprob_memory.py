@@ -87,7 +87,7 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps(curves, indent=1))
     # On a CPU: a chunk; logits, products and what the allocator holds on to, six blocks.
-    sizes = budget(gpu=False, itemsize=2)
+    sizes = budget(itemsize=2)
     allowed = 1.1 * (sizes.chunk + 6 * sizes.block) / 1e9
     ours = curves["ours over V"] + curves["ours over N"]
     most = max(ours, key=lambda p: p["beyond_gb"])

@@ -5,8 +5,15 @@ import torch
 from reference import naive_logprob
 
 from lightning_grpo.kernels import blocks as blocks_module
-from lightning_grpo.kernels import linear, linear_logprob, logits_logprob, products
+from lightning_grpo.kernels import blockwise, chunkwise, linear, linear_logprob, logits_logprob, products
 from lightning_grpo.kernels.blocks import Budget
+
+
+@pytest.fixture(autouse=True, params=[blockwise, chunkwise], ids=["CPU's path", "GPU's path"])
+def head(request, monkeypatch):
+    """The module that computes the head; the GPU's runs on a CPU as well."""
+    monkeypatch.setattr(linear, "_head_for", lambda hidden: request.param)
+    return request.param
 
 
 def problem(n, h, v, *, seed=0, spread=1.5):
@@ -119,13 +126,16 @@ def test_half_precision(blocks, dtype, values, gradients, trainable):
     )
 
 
-def test_half_precision_no_worse_than_naive():
-    """Rounded logits are the whole error in bfloat16: the naive path, which has them too, is no nearer."""
+def test_half_precision_no_worse_than_naive(head):
+    """Rounded logits are the whole error in bfloat16: the naive path, which has them too, is no nearer.
+
+    On a CPU the GPU's path rounds its gradients twice, since `torch_rows` rescales all blocks.
+    """
     args = problem(64, 64, 3000)
     exact = solve(naive_logprob, *args, dtype=torch.float64)
     ours, naive = (solve(f, *args, dtype=torch.bfloat16) for f in (linear_logprob, naive_logprob))
     for x, y, z in zip(ours, naive, exact, strict=True):
-        assert (x - z).norm() <= 1.2 * (y - z).norm()
+        assert (x - z).norm() <= (1.2 if head is blockwise else 1.5) * (y - z).norm()
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -240,7 +250,7 @@ def test_retained_graph_and_double_use(blocks, trainable):
 
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 @pytest.mark.parametrize("bias", [False, True])
-def test_coefficient_known_ahead(monkeypatch, bias, factor):
+def test_coefficient_known_ahead(head, monkeypatch, bias, factor):
     """The gradients of the forward, for even chunks of at most 64 tokens, are used, and are right."""
     monkeypatch.setattr(blocks_module, "budget", lambda **_: Budget(8 << 20, 0, chunk=1))
     hidden, weight, b, targets, c = problem(150, 64, 1537)
@@ -249,10 +259,12 @@ def test_coefficient_known_ahead(monkeypatch, bias, factor):
     expected = solve(naive_logprob, hidden, weight, b, targets, factor * c, dtype=torch.float64, temperature=0.7)
     ahead = lambda *args, **kwargs: linear_logprob(*args, coefficient=c[0].float(), **kwargs)
     calls = []
-    gradients = linear._gradients
-    monkeypatch.setattr(linear, "_gradients", lambda *args: calls.append(len(args[0])) or gradients(*args))
+    chunks, gradients = head.chunks, head.gradients
+    monkeypatch.setattr(head, "chunks", lambda *args: calls.extend(chunks(*args)) or chunks(*args))
+    if head is chunkwise:
+        monkeypatch.setattr(head, "gradients", lambda *args: pytest.fail("computed again in the backward"))
     found = solve(ahead, hidden, weight, b, targets, factor * c, dtype=torch.float32, temperature=0.7)
-    assert calls == [50, 50, 50]
+    assert calls[:3] == [slice(0, 50), slice(50, 100), slice(100, 150)]
     assert_close(found, expected, values=5e-6, gradients=2e-6)
 
 

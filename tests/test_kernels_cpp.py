@@ -27,7 +27,8 @@ def results(module, dtype, entropy_grad, keep):
     blocks = [(slice(0, 1029), a[:, :1029]), (slice(1029, 1100), a[:, 1029:].clone())]
     for ids, part in blocks:
         weights = torch.empty(part.shape, dtype=dtype) if keep else None
-        joins = module.accumulate(part, ids, targets, transform, stats, weights)
+        joins = torch.ones(2, len(a)) if keep else None
+        module.accumulate(part, ids, targets, transform, stats, weights, joins)
         found += [joins[0], weights * joins[1][:, None]] if keep else []
     softmax = stats.finish()
     for ids, part in blocks:
@@ -60,7 +61,9 @@ def test_exponentials_are_exact_to_fp32():
     targets = torch.full((2000,), 64)
     stats = Statistics.empty(2000, a.device)
     weights = torch.empty(2000, 64)
-    cpp_rows.accumulate(a, slice(0, 64), targets, Transform.build(targets, 65, 1.0), stats, weights)
+    cpp_rows.accumulate(
+        a, slice(0, 64), targets, Transform.build(targets, 65, 1.0), stats, weights, torch.ones(2, 2000)
+    )
     expected = (a.double() - a.double().amax(1, keepdim=True)).exp()
     torch.testing.assert_close(stats.s.double(), expected.sum(1), rtol=5e-7, atol=0)
     torch.testing.assert_close(weights.double(), expected, rtol=3e-7, atol=2e-38)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference import naive_logprob
 from torch import Tensor
 
-from lightning_grpo.kernels import blocks, cpp_rows, linear_logprob, logits_logprob
+from lightning_grpo.kernels import blocks, blockwise, chunkwise, cpp_rows, linear, linear_logprob, logits_logprob
 from lightning_grpo.kernels.blocks import Budget
 
 # Relative rounding of one number in each type.
@@ -27,6 +27,8 @@ class Case:
     v: int = 700
     dtype: torch.dtype = torch.float32
     backend: str = "torch"
+    gpu: bool = False
+    """Take the GPU's path, with the rows of `torch_rows`."""
     block: int = 1
     kept: int = 0
     chunk: int = 1
@@ -109,8 +111,13 @@ def solve(case: Case, function, dtype: torch.dtype) -> list[Tensor | None]:
 def check(case: Case) -> None:
     """Values are off by the rounding of logits and of their sums, gradients by as much of what they are summed from."""
     sizes = Budget(case.block, case.kept, case.chunk)
-    takes = cpp_rows.takes if case.backend == "cpp" else lambda *_: False
-    with patch.object(blocks, "budget", lambda **_: sizes), patch.object(cpp_rows, "takes", takes):
+    takes = cpp_rows.takes if case.backend == "cpp" and not case.gpu else lambda *_: False
+    head = chunkwise if case.gpu else blockwise
+    with (
+        patch.object(blocks, "budget", lambda **_: sizes),
+        patch.object(cpp_rows, "takes", takes),
+        patch.object(linear, "_head_for", lambda hidden: head),
+    ):
         found = solve(case, linear_logprob, case.dtype)
     expected = solve(case, naive_logprob, torch.float64)
     if not case.n:
@@ -139,6 +146,7 @@ any_case = st.builds(
     v=st.integers(2, 1700),
     dtype=st.sampled_from(list(ROUNDING)),
     backend=st.sampled_from(BACKENDS),
+    gpu=st.booleans(),
     block=st.integers(1, 200_000),
     kept=st.integers(0, 300_000),
     chunk=st.integers(1, 300_000),
@@ -167,12 +175,13 @@ def test_any_shape(case):
     kept=st.integers(0, 300_000),
     dtype=st.sampled_from(list(ROUNDING)),
     backend=st.sampled_from(BACKENDS),
+    gpu=st.booleans(),
     idle=st.sampled_from([0, 3]),
 )
-@example(n=20, v=1124, kept=20 * 4 * (512 + 100), dtype=torch.float32, backend="torch", idle=0)
-def test_any_budget_of_a_trainable_head(n, v, kept, dtype, backend, idle):
+@example(n=20, v=1124, kept=20 * 4 * (512 + 100), dtype=torch.float32, backend="torch", gpu=False, idle=0)
+def test_any_budget_of_a_trainable_head(n, v, kept, dtype, backend, gpu, idle):
     """Whatever part of the probabilities the forward keeps: a narrow last block may fit where a whole one doesn't."""
-    check(Case(n=n, v=v, kept=kept, dtype=dtype, backend=backend, idle=idle))
+    check(Case(n=n, v=v, kept=kept, dtype=dtype, backend=backend, gpu=gpu, idle=idle))
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_grpo.kernels import blocks, linear_logprob, logits_logprob, rows, torch_rows, triton_rows
+from lightning_grpo.kernels import (
+    blocks,
+    chunkwise,
+    linear,
+    linear_logprob,
+    logits_logprob,
+    rows,
+    torch_rows,
+    triton_rows,
+)
 from lightning_grpo.kernels.blocks import Budget
 from lightning_grpo.kernels.softmax import Softmax, Statistics, Transform
 
@@ -24,27 +33,35 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-k", "row_kernels", __file__]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
-    assert done.returncode == 0 and "23 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "25 passed" in done.stdout, done.stdout + done.stderr
 
 
 def results(module, dtype, softcap, entropy_grad):
-    """All that the row functions give for two blocks, with padding, of 1,100 ids, one logit −∞ and one large."""
+    """All that the row functions give for two blocks, with padding, of 1,100 ids, one logit −∞ and one large.
+
+    The weights are made relative to the largest reference, which a module is free to choose.
+    """
     g = torch.Generator().manual_seed(0)
     a = (torch.randn(5, 1100, generator=g) * 3).to(dtype)
     a[1, 5], a[2, 9] = -torch.inf, 80.0
     targets = torch.tensor([0, 7, 300, 1000, 1099])
+    a[3, 1050] = 60.0
     transform = Transform.build(targets, 1100, torch.rand(5, generator=g) + 0.5, softcap, 1.2)
     stats = Statistics.empty(5, a.device, squares=True)
-    found = []
+    found, written, joins = [], [], []
     blocks = [
         (slice(0, 1029), torch.nn.functional.pad(a[:, :1029], (0, 59), value=7.0)),
         (slice(1029, 1100), a[:, 1029:]),
     ]
     for ids, block in blocks:
         weights = torch.empty_like(block)
-        joins = module.accumulate(block, ids, targets, transform, stats, weights)
-        found += [joins[0], weights[:, : ids.stop - ids.start] * joins[1][:, None]]
+        joins.append(torch.ones(2, 5))
+        module.accumulate(block, ids, targets, transform, stats, weights, joins[-1])
+        written.append(weights[:, : ids.stop - ids.start])
     softmax = stats.finish()
+    whole = torch.cat(written, 1)
+    module.join(whole, 1029, chunkwise._scales(torch.stack(joins)), targets, -stats.s)
+    found.append(whole * (stats.m - softmax.lse).exp()[:, None])
     c = torch.randn(2, 5, generator=g)
     for ids, block in blocks:
         out = torch.empty_like(block)
@@ -69,26 +86,33 @@ def test_row_kernels_equal_their_torch_twins(dtype, entropy_grad, softcap):
 
 @interpreted
 @pytest.mark.filterwarnings("ignore:overflow encountered")
-@pytest.mark.parametrize("trainable", [False, True])
-def test_linear_logprob_on_the_row_kernels(monkeypatch, trainable):
-    """The whole Function on the Triton kernels equals itself on their twins."""
-    monkeypatch.setattr(blocks, "budget", lambda **_: Budget(1, 1 << 30, 1 << 30))
+@pytest.mark.parametrize("path", ["frozen head", "kept", "computed again", "known ahead"])
+def test_linear_logprob_on_the_row_kernels(monkeypatch, path):
+    """The whole path of a GPU on the Triton kernels equals itself on their twins, with logits that grow by block."""
+    kept = 1 << 30 if path == "kept" else 0
+    monkeypatch.setattr(blocks, "budget", lambda **_: Budget(1, kept, 1))
+    monkeypatch.setattr(linear, "_head_for", lambda hidden: chunkwise)
+    monkeypatch.setattr(chunkwise, "chunks", lambda hidden, weight: blocks.cut(len(hidden), 4))
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(6, 16, generator=g), torch.randn(1100, 16, generator=g)
+    weight[600] *= 20
+    weight[1050] *= 60
     targets, c = torch.tensor([0, 7, 300, 600, 1000, 1099]), torch.randn(6, generator=g)
+    c[3] = 0
 
     def solve():
-        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trainable)]
-        logprobs, entropy = linear_logprob(*leaves, targets, temperature=0.7, softcap=15.0)
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(path != "frozen head")]
+        known = c if path == "known ahead" else None
+        logprobs, entropy = linear_logprob(*leaves, targets, temperature=0.7, softcap=45.0, coefficient=known)
         (c * logprobs).sum().backward()
-        scores = linear_logprob(*leaves, targets, temperature=0.7, softcap=15.0, grad_norm=True)
+        scores = linear_logprob(*leaves, targets, temperature=0.7, softcap=45.0, grad_norm=True)
         assert torch.equal(scores[0], logprobs) and torch.equal(scores[1], entropy)
         return [*scores, *(x.grad for x in leaves if x.requires_grad)]
 
     expected = solve()
     monkeypatch.setattr(rows, "rows_for", lambda *_: triton_rows)
     for x, y in zip(solve(), expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-4)
 
 
 def apart(x):
@@ -114,13 +138,14 @@ def test_row_kernels_read_and_write_any_strides(wide, lay, entropy_grad):
         some = Transform(*values(*transform))
         stats = Statistics.empty(5, a.device)
         weights = torch.empty_like(block)
-        joins = module.accumulate(block, slice(0, 300), ids, some, stats, weights)
+        joins = torch.ones(2, 5)
+        module.accumulate(block, slice(0, 300), ids, some, stats, weights, joins)
         softmax = stats.finish()
         out = torch.empty_like(block)
         c_logprob, c_entropy = values(*c)
         row = Softmax(*values(*softmax))
         module.gradient(block, out, slice(0, 300), ids, some, row, c_logprob, c_entropy if entropy_grad else None)
-        return [*softmax, joins[0], weights * joins[1][:, None], out]
+        return [*softmax, weights * (joins[1] * (stats.m - softmax.lse).exp())[:, None], out]
 
     kinds = (torch.int32, torch.float64) if wide else (torch.int64, torch.float32)
     for x, y in zip(solve(triton_rows, lay, *kinds), solve(torch_rows, None, None, None), strict=True):
@@ -133,7 +158,7 @@ def test_row_kernels_write_no_further_than_their_output():
     a, targets = torch.randn(3, 128), torch.tensor([0, 7, 99])
     transform, stats = Transform.build(targets, 100, 1.0), Statistics.empty(3, a.device)
     memory = torch.full((3, 101), 7.0)
-    triton_rows.accumulate(a, slice(0, 100), targets, transform, stats, memory[:, :100])
+    triton_rows.accumulate(a, slice(0, 100), targets, transform, stats, memory[:, :100], torch.ones(2, 3))
     triton_rows.gradient(a, memory[:, :100], slice(0, 100), targets, transform, stats.finish(), torch.ones(3), None)
     assert (memory[:, 100] == 7).all()
 
@@ -146,7 +171,9 @@ def test_row_kernels_do_not_follow_the_default_type(low):
 
     def solve():
         stats, weights = Statistics.empty(3, a.device), torch.empty_like(a)
-        return [*triton_rows.accumulate(a, slice(0, 100), targets, transform, stats, weights), *stats.finish()]
+        joins = torch.ones(2, 3, dtype=torch.float32)
+        triton_rows.accumulate(a, slice(0, 100), targets, transform, stats, weights, joins)
+        return [weights, joins, *stats.finish()]
 
     expected = solve()
     torch.set_default_dtype(low)
@@ -179,14 +206,23 @@ def test_logits_logprob_on_the_row_kernels(monkeypatch, layout):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("path", "synchronizations"), [("known ahead", 8), ("any loss", 4), ("frozen head", 2)])
-def test_launches_take_less_time_than_products(monkeypatch, path, synchronizations):
-    """Of the GPU's code path, without a GPU; it waits for the device a few times for each chunk, not for each block."""
+@pytest.mark.parametrize(
+    ("path", "tokens", "synchronizations"),
+    [
+        ("known ahead", 4096, 0),
+        ("known ahead", 16_384, 1),
+        ("any loss", 4096, 0),
+        ("frozen head", 4096, 0),
+        ("scoring", 4096, 0),
+    ],
+)
+def test_launches_take_less_time_than_products(monkeypatch, path, tokens, synchronizations):
+    """Of the GPU's code path, without a GPU. The host waits only to compare a coefficient that could not be ignored."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     counts = importlib.import_module("kernel_launches")
-    found = counts.count(path, 1536, 151_936, 4096, counts.BUDGETS["in use"], masters=True)
-    assert found["synchronizations"] <= synchronizations
-    assert found["launches"] * counts.LAUNCH_S < counts.product_seconds(path, 1536, 151_936, 4096)
+    found = counts.count(path, 1536, 151_936, tokens, counts.IN_USE, masters=True)
+    assert found.synchronizations == synchronizations
+    assert found.launches * counts.LAUNCH_S < counts.product_seconds(path, 1536, 151_936, tokens) / 4
 
 
 @pytest.mark.slow

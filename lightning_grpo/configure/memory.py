@@ -96,17 +96,19 @@ def _weight_copies(w: Workload) -> float:
 def _head(w: Workload, hardware: Hardware, trained: bool) -> float:
     """Return the bytes of the log-prob kernel: a block of logits [n, W] for W ids of the vocabulary, and its factors.
 
-    A trained head keeps blocks for the backward up to a budget and recomputes the others.
+    A trained head keeps gradients for the backward up to a budget and recomputes the others.
     """
     n, H, V, size = w.micro_batch_size * w.completion_length, w.shape.hidden, w.shape.vocab, w.compute_bytes
-    logit = size if hardware.is_cpu else 4
-    sizes = budget(gpu=not hardware.is_cpu, itemsize=size)
-    W = width_within(sizes.block, n * logit, V)
-    block = n * W * logit
-    kept = min(n * V, sizes.kept // (n * W * size) * n * W) * size if trained and not w.lora_rank else 0
-    scratch = 0 if logit == size else n * W * size
-    products = (w.weight_bytes != size) + (trained and not w.lora_rank)
-    return block + kept + scratch + size * W * H * products + 8 * n * H
+    sizes = budget(itemsize=size, memory=None if hardware.is_cpu else hardware.memory)
+    if hardware.is_cpu:
+        W = width_within(sizes.block, n * size, V)
+        kept = min(n * V, sizes.kept // (n * W * size) * n * W) * size if trained and not w.lora_rank else 0
+        products = (w.weight_bytes != size) + (trained and not w.lora_rank)
+        return n * W * size + kept + size * W * H * products + 8 * n * H
+    matrix = min(n * V * size, sizes.chunk)
+    kept = min(n * V * size, sizes.kept) if trained and not w.lora_rank else 0
+    cast = V * H * size if w.weight_bytes != size else 0
+    return sizes.block + max(matrix, kept) + cast + 8 * n * H
 
 
 def _generate(w: Workload) -> Parts:

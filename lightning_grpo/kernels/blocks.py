@@ -1,11 +1,14 @@
-"""Blocks of the vocabulary: their width, and what the forward keeps of each for the backward."""
+"""Blocks of the vocabulary and chunks of tokens: their sizes, and what the forward keeps of each for the backward."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_grpo.kernels.products import block_memory, logits_dtype
+
+MiB = 1 << 20
 
 
 class Budget(NamedTuple):
@@ -19,29 +22,36 @@ class Budget(NamedTuple):
     """Size of the gradients of one chunk of tokens, which are used before the next chunk begins."""
 
 
-def budget(*, gpu: bool, itemsize: int) -> Budget:
-    """The limits for hidden states with elements of ``itemsize`` bytes.
+def budget(*, itemsize: int, memory: float | None = None) -> Budget:
+    """The limits for hidden states with elements of ``itemsize`` bytes, on a GPU with ``memory`` bytes or a CPU (None).
 
-    On a GPU, where every block needs about twenty kernel launches, blocks are larger and fewer.
+    On a GPU every block costs a few kernel launches, and every chunk reads and writes the gradient of the whole weight,
+    so both are as large as a small share of the memory permits.
     """
-    if gpu:
-        return Budget(block=128 << 20, kept=640 << 20, chunk=640 << 20)
-    return Budget(block=8 << 20, kept=256 << 20, chunk=(256 << 20) // itemsize)
+    if memory is None:
+        return Budget(block=8 * MiB, kept=256 * MiB, chunk=256 * MiB // itemsize)
+    share = int(min(max(memory / 64, 256 * MiB), 2048 * MiB))
+    return Budget(block=128 * MiB, kept=2 * share, chunk=share)
 
 
 def budget_for(hidden: Tensor) -> Budget:
     """The limits for ``hidden``; see `budget`."""
-    return budget(gpu=hidden.is_cuda, itemsize=hidden.element_size())
+    return budget(itemsize=hidden.element_size(), memory=_gpu_memory(hidden.device) if hidden.is_cuda else None)
 
 
-class Block(NamedTuple):
-    """Consecutive ids of the vocabulary, and their ∂logprob/∂logits = −scale·g if the forward kept it."""
+@functools.cache
+def _gpu_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
-    ids: slice
+
+class Part(NamedTuple):
+    """Consecutive ids of the vocabulary, or consecutive rows, and their ∂logprob/∂logits = −scale·g if it is kept."""
+
+    range: slice
     g: Tensor | None = None
-    """[N, ≥ W]; columns past W are padding."""
+    """[rows, ≥ ids]; further columns are padding."""
     scale: Tensor | None = None
-    """[N], fp32."""
+    """[rows], fp32."""
 
 
 def block_width(hidden: Tensor, weight: Tensor) -> int:
@@ -54,9 +64,19 @@ def width_within(size: int, column: int, vocab: int) -> int:
     return min(max(size // max(column, 1) // 64 * 64, 512), vocab)
 
 
-def cut(weight: Tensor, width: int) -> list[slice]:
-    """Return ranges of ``width`` ids; the last may be narrower."""
-    return [slice(i, min(i + width, len(weight))) for i in range(0, len(weight), width)]
+def cut(length: int, width: int) -> list[slice]:
+    """Return ranges of ``width``; the last may be narrower."""
+    return [slice(i, min(i + width, length)) for i in range(0, length, width)]
+
+
+def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Return chunks of the rows whose gradients [n, V] fit in the budget, at least one chunk and 64 rows in each.
+
+    They are of equal size, because a small last chunk would make slow matrix products.
+    """
+    largest = max(budget_for(hidden).chunk // (len(weight) * hidden.element_size()), 64)
+    number = max(-(-len(hidden) // largest), 1)
+    return cut(len(hidden), -(-len(hidden) // number) or 1) or [slice(0, 0)]
 
 
 def scratch_like(memory: Tensor, hidden: Tensor, width: int) -> Tensor:
@@ -71,10 +91,7 @@ def gradient_buffer(hidden: Tensor, weight: Tensor, limit: int | None = None) ->
 
 
 def targets_by_block(targets: Tensor, cuts: list[slice]) -> list[tuple[Tensor, Tensor]]:
-    """Return, for each block of the vocabulary, the rows whose target is in it and the columns of those targets.
-
-    This needs one synchronization with the device for all blocks.
-    """
+    """Return, for each block of the vocabulary, the rows whose target is in it and the columns of those targets."""
     order = targets.argsort()
     width = cuts[0].stop
     ends = torch.arange(1, len(cuts) + 1, device=targets.device) * width

@@ -125,6 +125,10 @@ void gradient(const T *a, int64_t a_stride, T *out, int64_t out_stride, int64_t 
         bool here = target >= 0 && target < width;
         int64_t left = here ? target : width, right = left + here;
         float factor = factors[i], by_entropy = c_entropy ? c_entropy[i] : 0, mean = lse[i] - entropy[i];
+        if (c[i] == 0 && by_entropy == 0) {
+            std::memset(to, 0, width * sizeof(T));
+            continue;
+        }
         // Written last, because `out` may be `a`.
         float z = here ? read(row[target]) * factor : 0;
         slopes(row, to, left, factor, floor, lse[i], c[i], by_entropy, mean);

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_grpo.kernels import torch_rows
 from lightning_grpo.kernels.pointers import block_rows, check_written, read_values, written_rows
 from lightning_grpo.kernels.softmax import FLOOR, Softmax, Statistics, Transform
 
@@ -27,6 +28,9 @@ FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 # processor with -mcpu.
 PROCESSORS = [["-march=native"], ["-mcpu=native"], []]
 THREADS = [["-fopenmp"], ["-fopenmp-simd"], []]
+
+# Only the path of GPUs uses it.
+join = torch_rows.join
 
 
 def takes(a: Tensor, out: Tensor | None, transform: Transform) -> bool:
@@ -61,16 +65,20 @@ def _compile(command: list[str], folder: Path) -> ctypes.CDLL:
 
 
 def accumulate(
-    a: Tensor, ids: slice, targets: Tensor, transform: Transform, stats: Statistics, weights: Tensor | None = None
-) -> Tensor | None:
+    a: Tensor,
+    ids: slice,
+    targets: Tensor,
+    transform: Transform,
+    stats: Statistics,
+    weights: Tensor | None = None,
+    joins: Tensor | None = None,
+) -> None:
     """See `torch_rows.accumulate`."""
     check_written(*stats)
-    joins = None if weights is None else torch.ones(2, len(a), dtype=torch.float32)
     a = block_rows(a)
     with written_rows(a if weights is None else weights) as out:
         written = (*stats, None if joins is None else joins[0])
         _call("accumulate", a, None if weights is None else out, ids, targets, (transform.factor,), written)
-    return joins
 
 
 def gradient(

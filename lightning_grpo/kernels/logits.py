@@ -77,6 +77,4 @@ class _LogitsLogprob(torch.autograd.Function):
         ids = slice(0, logits.shape[1])
         arithmetic = rows.rows_for(logits, grad, ctx.transform)
         arithmetic.gradient(logits, grad, ids, targets, ctx.transform, Softmax(*softmax), c, ce)
-        # Rows that are not in the loss may contain any value, including NaN.
-        idle = c == 0 if ce is None else (c == 0) & (ce == 0)
-        return grad.masked_fill_(idle[:, None], 0), None, None, None
+        return grad, None, None, None

@@ -36,11 +36,10 @@ def block_logits(
         return w, linear(hidden, w, b)
     a = view(memory, torch.Size((len(hidden), len(w) + (-len(w) % 64 if hidden.is_cuda else 0))))
     out = a[:, : len(w)]
-    dtype: dict[str, Any] = {} if out.dtype == hidden.dtype else {"out_dtype": out.dtype}
     if b is None:
-        torch.mm(hidden, w.T, **dtype, out=out)
+        torch.mm(hidden, w.T, **_result(out, hidden), out=out)
     else:
-        torch.addmm(b, hidden, w.T, **dtype, out=out)
+        torch.addmm(b, hidden, w.T, **_result(out, hidden), out=out)
     return w, a
 
 
@@ -52,12 +51,18 @@ def product(x: Tensor, y: Tensor) -> Tensor:
 
 def write(out: Tensor, x: Tensor, y: Tensor, *, add: bool) -> None:
     """out = x @ y, or out += x @ y."""
-    if out.dtype != x.dtype or _routine(x):
+    wider = x.is_cuda and out.dtype == torch.float32
+    if _routine(x) or not (out.dtype == x.dtype or wider):
         out.add_(product(x, y)) if add else out.copy_(product(x, y))
     elif add:
-        out.addmm_(x, y)
+        torch.addmm(out, x, y, **_result(out, x), out=out)
     else:
-        torch.mm(x, y, out=out)
+        torch.mm(x, y, **_result(out, x), out=out)
+
+
+def _result(out: Tensor, x: Tensor) -> dict[str, Any]:
+    """Return the argument for products of ``x`` in the dtype of ``out``."""
+    return {} if out.dtype == x.dtype else {"out_dtype": out.dtype}
 
 
 def _routine(x: Tensor) -> Callable | None:

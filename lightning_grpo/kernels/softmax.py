@@ -42,27 +42,22 @@ class Transform(NamedTuple):
         """Return the transform for the rows of ``targets`` [N].
 
         Raises:
-            UserError: targets are not integers in [0, vocabulary), or a temperature or softcap is not positive.
+            UserError: targets are not integers in [0, vocabulary), or a temperature or softcap is not positive. Values
+                on a GPU are checked there, and CUDA then reports a failed assertion.
         """
         if targets.is_floating_point() or targets.dtype == torch.bool:
             raise UserError(f"targets are {targets.dtype}; give token ids as integers")
         if softcap is not None and not 0 < softcap < float("inf"):
             raise UserError(f"softcap is {softcap}; set it above 0, or to None")
-        if targets.numel():
+        if targets.is_cuda:
+            _assert_on_device((targets >= 0) & (targets < vocabulary), f"targets outside 0 to {vocabulary - 1}")
+        elif targets.numel():
             low, high = torch.stack(targets.aminmax()).tolist()
             if low < 0 or high >= vocabulary:
                 raise UserError(
                     f"targets range from {low} to {high}, but the ids of the head are 0 to {vocabulary - 1}"
                 )
-        # Compare a number on the CPU, to avoid a synchronization with the GPU.
-        temperature = torch.as_tensor(temperature, dtype=torch.float32)
-        if temperature.dim() and temperature.shape != targets.shape:
-            raise UserError(
-                f"temperature has shape {tuple(temperature.shape)}; give a number, or {tuple(targets.shape)}"
-            )
-        if not (temperature > 0).all():
-            raise UserError(f"temperature is {float(temperature.min())}; set it above 0")
-        temperature = temperature.to(targets.device).expand(len(targets))
+        temperature = _temperatures(temperature, targets)
         return cls(scale / temperature, None if softcap is None else softcap / temperature)
 
     def rows(self, index: slice | Tensor) -> "Transform":
@@ -78,6 +73,28 @@ class Transform(NamedTuple):
     def chain_(self, g: Tensor, z: Tensor) -> Tensor:
         """Return g·∂z/∂a without ``factor``, in place; it is cheaper to apply the factor to [N, H]."""
         return g if self.cap is None else g.mul_(1 - (z / self.cap[:, None]).square_().clamp_(max=1))
+
+
+def _temperatures(temperature: float | Tensor, targets: Tensor) -> Tensor:
+    """Return the temperature of each row of ``targets``, [N] in fp32."""
+    if not isinstance(temperature, Tensor) or not temperature.dim():
+        temperature = float(temperature)
+        if not temperature > 0:
+            raise UserError(f"temperature is {temperature}; set it above 0")
+        # A copy to the GPU would wait for the device.
+        return torch.full(targets.shape, temperature, dtype=torch.float32, device=targets.device)
+    if temperature.shape != targets.shape:
+        raise UserError(f"temperature has shape {tuple(temperature.shape)}; give a number, or {tuple(targets.shape)}")
+    if temperature.is_cuda:
+        _assert_on_device(temperature > 0, "a temperature that is not positive")
+    elif not (temperature > 0).all():
+        raise UserError(f"temperature is {float(temperature.min())}; set it above 0")
+    return temperature.to(targets.device, torch.float32)
+
+
+def _assert_on_device(condition: Tensor, problem: str) -> None:
+    """Check a condition on its device, without waiting for the result."""
+    torch._assert_async(condition.all(), f"linear_logprob got {problem}")
 
 
 class Statistics(NamedTuple):

@@ -12,15 +12,21 @@ CACHED = 1 << 19
 
 
 def accumulate(
-    a: Tensor, ids: slice, targets: Tensor, transform: Transform, stats: Statistics, weights: Tensor | None = None
-) -> Tensor | None:
+    a: Tensor,
+    ids: slice,
+    targets: Tensor,
+    transform: Transform,
+    stats: Statistics,
+    weights: Tensor | None = None,
+    joins: Tensor | None = None,
+) -> None:
     """Add the block ``a`` [N, ≥ W] with the vocabulary's ``ids`` to the statistics, in place.
 
-    If ``weights`` [N, ≥ W] is given (it may be ``a``), set it to w ∝ exp(z)·∂z/∂a for tokens other than the target, and
-    return factors (old, new) [2, N] to continue a sum over the vocabulary: sum ← sum·old + new·Σ w·x.
+    If ``weights`` [N, ≥ W] and ``joins`` [2, N], which is 1, are given, set ``weights`` to w ∝ exp(z)·∂z/∂a for tokens
+    other than the target, and ``joins`` to factors (old, new) that continue a sum over the vocabulary:
+    sum ← sum·old + new·Σ w·x. On a CPU ``weights`` may be ``a``.
     """
     width = ids.stop - ids.start
-    joins = None if weights is None else torch.empty(2, len(a), dtype=torch.float32, device=a.device)
     for i in _cached_rows(a):
         chunk = transform.rows(i)
         m, s, t, y, q = stats.rows(i)
@@ -42,7 +48,6 @@ def accumulate(
         if weights is not None:
             weights[i, :width].copy_(chunk.chain_(p, z))
             joins[0, i], joins[1, i] = old, new
-    return joins
 
 
 def gradient(
@@ -58,7 +63,8 @@ def gradient(
     """Write ∂loss/∂a without the factor ``transform.factor`` to ``out`` [N, ≥ W], which may be ``a``.
 
     With c_logprob = ∂loss/∂logprob and c_entropy = ∂loss/∂entropy, [N] each,
-    ∂loss/∂z = c_logprob·(onehot − p) − c_entropy·p·(log p + entropy).
+    ∂loss/∂z = c_logprob·(onehot − p) − c_entropy·p·(log p + entropy). A row for which both are 0 may contain NaN, and
+    its gradient is 0.
     """
     width = ids.stop - ids.start
     for i in _cached_rows(a):
@@ -76,7 +82,26 @@ def gradient(
             at_target -= (p * surprise)[here]
             g = surprise.add_(c[:, None]).mul_(p).neg_()
         g[here] = at_target
+        idle = c == 0 if c_entropy is None else (c == 0) & (c_entropy[i] == 0)
         out[i, :width].copy_(chunk.chain_(g, z))
+        if idle.any():
+            out[i, :width].masked_fill_(idle[:, None], 0)
+
+
+def join(g: Tensor, width: int, scales: Tensor, targets: Tensor, at_target: Tensor) -> None:
+    """Multiply each block of ``g`` [N, ≥ V], of ``width`` columns, by its scales, and set the columns of the targets.
+
+    Args:
+        g: the weights of `accumulate` for the whole vocabulary.
+        width: columns of a block; the last may be narrower.
+        scales: [blocks, N], fp32.
+        targets: [N].
+        at_target: [N], fp32. NaN and infinite values are written as 0, here and in the blocks.
+    """
+    for start, scale in zip(range(0, g.shape[1], width), scales, strict=True):
+        block = g[:, start : start + width]
+        block.copy_((block * scale[:, None]).nan_to_num_(0, 0, 0))
+    g.scatter_(1, targets[:, None], at_target.nan_to_num(0, 0, 0)[:, None].to(g.dtype))
 
 
 def _cached_rows(a: Tensor) -> Iterator[slice]:
