@@ -101,13 +101,14 @@ def launches(device: str, small: bool) -> Rows:
     H, V, N = (64, 4096, 300) if small else (1536, 151_936, 4096)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     rows = []
-    for name, options in {
-        "coefficients known": {"known": True},
-        "any loss": {"known": False},
-        "frozen head": {"known": False, "frozen": True},
-    }.items():
-        step = head_step(H, V, N, device, **options)
-        row = {"head": name, "H": H, "V": V, "N": N} | timed(step, device)
+    for name, tokens, options in (
+        ("any loss", N, {"known": False}),
+        # More than the gradients that are kept, so that the coefficients are used.
+        ("coefficients known", 4 * N, {"known": True}),
+        ("frozen head", N, {"known": False, "frozen": True}),
+    ):
+        step = head_step(H, V, tokens, device, **options)
+        row = {"head": name, "H": H, "V": V, "N": tokens} | timed(step, device)
         with profile(activities=activities) as profiler:
             step()
             if device == "cuda":
@@ -186,11 +187,17 @@ def sampling(device: str, small: bool) -> dict[str, Any]:
 
 def memory_check(device: str, small: bool) -> dict[str, Any]:
     """Small problems with odd sizes, for a tool that checks every memory access."""
-    for V in (1, 77, 2049, 50_257):
-        for frozen in (False, True):
-            for known in (False, True):
-                head_step(16, V, 9, device, known=known, frozen=frozen)()
-    return {"problems": 16}
+    from lightning_grpo.kernels import blocks
+
+    problems = 0
+    for kept in (0, 1 << 20):
+        blocks.budget = lambda kept=kept, **_: blocks.Budget(block=1, kept=kept, chunk=1)
+        for V in (1, 77, 2049, 50_257):
+            for frozen in (False, True):
+                for known in (False, True):
+                    head_step(16, V, 9, device, known=known, frozen=frozen)()
+                    problems += 1
+    return {"problems": problems}
 
 
 MEASUREMENTS = {f.__name__: f for f in (versions, launches, micro_batches, sampling, memory_check)}

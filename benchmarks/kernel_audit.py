@@ -1,7 +1,8 @@
 """Compile every variant of the Triton row kernels ahead of time, without a GPU, and inspect the result.
 
-It reports registers, spills, shared memory, and the width in bits of the narrowest load and store of a row, for NVIDIA
-sm_80, sm_90, sm_100 and AMD gfx942. `--check` fails unless nothing spills and every row access is 128 bits wide.
+It reports registers, spills, shared memory, and the number of 128-bit loads and stores of a row, for NVIDIA sm_80,
+sm_90, sm_100 and AMD gfx942, and then the table of `kernel_launches.py`. `--check` fails unless nothing spills, every
+row access is 128 bits wide, and the launches meet their goals.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import kernel_launches
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -125,8 +127,10 @@ def read_amd(assembly: str) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only bfloat16 outputs, flags all off or all on")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a kernel spills or splits a row access")
+    parser.add_argument(
+        "--quick", action="store_true", help="only bfloat16 outputs, flags all off or all on, one model"
+    )
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -138,21 +142,25 @@ def main() -> int:
     for job in jobs:
         row = audit(job)
         results.append(row)
-        flags = " ".join(name for name in ("capped", "weights", "entropy") if row.get(name))
+        flags = " ".join(name for name in ("capped", "weights", "squares", "entropy") if row.get(name))
         print(
             f"{row['arch']:7}{row['kernel']:11}{row['logits']:7}{row['out']:5}{flags:17}{row['registers']:5}"
             f"{row['spills']:7}{row['shared']:7}{row['loads_128']:5} + {row['stores_128']:<2}{row['split']:3}",
             flush=True,
         )
+    launches, missed = kernel_launches.table(args.quick)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        args.json.write_text(json.dumps({"kernels": results, "launches": launches}, indent=1))
+    for line in missed:
+        print("goal missed:", line)
     bad = [row for row in results if row["spills"] or row["split"]]
     most = {arch: max(row["registers"] for row in results if row["arch"] == arch) for arch in TARGETS}
     registers = ", ".join(f"{n} on {arch}" for arch, n in most.items())
     print(
-        f"{len(results)} kernels compiled, {len(bad)} with a spill or a split row access; most registers: {registers}"
+        f"{len(results)} kernels compiled, {len(bad)} with a spill or a split row access; most registers: {registers}; "
+        f"{len(missed)} goals of launches missed"
     )
-    return int(bool(bad) and args.check)
+    return int(bool(bad or missed) and args.check)
 
 
 if __name__ == "__main__":

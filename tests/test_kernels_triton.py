@@ -238,7 +238,7 @@ def test_compiled_kernels_neither_spill_nor_split_rows(tmp_path):
         env=env | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    audited = json.loads(out.read_text())
+    audited = json.loads(out.read_text())["kernels"]
     assert {row["arch"] for row in audited} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     for row in audited:
         assert row["spills"] == row["split"] == 0 and row["loads_128"] > 0, row
@@ -247,18 +247,38 @@ def test_compiled_kernels_neither_spill_nor_split_rows(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("trainable", [False, True])
-def test_gpu_equals_cpu(dtype, trainable):
+@pytest.mark.parametrize("path", ["frozen head", "kept", "computed again", "known ahead"])
+def test_gpu_equals_cpu(monkeypatch, dtype, path):
+    """In blocks of 512 ids and chunks of 64 rows."""
+    monkeypatch.setattr(blocks, "budget", lambda **_: Budget(1, 1 << 30 if path == "kept" else 0, 1))
+    trainable = path != "frozen head"
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(200, 64, generator=g).to(dtype), torch.randn(50_257, 64, generator=g).to(dtype) / 4
     targets, c = torch.randint(0, 50_257, (200,), generator=g), torch.randn(200, generator=g)
 
     def solve(device):
         leaves = [x.to(device, copy=True).requires_grad_(i == 0 or trainable) for i, x in enumerate((hidden, weight))]
-        logprobs, entropy = linear_logprob(*leaves, targets.to(device))
+        known = c.to(device) if path == "known ahead" else None
+        logprobs, entropy = linear_logprob(*leaves, targets.to(device), coefficient=known)
         (c.to(device) * logprobs).sum().backward()
         return [x.float().cpu() for x in (logprobs, entropy, *(x.grad for x in leaves if x.requires_grad))]
 
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     for x, y in zip(solve("cuda"), solve("cpu"), strict=True):
         assert (x - y).norm() <= tolerance * y.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+def test_nothing_waits_for_the_gpu():
+    hidden = torch.randn(200, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(5000, 64, device="cuda").requires_grad_()
+    targets, c = torch.randint(5000, (200,), device="cuda"), torch.randn(200, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            logprobs, _ = linear_logprob(hidden, weight, targets, coefficient=c)
+        (c * logprobs).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert weight.grad.isfinite().all()

@@ -34,8 +34,8 @@ def linear_logprob(
 
     The logits are computed one block of the vocabulary at a time. The gradient ∂logprob/∂logits = G = onehot − p does
     not depend on the loss. If the head is frozen, the forward therefore computes G·weight as well. If it is trained,
-    the forward keeps G for as many blocks as fit in the `Budget`, and the backward recomputes the others. Rows whose
-    gradient is exactly 0 are skipped, and may contain NaN.
+    the forward keeps as much of G as fits in the `Budget`, and the backward recomputes the rest. Rows whose gradient is
+    exactly 0 may contain NaN. `blockwise` does this on a CPU, and `chunkwise` on a GPU.
 
     Args:
         hidden: [N, H], the last hidden states of the model. Under autocast they are cast, as by a linear layer.
@@ -49,7 +49,7 @@ def linear_logprob(
         coefficient: [N], ∂loss/∂logprob up to a common factor, if it is known before the loss, as it is on-policy
             without a KL term: −advantage × weight. The forward then computes the gradients of a trained head too, and
             no matrix product is repeated. The backward compares it with the actual gradient of the loss, and computes
-            the gradients again if they differ.
+            the gradients again if they differ. On a GPU it is not needed while all of G fits in the `Budget`.
         grad_norm: also return ‖∂logprob/∂logits‖² = 1 − 2p(target) + Σ p² [N] fp32, without gradients for any result.
 
     Returns:
