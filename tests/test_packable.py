@@ -105,6 +105,17 @@ def test_verification_leaves_dropout_and_random_numbers_alone():
     assert [module.training for module in model.modules()] == training
 
 
+def test_an_empty_prompt_takes_no_token_of_another_row():
+    model, rows = make("Llama", NAME), batch()
+    expected = ours(model, rows)[0]
+    rows["prompt_mask"][5] = False
+    rows["completion_mask"][5, :3] = True
+    torch.testing.assert_close(ours(model, rows)[0][:5], expected[:5], rtol=0, atol=1e-5)
+    before = ours(model, rows, share_prompt=False)[0][5]
+    rows["prompt_ids"][:5] = 7
+    torch.testing.assert_close(ours(model, rows, share_prompt=False)[0][5], before, rtol=0, atol=1e-5)
+
+
 def test_one_forward_pass_has_no_padding_and_each_prompt_once():
     model, rows = make("Llama", NAME), batch()
     ours(model, rows)

@@ -69,7 +69,8 @@ def completion_logprobs(
         grad_norm,
     )
     head = head_of(model, batch.prompt_ids[:1, -2:])
-    packed = packs(model)
+    # An empty prompt has no token that predicts the first one.
+    packed = packs(model) and bool(batch.prompt_mask.any(1).all())
     shared = _shared_prompts(model, batch) if share_prompt and head is not None and not packed else None
     with _casts_once():
         if head is not None and shared is not None:
