@@ -8,7 +8,7 @@ each sequence of types and repeated for the next text that has it, which leads t
 from functools import cache, lru_cache, wraps
 from typing import Any
 
-SEQUENCES = 16384
+SEQUENCES = 4096
 """Sequences of types whose predictions are stored, at most."""
 
 
