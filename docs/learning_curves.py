@@ -32,7 +32,7 @@ def draw(run: Run, file: Path, names: Sequence[str]) -> None:
     at, means, lows, highs = zip(*([line["step"], *map(line.get, HELD_OUT)] for line in run.held_out), strict=True)
     errors = [[m - x for m, x in zip(means, lows, strict=True)], [x - m for m, x in zip(means, highs, strict=True)]]
     panels[0].errorbar(at, means, errors, fmt="o-", color="tab:orange", capsize=3, label="held out, 95 % interval")
-    panels[0].legend(loc="upper left", fontsize="small")
+    panels[0].legend(loc="lower right", fontsize="small")
     for panel in panels:
         panel.set_ylim(bottom=0)
     figure.savefig(file, dpi=120)
