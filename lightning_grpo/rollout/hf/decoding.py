@@ -51,9 +51,17 @@ class BufferedLayer(CastLayer):
         return self._show(stop)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``, in this order."""
-        self.buffers = tuple(buffer[indices] for buffer in self.buffers)
-        self._show(self.get_seq_length())
+        """Keep the rows ``indices``, in this order. Rows that keep their place are not copied."""
+        R, length, earlier = len(indices), self.get_seq_length(), self.buffers
+        moved = torch.arange(R, device=indices.device)
+        if len(earlier[0]) < R:
+            self.buffers = tuple(buffer.new_empty(R, *buffer.shape[1:]) for buffer in earlier)
+        else:
+            self.buffers = tuple(buffer[:R] for buffer in earlier)
+            moved = moved[moved != indices]
+        for buffer, old in zip(self.buffers, earlier, strict=True):
+            buffer[moved, :, :length] = old[indices[moved], :, :length]
+        self._show(length)
 
     def _show(self, length: int) -> tuple[Tensor, Tensor]:
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)

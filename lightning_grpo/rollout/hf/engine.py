@@ -16,7 +16,7 @@ from lightning_grpo.errors import UserError
 from lightning_grpo.policy import Policy
 from lightning_grpo.rollout.engine import Engine
 from lightning_grpo.rollout.hf.decoding import buffered_cache, decoding_mode
-from lightning_grpo.rollout.hf.rows import Sample, TokenSampler
+from lightning_grpo.rollout.hf.rows import Sample, TokenSampler, unfinished
 from lightning_grpo.rollout.hf.slots import SlotCache
 from lightning_grpo.rollout.hf.stop import StopStrings
 from lightning_grpo.rollout.hf.turns import BatchTurns, SlotTurns
@@ -168,12 +168,12 @@ class HFEngine(Engine):
                     row.finish_reason = row.finish_reason or "abort"
             yield [row for row in rows if row.finish_reason]
 
-            alive = [r for r, row in enumerate(rows) if not row.finish_reason]
-            if not alive:
+            kept = unfinished(rows)
+            if not kept:
                 return
-            if len(alive) < len(rows):
-                keep = torch.tensor(alive, device=self.device)
-                rows = [rows[r] for r in alive]
+            if len(kept) < len(rows):
+                keep = torch.tensor(kept, device=self.device)
+                rows = [rows[r] for r in kept]
                 cache.batch_select_indices(keep)
                 tokens, mask, position = tokens[keep], mask[keep], position[keep]
                 seen = None if seen is None else seen[keep]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat, starmap
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from lightning_grpo.rollout.hf.sampling import draw, sampled_logprobs
 from lightning_grpo.rollout.hf.stop import StopStrings
 from lightning_grpo.rollout.seeds import uniform
 from lightning_grpo.rollout.types import Completion, FinishReason, Sampling
+
+CPU_ROWS = 4
+"""Rows whose tokens are drawn together on a CPU, so that what is computed of their logits stays in its caches."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,6 +45,14 @@ class Sample(Row):
     sample_index: int
 
 
+def unfinished(rows: Sequence[Row]) -> list[int]:
+    """The indices of unfinished rows, in an order in which most of them keep their place: the last ones replace those
+    that have finished."""
+    alive = [r for r, row in enumerate(rows) if not row.finish_reason]
+    last = iter([r for r in alive if r >= len(alive)])
+    return [next(last) if rows[r].finish_reason else r for r in range(len(alive))]
+
+
 @dataclass(kw_only=True)
 class TokenSampler:
     """Samples the next token of each row, and ends rows."""
@@ -57,15 +69,22 @@ class TokenSampler:
             logits: [R, V].
             seen: [R, V] bool, the tokens so far, if there is a repetition penalty.
         """
-        logprobs = sampled_logprobs(logits, self.sampling, seen)
         uniforms = torch.tensor([uniform(row.seed, len(row.token_ids)) for row in rows], dtype=torch.float64)
-        tokens = draw(logprobs, uniforms.to(logprobs.device), greedy=self.sampling.temperature == 0)
-        chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+        size = CPU_ROWS if logits.device.type == "cpu" else len(rows)
+        marks = repeat(None) if seen is None else seen.split(size)
+        parts = zip(logits.split(size), uniforms.to(logits.device).split(size), marks, strict=False)
+        tokens, chosen = (torch.cat(part) for part in zip(*starmap(self._sample, parts), strict=True))
         for row, token, logprob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
             row.token_ids.append(token)
             row.logprobs.append(logprob)
             row.finish_reason = self._finish_reason(row)
         return tokens
+
+    def _sample(self, logits: Tensor, uniforms: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Draw a token of each row; returns them and their log-probs, [R] each."""
+        logprobs = sampled_logprobs(logits, self.sampling, seen)
+        tokens = draw(logprobs, uniforms, greedy=self.sampling.temperature == 0)
+        return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
     def _finish_reason(self, row: Row) -> FinishReason | None:
         if row.token_ids[-1] in self.eos_token_ids or self.stop.end(row.prompt, row.token_ids):

@@ -30,7 +30,7 @@ def sampled_logprobs(logits: Tensor, sampling: Sampling, seen: Tensor | None = N
             raise UserError("a repetition penalty needs the tokens seen so far")
         penalized = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         logits = torch.where(seen, penalized, logits)
-    if sampling.temperature > 0:
+    if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
     if sampling.min_p > 0:
         floor = logits.amax(-1, keepdim=True) + log(sampling.min_p)
