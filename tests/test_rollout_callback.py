@@ -7,6 +7,7 @@ import torch
 from engines import Sampler, loader, trainer_with
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from lightning_grpo.errors import UserError
 from lightning_grpo.rollout import (
     HFEngine,
     HFRollout,
@@ -230,6 +231,27 @@ def test_sampling_arguments_that_bias_the_gradient_are_refused(make, monkeypatch
         callback.setup(trainer, plain, "fit")
     callback.setup(trainer, plain, "validate")
     callback.setup(trainer, SimpleNamespace(objective=SimpleNamespace(rollout_correction=object())), "fit")
+
+
+@pytest.mark.parametrize("kind", [VLLMRollout, VLLMProcessRollout])
+@pytest.mark.parametrize(
+    ("named", "sampling", "held_out", "sampling_args"),
+    [
+        (r"model\.sampling\.min_p is 0\.1", Sampling(min_p=0.1), Sampling(), {}),
+        (r"model\.validation_sampling\.min_p is 0\.2", Sampling(), Sampling(min_p=0.2), {}),
+        (r"sampling_args\.logit_bias is \{7: 1\.0\}", Sampling(), Sampling(), {"logit_bias": {7: 1.0}}),
+    ],
+)
+def test_what_vllm_cannot_speculate_with_is_refused_at_start(
+    kind, named, sampling, held_out, sampling_args, monkeypatch
+):
+    monkeypatch.setattr("lightning_grpo.rollout.vllm.callback.require_vllm", lambda: None)
+    speculates = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}
+    module = SimpleNamespace(sampling=sampling, validation_sampling=held_out)
+    trainer = SimpleNamespace(precision="32-true")
+    with pytest.raises(UserError, match=named):
+        kind(engine_args=speculates, sampling_args=sampling_args).setup(trainer, module, "validate")
+    kind(sampling_args=sampling_args).setup(trainer, module, "validate")
 
 
 @pytest.mark.parametrize("kind", [VLLMRollout, VLLMProcessRollout])

@@ -146,6 +146,7 @@ class VLLMRollout(RolloutCallback):
         module = policy_module(pl_module)
         self._check_length(module)
         require_sendable(module, self.lora)
+        require_speculation(module, self.engine_args, self.sampling_args or {})
         if stage == "fit":
             refuse_bias(module, self.sampling_args or {})
 
@@ -233,6 +234,23 @@ def refuse_bias(pl_module: PolicyModule, sampling_args: dict[str, Any]) -> None:
         raise UserError(
             f"rollout sampling_args has {', '.join(biased)}: the engine would sample from another distribution than "
             "the policy's, which biases the gradient; omit them, or set objective.rollout_correction"
+        )
+
+
+def require_speculation(pl_module: PolicyModule, engine_args: dict[str, Any], sampling_args: dict[str, Any]) -> None:
+    """Raise `UserError` if the engine speculates and vLLM cannot do so with the sampling options."""
+    if engine_args.get("speculative_config") is None:
+        return
+    held_out = getattr(pl_module, "validation_sampling", pl_module.sampling)
+    options = {
+        "model.sampling.min_p": pl_module.sampling.min_p,
+        "model.validation_sampling.min_p": held_out.min_p,
+        "rollout sampling_args.min_p": sampling_args.get("min_p"),
+        "rollout sampling_args.logit_bias": sampling_args.get("logit_bias"),
+    }
+    if named := next((f"{name} is {value}" for name, value in options.items() if value), None):
+        raise UserError(
+            f"rollout engine_args has speculative_config, and {named}, which vLLM does not support together; omit one"
         )
 
 
