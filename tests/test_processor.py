@@ -99,21 +99,36 @@ def test_config_yaml_has_the_precision_that_was_used(rates, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("precision", "strategy", "dtype", "installed", "kind"),
+    ("precision", "strategy", "dtype", "measured", "installed", "kind", "reason"),
     [
-        ("32-true", "auto", "float32", True, HFRollout),
-        ("32-true", "auto", "bfloat16", True, VLLMRollout),
-        ("bf16-mixed", "auto", "float32", True, VLLMRollout),
-        ("bf16-mixed", "auto", "float32", False, HFRollout),
+        ("32-true", "auto", "float32", FAST, True, HFRollout, "in float32"),
+        ("32-true", "auto", "bfloat16", FAST, True, VLLMRollout, "faster engine in bfloat16"),
+        ("bf16-mixed", "auto", "float32", FAST, True, VLLMRollout, "faster engine in bfloat16"),
+        ("bf16-mixed", "auto", "float32", FAST, False, HFRollout, "vLLM is not installed"),
+        ("bf16-mixed", "auto", "float32", SLOW, True, HFRollout, "in bfloat16"),
         # a sharded policy can't sample by itself
-        ("32-true", ModelParallelStrategy(), "float32", True, VLLMRollout),
+        ("32-true", ModelParallelStrategy(), "float32", FAST, True, VLLMRollout, "a sharded policy"),
+        ("bf16-mixed", ModelParallelStrategy(), "float32", SLOW, True, VLLMRollout, "a sharded policy"),
     ],
 )
-def test_the_engine_is_the_faster_one(precision, strategy, dtype, installed, kind, monkeypatch, tiny_model_path):
+def test_the_engine_is_the_faster_one(
+    precision, strategy, dtype, measured, installed, kind, reason, monkeypatch, rates, caplog, tiny_model_path
+):
+    rates(measured)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("lightning_grpo.rollout.default.vllm_version", lambda: "0.32.0" if installed else None)
     policy = module(tiny_model_path, dtype=dtype)
-    assert type(default_rollout(cpu_trainer(precision, strategy=strategy), policy)) is kind
+    with caplog.at_level(logging.INFO, logger="lightning_grpo"):
+        assert type(default_rollout(cpu_trainer(precision, strategy=strategy), policy)) is kind
+    assert reason in caplog.text
+
+
+def test_on_gpus_the_engine_is_vllm(monkeypatch, tiny_model_path):
+    monkeypatch.setattr("lightning_grpo.rollout.default.vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    trainer, policy = cpu_trainer("32-true"), module(tiny_model_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert type(default_rollout(trainer, policy)) is VLLMRollout
 
 
 def test_an_engine_that_is_missing_is_said(monkeypatch, caplog, tiny_model_path):
