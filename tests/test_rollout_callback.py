@@ -246,12 +246,16 @@ def test_what_vllm_cannot_speculate_with_is_refused_at_start(
     kind, named, sampling, held_out, sampling_args, monkeypatch
 ):
     monkeypatch.setattr("lightning_grpo.rollout.vllm.callback.require_vllm", lambda: None)
-    speculates = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}
     module = SimpleNamespace(sampling=sampling, validation_sampling=held_out)
     trainer = SimpleNamespace(precision="32-true")
+    speculates = kind(engine_args={"speculative_config": {"method": "ngram"}}, sampling_args=sampling_args)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match=named):
-        kind(engine_args=speculates, sampling_args=sampling_args).setup(trainer, module, "validate")
+        speculates.setup(trainer, module, "validate")
     kind(sampling_args=sampling_args).setup(trainer, module, "validate")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="on a CPU vLLM then samples from another distribution"):
+        speculates.setup(trainer, module, "validate")
 
 
 @pytest.mark.parametrize("kind", [VLLMRollout, VLLMProcessRollout])

@@ -238,9 +238,14 @@ def refuse_bias(pl_module: PolicyModule, sampling_args: dict[str, Any]) -> None:
 
 
 def require_speculation(pl_module: PolicyModule, engine_args: dict[str, Any], sampling_args: dict[str, Any]) -> None:
-    """Raise `UserError` if the engine speculates and vLLM cannot do so with the sampling options."""
+    """Raise `UserError` if the engine speculates and vLLM cannot do so on this device or with the sampling options."""
     if engine_args.get("speculative_config") is None:
         return
+    if not torch.cuda.is_available():
+        raise UserError(
+            "rollout engine_args has speculative_config: on a CPU vLLM then samples from another distribution, ignores "
+            "the seeds of completions and returns wrong log-probs; remove it"
+        )
     held_out = getattr(pl_module, "validation_sampling", pl_module.sampling)
     options = {
         "model.sampling.min_p": pl_module.sampling.min_p,
