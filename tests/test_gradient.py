@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_grpo.policy.load import LoRA, with_adapters
 from lightning_grpo.training import step
+from lightning_grpo.training.experience import first_at_random
 from lightning_grpo.training.gradient import WeightSample, gradient_norms, noise_scale, part_of
 from lightning_grpo.training.work import model_flops, peak_flops, work_of
 
@@ -61,6 +62,35 @@ def test_noise_scale_is_unbiased():
     signal, noise = noise_scale(small, big, 2, 8)
     assert float(signal.mean()) == pytest.approx(float(mean.square().sum()), rel=0.02)
     assert float(noise.mean()) == pytest.approx(float(deviation.square().sum()), rel=0.02)
+
+
+def test_a_first_micro_batch_at_random_gives_the_noise_of_all_completions():
+    """Micro-batches by length, the longest completions first, whose gradients are the noisiest."""
+    random = torch.Generator().manual_seed(0)
+    deviation, mean = torch.linspace(3, 1, 32).double(), torch.linspace(-1, 1, 50).double()
+    each = mean + deviation[:, None] * torch.randn(5000, 32, 50, generator=random, dtype=torch.float64)
+    parts = [list(range(0, 4)), list(range(4, 10)), list(range(10, 20)), list(range(20, 32))]
+    expected = 50 * float(deviation.square().mean())
+
+    def estimate(first_of):
+        firsts = [first_of(int(seed)) for seed in torch.randint(2**31, (5000,), generator=random)]
+        small = torch.stack([x[rows].mean(0).square().sum() for x, rows in zip(each, firsts, strict=True)])
+        sizes = torch.tensor([len(rows) for rows in firsts])
+        signal, noise = noise_scale(small, each.mean(1).square().sum(1), sizes, 32)
+        return float(signal.mean()), float(noise.mean())
+
+    signal, noise = estimate(lambda seed: first_at_random(parts, 4, [seed] * 32)[0])
+    assert noise == pytest.approx(expected, rel=0.03)
+    assert signal == pytest.approx(float(mean.square().sum()), rel=0.05)
+    assert estimate(lambda seed: parts[0])[1] > 1.5 * expected
+
+
+def test_the_draw_of_the_first_micro_batch_keeps_all_others():
+    parts = [[0, 1], [3], [2], [5, 4], [7], [6]]
+    for seed in range(4):
+        drawn = first_at_random(parts, 3, [seed] * 8)
+        assert sorted(drawn[:3]) == [[0, 1], [2], [3]] and sorted(drawn[3:]) == [[5, 4], [6], [7]]
+    assert first_at_random(parts, 3, None) == parts
 
 
 def test_noise_scale_of_a_run_is_that_of_its_first_micro_batch(tmp_path, tiny_model_path):

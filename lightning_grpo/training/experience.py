@@ -3,8 +3,10 @@
 Shapes: N = B·G completions on this rank, R rewards, P prompt length, T completion length.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate as cumulative
 from typing import cast
 
 import torch
@@ -93,6 +95,30 @@ def cut_windows(
             batch = queue[len(queue) * k // accumulate : len(queue) * (k + 1) // accumulate]
             batches.append(batch or [filler])
     return batches
+
+
+def first_at_random(micro_batches: list[list[int]], accumulate: int, seeds: Sequence[int] | None) -> list[list[int]]:
+    """Begin each optimizer step with a micro-batch that is drawn at random.
+
+    The noise of the gradient is estimated from the first one (`noise_scale`), and the longest completions have the
+    noisiest gradients. With probabilities in proportion to b(n − b), for b of the n rows, the mean estimate is that of
+    all rows, whatever the noise and the size of each micro-batch.
+
+    Args:
+        micro_batches: rows of each, in the order of `cut_windows`.
+        accumulate: micro-batches in an optimizer step.
+        seeds: [N] of the completions, which determine the draw. None: keep the order.
+    """
+    if seeds is None or accumulate == 1:
+        return micro_batches
+    ordered: list[list[int]] = []
+    for start in range(0, len(micro_batches), accumulate):
+        step = micro_batches[start : start + accumulate]
+        n = sum(map(len, step))
+        ends = list(cumulative(len(rows) * (n - len(rows)) for rows in step))
+        first = bisect_right(ends, seeds[min(map(min, step))] % ends[-1])
+        ordered += [step[first], *step[:first], *step[first + 1 :]]
+    return ordered
 
 
 def redistribute(shares: Sequence[Experience], ranks: int, num_generations: int) -> list[Experience]:

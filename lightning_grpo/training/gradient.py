@@ -59,7 +59,7 @@ def square_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
     return _norms(gradients).square().sum()
 
 
-def noise_scale(small: Tensor, big: Tensor, small_batch: int, big_batch: int) -> tuple[Tensor, Tensor]:
+def noise_scale(small: Tensor, big: Tensor, small_batch: float | Tensor, big_batch: int) -> tuple[Tensor, Tensor]:
     """Unbiased estimates of |G|² and tr Σ, the squared norm of the true gradient and the variance of the gradient of
     one completion (McCandlish et al. 2018, arXiv:1812.06162, appendix A.1).
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_grpo.data import PromptBatch, PromptDataModule
 from lightning_grpo.errors import RunError
 from lightning_grpo.rollout import Rollout
-from lightning_grpo.training.experience import Experience, cut_windows
+from lightning_grpo.training.experience import Experience, cut_windows, first_at_random
 
 
 class Progress:
@@ -63,14 +63,15 @@ class Progress:
         self.experience, self.micro_batches = experience, []
 
     def cut(self, rollout: Rollout, accumulate: int, *, skip_zero_advantage: bool) -> list[list[int]]:
-        """The micro-batches of one pass; see `cut_windows`."""
-        return cut_windows(
+        """The micro-batches of one pass; see `cut_windows` and `first_at_random`."""
+        micro_batches = cut_windows(
             rollout,
             windows=len(rollout) // (accumulate * self.micro_batch_size),
             accumulate=accumulate,
             micro_batch_size=self.micro_batch_size,
             skip_zero_advantage=skip_zero_advantage,
         )
+        return first_at_random(micro_batches, accumulate, rollout.seeds)
 
     @property
     def place_in_pass(self) -> int:
