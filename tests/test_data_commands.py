@@ -52,6 +52,15 @@ def config(file, model, tmp_path, **data):
     return str(path)
 
 
+def test_a_csv_file_is_data_even_if_it_is_yaml(file, tmp_path, tiny_model_path, capsys):
+    table = tmp_path / "a.csv"
+    table.write_text("prompt,answer\n1 + 7 =,8\n")
+    main(["data", "inspect", str(table), "--model", tiny_model_path])
+    assert f"{table}, line 2" in capsys.readouterr().out
+    main(["data", "inspect", config(file, tiny_model_path, tmp_path, validation_source=str(table))])
+    assert "4 training and 1 held-out prompts" in "".join(capsys.readouterr())
+
+
 # ── inspect ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -32,11 +32,24 @@ TRL_NAMES = {name: row.ours.split(", ")[0] for name, row in ROWS.items() if row.
 SUBCOMMANDS = ["fit", "validate", "test", "predict", "export", "report", "diagnose", "convert-trl", "configure"]
 
 
+SOURCES = ("source", "validation_source")
+"""Options whose value may be the name of a data file."""
+
+
 class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line, with a suggestion instead of the usage of all options."""
 
     files: ClassVar[dict[str, dict]] = {}
     """The content of the ``--config`` files by name, to name the file that contains an option."""
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the arguments of a class. A file that is named as a source of prompts is data, not their configuration,
+        as which it would be read because of the type of `Source`."""
+        added = super().add_class_arguments(*args, **kwargs)
+        for action in self._actions:
+            if action.dest.split(".")[-1] in SOURCES:
+                vars(action)["_enable_path"] = False
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and end with exit code 2."""
