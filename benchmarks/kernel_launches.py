@@ -6,8 +6,8 @@ printed for each step of the path's development, last the path in use. Times are
 measurements: an operator takes the longer of its FLOPs and its bytes at the published rates, and a path the longer of
 the sum of these and 6 µs per launch. Peers are predicted from the bytes per logit that their operators read and write.
 `--check` fails unless the path in use does not wait for the device (it does once if a coefficient is known and not all
-gradients can be kept), and, for hidden sizes from 1,536, its launches take less time than its products, and a trained
-head is predicted to take at most 1.35 times as long as these.
+gradients can be kept), and, for hidden sizes from 1,536, its launches take less time than its products, and a head
+whose coefficient is known is predicted to take at most 1.35 times as long as these.
 """
 
 import argparse
@@ -238,7 +238,7 @@ def table(quick: bool) -> tuple[list[dict], list[str]]:
                     missed.append(f"{label}: {found.synchronizations} synchronizations")
                 if H >= 1536 and found.launches * LAUNCH_S > floor:
                     missed.append(f"{label}: launches take longer than products")
-                if H >= 1536 and PRODUCTS[path] == 3 and found.predicted_s > 1.35 * floor:
+                if H >= 1536 and path == "known ahead" and found.predicted_s > 1.35 * floor:
                     missed.append(f"{label}: predicted {found.predicted_s / floor:.2f} times the products")
         for peer in PEERS:
             seconds = peer_seconds(peer, H, V, N)

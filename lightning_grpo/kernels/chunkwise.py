@@ -6,6 +6,8 @@ matrix product for each gradient. Its logits are computed in fp32, one block of 
 gradient of 0 are computed like the others, since leaving them out would require their number on the host.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -126,7 +128,7 @@ class _Gradients:
     """Sums of the gradients over chunks of rows."""
 
     def __init__(self, inputs: Inputs, needs: tuple[bool, ...]) -> None:
-        # Chunks write all rows of the first, and the first chunk writes the others.
+        # Each chunk writes its rows of the first, and the first chunk writes the other two.
         values = (inputs.hidden, inputs.weight, inputs.bias)
         self.hidden, self.weight, self.bias = (
             torch.empty_like(x) if need else None for x, need in zip(values, needs, strict=True)
@@ -164,7 +166,7 @@ def _matrix(inputs: Inputs) -> Tensor:
     return block_memory(inputs.hidden, -(-len(inputs.weight) // 64) * 64, inputs.hidden.dtype)
 
 
-def _logits(inputs: Inputs):
+def _logits(inputs: Inputs) -> Iterator[tuple[slice, Tensor]]:
     """Yield the ids of each block of the vocabulary, and the head's output [N, ≥ W] for them."""
     width = block_width(inputs.hidden, inputs.weight)
     memory = block_memory(inputs.hidden, width, logits_dtype(inputs.hidden))
