@@ -113,13 +113,11 @@ def gradients(
             continue
         scratch = _matrix(chunk) if scratch is None else scratch
         g = scratch[: len(chunk.hidden)]
+        c, ce = c_logprob[i], None if c_entropy is None else c_entropy[i]
         for ids, a in _logits(chunk):
             out = g[:, ids.start : ids.start + a.shape[1]]
-            arithmetic, c = (
-                rows.rows_for(a, out, chunk.transform),
-                (c_logprob[i], None if c_entropy is None else c_entropy[i]),
-            )
-            arithmetic.gradient(a, out, ids, chunk.targets, chunk.transform, softmax.rows(i), *c)
+            arithmetic = rows.rows_for(a, out, chunk.transform)
+            arithmetic.gradient(a, out, ids, chunk.targets, chunk.transform, softmax.rows(i), c, ce)
         grads.add(i, chunk, g, factor[i], idle[i])
     return grads.results()
 

@@ -9,9 +9,9 @@ from lightning_grpo.kernels.softmax import Transform
 
 
 def rows_for(a: Tensor, out: Tensor | None, transform: Transform) -> ModuleType:
-    """Return the module whose `accumulate` and `gradient` read the block ``a`` and write to ``out``.
+    """Return the module whose `accumulate`, `gradient` and `join` read the block ``a`` and write to ``out``.
 
-    `torch_rows` defines and documents both functions.
+    `torch_rows` defines and documents the functions.
     """
     if a.is_cuda:
         # Triton is not a dependency on CPUs.
