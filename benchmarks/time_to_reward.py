@@ -402,9 +402,11 @@ def train(args: argparse.Namespace, results: Results, folder: str) -> None:
             measure(job, args.peers if side == "TRL" else sys.executable, setup["threads"])
             results.found = Results(results.file).found
             curve = results.curves(side)[-1]
+            seconds = seconds_to(curve, args.mark)
+            reached = f"reached after {seconds:.0f} s" if math.isfinite(seconds) else "not reached"
             print(
                 f"seed {seed}  {side:5}{curve[-1]['seconds']:7.0f} s for {curve[-1]['step']} steps   accuracy "
-                f"{curve[-1]['accuracy']:.2f}   {args.mark:g} reached after {seconds_to(curve, args.mark):.0f} s",
+                f"{curve[-1]['accuracy']:.2f}   {args.mark:g} {reached}",
                 flush=True,
             )
 
