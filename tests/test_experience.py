@@ -1,6 +1,7 @@
 """Cutting a rollout into micro-batches, taking rows of it, putting groups into it."""
 
 from dataclasses import dataclass, field, replace
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning_grpo.rollout import Rollout
 from lightning_grpo.rollout.types import COMPLETION_TOKENS, PROMPT_TOKENS, extents
 from lightning_grpo.training.collector import flat_groups, replace_groups
 from lightning_grpo.training.experience import Experience, cut_windows, redistribute
+from lightning_grpo.training.work import Lengths, even_parts
 
 
 @given(
@@ -42,7 +44,40 @@ def test_every_row_that_matters_is_in_one_micro_batch_of_its_window(sizes, skip)
         # what else is there only fills micro-batches that would be empty
         assert all(advantages[row] == 0 for row in set(dealt) - wanted)
         assert len(set(dealt) - wanted) <= max(0, accumulate - len(wanted))
-    assert all(1 <= len(batch) <= 4 for batch in batches)
+    assert all(batches)
+
+
+@given(st.lists(st.integers(0, 30), min_size=24, max_size=24), st.sampled_from([2, 3, 4, 6, 12]), st.booleans())
+def test_micro_batches_have_even_numbers_of_tokens(lengths, accumulate, share_prompt):
+    ready = experience(lengths, [1.0] * 24, G=6)
+    options = {
+        "windows": 1,
+        "accumulate": accumulate,
+        "micro_batch_size": 24 // accumulate,
+        "share_prompt": share_prompt,
+    }
+    batches = cut_windows(ready, **options, skip_zero_advantage=False)
+    tokens = Lengths.of(ready, share_prompt=share_prompt).tokens
+    queue = [row for batch in batches for row in batch]
+    size = 24 // accumulate
+    equal_counts = [queue[i : i + size] for i in range(0, 24, size)]
+    assert max(map(tokens, batches)) <= max(map(tokens, equal_counts))
+
+
+def test_long_completions_are_fewer_per_micro_batch():
+    """Groups stay together as long as they fit."""
+    ready = experience([20, 20, 1, 1, 1, 1, 1, 1], [1.0] * 8, G=2)
+    batches = cut_windows(ready, windows=1, accumulate=2, micro_batch_size=4, skip_zero_advantage=False)
+    assert batches == [[0, 1], [6, 7, 4, 5, 2, 3]]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 9))
+def test_the_largest_of_even_parts_is_as_small_as_possible(costs, parts):
+    found = even_parts(costs, parts, sum)
+    assert [cost for part in found for cost in part] == costs and len(found) == min(parts, len(costs)) and all(found)
+    cuts = combinations(range(1, len(costs)), len(found) - 1)
+    best = min(max(sum(costs[start:end]) for start, end in pairwise((0, *places, len(costs)))) for places in cuts)
+    assert max(map(sum, found)) == best
 
 
 def test_a_rollout_that_does_not_fill_the_windows_is_refused():

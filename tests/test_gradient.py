@@ -136,16 +136,16 @@ def test_a_sample_of_the_weights_estimates_the_ratio():
 def test_positions_of_an_update():
     """Two prompts of 1 and 2 tokens; the last token of a completion predicts nothing."""
     ready = experience([3, 2, 5, 4], [1.0] * 4, G=2)
-    shared = work_of(ready, [[0, 1], [2, 3]], 2, share_prompt=True)
+    shared = work_of(ready, [[0, 1], [2, 3]], share_prompt=True)
     assert (shared.real, shared.computed, shared.scored) == (1 + 2 + 1 + 2 + 4 + 3, 1 + 2 * 2 + 2 + 2 * 4, 14)
-    alone = work_of(ready, [[0, 1, 2, 3]], 2, share_prompt=False)
+    alone = work_of(ready, [[0, 1, 2, 3]], share_prompt=False)
     assert (alone.real, alone.computed) == (2 * 1 + 2 * 2 + 10, 4 * (2 + 4))
 
 
 @given(st.permutations(range(8)), st.integers(1, 7))
 def test_tokens_do_not_depend_on_the_cut_without_sharing(order, at):
     ready = experience([1, 2, 3, 4, 5, 6, 7, 8], [1.0] * 8, G=2)
-    whole, cut = work_of(ready, [order], 2, False), work_of(ready, [order[:at], order[at:]], 2, False)
+    whole, cut = work_of(ready, [order], False), work_of(ready, [order[:at], order[at:]], False)
     assert (whole.real, whole.scored, whole.pairs) == (cut.real, cut.scored, cut.pairs)
     assert cut.real <= cut.computed <= whole.computed
 
@@ -153,7 +153,7 @@ def test_tokens_do_not_depend_on_the_cut_without_sharing(order, at):
 @pytest.mark.parametrize("tied", [True, False])
 def test_floating_point_operations_count_each_weight_and_attention(tokenizer, tied):
     model = tiny_llama(tokenizer, tie_word_embeddings=tied)
-    work = work_of(experience([9, 8], [1.0] * 2, G=2), [[0, 1]], 2, share_prompt=False)
+    work = work_of(experience([9, 8], [1.0] * 2, G=2), [[0, 1]], share_prompt=False)
     V, H, F, kv = len(tokenizer), 64, 128, 32
     layer = 2 * H * H + 2 * H * kv + 3 * H * F
     expected = 6 * (2 * layer * work.real + V * H * work.scored) + 12 * 2 * H * work.pairs
@@ -167,7 +167,7 @@ def test_floating_point_operations_count_each_weight_and_attention(tokenizer, ti
 def test_operations_of_a_mixture_of_experts_are_not_counted(tokenizer):
     model = tiny_llama(tokenizer)
     model.config.num_local_experts = 4
-    assert model_flops(model, work_of(experience([2, 2], [1.0] * 2, G=2), [[0, 1]], 2, False)) is None
+    assert model_flops(model, work_of(experience([2, 2], [1.0] * 2, G=2), [[0, 1]], False)) is None
 
 
 def test_the_peak_of_a_gpu_is_published_or_unknown(monkeypatch):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_grpo.errors import UserError
 from lightning_grpo.objective import total_rewards
-from lightning_grpo.rollout.types import COMPLETION_TOKENS, Rollout, extents
+from lightning_grpo.rollout.types import COMPLETION_TOKENS, Rollout
+from lightning_grpo.training.work import Lengths, even_parts
 
 
 @dataclass(kw_only=True)
@@ -53,21 +54,30 @@ class Experience(Rollout):
 
 
 def cut_windows(
-    experience: Rollout, *, windows: int, accumulate: int, micro_batch_size: int, skip_zero_advantage: bool
+    experience: Rollout,
+    *,
+    windows: int,
+    accumulate: int,
+    micro_batch_size: int,
+    skip_zero_advantage: bool,
+    share_prompt: bool = True,
 ) -> list[list[int]]:
     """Return the micro-batches of one pass over the experience: ``windows · accumulate`` lists of rows.
 
     An optimizer step uses one window of ``accumulate`` micro-batches. A window consists of consecutive rows, so that a
-    step has the same prompts on any number of ranks. Within a window groups are sorted by length, which reduces padding
-    and does not change the gradient.
+    step has the same prompts on any number of ranks. Its rows are divided so that the most expensive micro-batch, which
+    determines the peak of memory, has as few tokens as possible: short completions are more per micro-batch. Groups are
+    sorted by length, which reduces padding, and stay together but for the ends of micro-batches. None of this changes
+    the gradient.
 
     Args:
         experience: N = windows · accumulate · micro_batch_size rows; an `Experience` if any may be skipped.
         windows: optimizer steps in a pass.
         accumulate: micro-batches in an optimizer step.
-        micro_batch_size: rows in a micro-batch; fewer if rows are skipped.
+        micro_batch_size: rows in a micro-batch on average; fewer if rows are skipped.
         skip_zero_advantage: skip rows without a gradient. A micro-batch keeps at least one row, because every rank must
             run a backward pass for each micro-batch.
+        share_prompt: whether a prompt is computed once for the completions of it in a micro-batch.
     """
     size = accumulate * micro_batch_size
     if len(experience) != windows * size:
@@ -75,25 +85,24 @@ def cut_windows(
             f"{len(experience)} completions don't fill {windows} optimizer steps of {accumulate} micro-batches "
             f"of {micro_batch_size}"
         )
-    lengths = extents(experience.completion_mask) + extents(experience.prompt_mask.flip(1))
-    matters = lengths >= 0
+    lengths = Lengths.of(experience, share_prompt=share_prompt)
+    totals = [prompt + completion for prompt, completion in zip(lengths.prompts, lengths.completions, strict=True)]
+    matters = torch.ones(len(experience), dtype=torch.bool)
     if skip_zero_advantage:
         matters = (cast(Experience, experience).advantages != 0).view(len(experience), -1).any(1)
     batches: list[list[int]] = []
     for window in range(windows):
-        rows = list(range(window * size, (window + 1) * size))
-        groups: dict[tuple[int, ...], list[int]] = {}
+        rows = range(window * size, (window + 1) * size)
+        groups: dict[int, list[int]] = {}
         for row in rows:
-            groups.setdefault(tuple(experience.prompt_ids[row].tolist()), []).append(row)
-        kept = [[row for row in group if matters[row]] for group in groups.values()]
-        kept.sort(key=lambda group: -max((int(lengths[row]) for row in group), default=0))
-        queue = [row for group in kept for row in group]
-        skipped = set(rows).difference(queue)
-        filler = min(skipped, key=lambda row: (int(lengths[row]), row), default=None)
-        for k in range(accumulate):
-            # Distribute rows evenly, because the largest micro-batch determines the peak of memory.
-            batch = queue[len(queue) * k // accumulate : len(queue) * (k + 1) // accumulate]
-            batches.append(batch or [filler])
+            if matters[row]:
+                groups.setdefault(lengths.owners[row], []).append(row)
+        by_length = sorted(groups.values(), key=lambda group: -max(totals[row] for row in group))
+        queue = [row for group in by_length for row in group]
+        batches += even_parts(queue, accumulate, lengths.tokens) if queue else []
+        if (missing := accumulate - len(queue)) > 0:
+            filler = min(set(rows).difference(queue), key=lambda row: (totals[row], row))
+            batches += [[filler]] * missing
     return batches
 
 

@@ -113,7 +113,8 @@ class StepMonitor:
     ) -> None:
         """Log the share of padding in the update on ``micro_batches``, and count its floating-point operations."""
         shares = share_prompt and shares_prompts(policy)
-        work = work_of(experience, micro_batches, self.num_generations, shares)
+        work = work_of(experience, micro_batches, shares)
+        self._first_share = len(micro_batches[0]) / sum(map(len, micro_batches))
         total = work.real if packs(policy) else work.computed
         padding, computed = (torch.tensor(n) for n in (total - work.real, total))
         self.window.add({"padding_share": Mean(padding, computed)})
@@ -152,10 +153,10 @@ class StepMonitor:
         for part, value in by_part.items():
             self.window.mean(f"grad_norm/{part}", value)
         if self._first_gradient is not None:
-            # the loss of a micro-batch is divided by their number
-            small = self._first_gradient.double() * trainer.accumulate_grad_batches**2
+            # the gradient so far is a sum over the rows of the first micro-batch
+            small = self._first_gradient.double() / self._first_share**2
             big_batch = self._samples * trainer.world_size
-            small_batch = self._samples // trainer.accumulate_grad_batches
+            small_batch = self._samples * self._first_share
             signal, noise = noise_scale(small, norm.double() ** 2, small_batch, big_batch)
             self.window.mean("noise_scale/signal", signal)
             self.window.mean("noise_scale/noise", noise)

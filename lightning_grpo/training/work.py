@@ -3,8 +3,10 @@
 Shapes: N completions on this rank.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +15,8 @@ from lightning_grpo.devices import known_gpu
 from lightning_grpo.policy.load import base_model
 from lightning_grpo.processor import parallel_speedup, product_rate
 from lightning_grpo.rollout.types import Rollout, extents
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,29 +33,86 @@ class Work:
     """Tokens whose log-probs are computed."""
 
 
-def work_of(rollout: Rollout, micro_batches: Sequence[Sequence[int]], num_generations: int, share_prompt: bool) -> Work:
+@dataclass(frozen=True)
+class Lengths:
+    """The tokens of each row of a rollout."""
+
+    prompts: list[int]
+    completions: list[int]
+    owners: list[int]
+    """For each row, the first row with the same prompt; the row itself if prompts are not shared."""
+
+    @classmethod
+    def of(cls, rollout: Rollout, *, share_prompt: bool) -> "Lengths":
+        """Count the tokens of N completions and of their prompts.
+
+        Args:
+            rollout: N completions.
+            share_prompt: whether a forward pass computes a prompt once for all completions of it.
+        """
+        first: dict[bytes, int] = {}
+        ids = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1).cpu().numpy()
+        owners = [first.setdefault(prompt.tobytes(), row) for row, prompt in enumerate(ids)]
+        return cls(
+            extents(rollout.prompt_mask.flip(1)).tolist(),
+            extents(rollout.completion_mask).tolist(),
+            owners if share_prompt else list(range(len(owners))),
+        )
+
+    def tokens(self, rows: Sequence[int]) -> int:
+        """The tokens of ``rows`` in one forward pass, padding included."""
+        prompt, completion = (max(lengths[row] for row in rows) for lengths in (self.prompts, self.completions))
+        return len({self.owners[row] for row in rows}) * prompt + len(rows) * max(1, completion)
+
+
+def even_parts(items: Sequence[T], parts: int, cost: Callable[[Sequence[T]], int]) -> list[list[T]]:
+    """Divide ``items`` into ``parts`` of consecutive ones so that the most expensive part costs as little as possible.
+
+    Args:
+        items: one or more. If they are fewer than ``parts``, each is a part.
+        parts: number of parts.
+        cost: of consecutive items; it must not decrease when one more is added.
+    """
+    limits = range(max(cost([item]) for item in items), cost(items))
+    index = bisect_left(limits, True, key=lambda limit: len(parts_within(items, limit, cost)) <= parts)
+    return parts_within(items, limits.start + index, cost, parts)
+
+
+def parts_within(items: Sequence[T], limit: int, cost: Callable[[Sequence[T]], int], least: int = 1) -> list[list[T]]:
+    """Divide ``items`` into parts of as many consecutive ones as cost at most ``limit``, or of a single one.
+
+    There are at least ``least`` parts unless there are fewer items.
+    """
+    parts: list[list[T]] = []
+    start = 0
+    while start < len(items):
+        ends = range(start + 1, max(start + 1, len(items) - max(0, least - len(parts) - 1)) + 1)
+        end = start + max(1, bisect_right(ends, limit, key=lambda end: cost(items[start:end])))
+        parts.append(list(items[start:end]))
+        start = end
+    return parts
+
+
+def work_of(rollout: Rollout, micro_batches: Sequence[Sequence[int]], share_prompt: bool) -> Work:
     """Count what the update computes on ``micro_batches`` of rows.
 
     Args:
-        rollout: N completions, those of a group next to each other.
+        rollout: N completions.
         micro_batches: rows of each.
-        num_generations: completions per group.
         share_prompt: whether a prompt is computed once for the completions of it in a micro-batch.
     """
-    prompts, completions = extents(rollout.prompt_mask.flip(1)).tolist(), extents(rollout.completion_mask).tolist()
+    lengths = Lengths.of(rollout, share_prompt=share_prompt)
     computed = real = pairs = 0
     for rows in micro_batches:
-        owners = {row // num_generations: row for row in rows} if share_prompt else dict(enumerate(rows))
-        P, T = (max(lengths[row] for row in rows) for lengths in (prompts, completions))
-        # the last token predicts nothing, and is not computed
-        computed += len(owners) * P + len(rows) * max(0, T - 1)
-        for row in owners.values():
-            real += prompts[row]
-            pairs += prompts[row] ** 2 // 2
+        # the last token of a completion predicts nothing, and is not computed
+        computed += lengths.tokens(rows) - len(rows)
+        for prompt in {lengths.owners[row]: lengths.prompts[row] for row in rows}.values():
+            real += prompt
+            pairs += prompt**2 // 2
         for row in rows:
-            t = max(0, completions[row] - 1)
+            t = max(0, lengths.completions[row] - 1)
             real += t
-            pairs += t * prompts[row] + t**2 // 2
+            pairs += t * lengths.prompts[row] + t**2 // 2
     scored = int(rollout.completion_mask[[row for rows in micro_batches for row in rows]].sum())
     return Work(computed, real, pairs, scored)
 
