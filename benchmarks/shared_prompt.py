@@ -68,7 +68,7 @@ def group(P: int, T: int, G: int) -> Rollout:
 def update(model: nn.Module, rows: Rollout, dtype: str, share_prompt: bool, limit: int | None = None) -> None:
     """Forward and backward of all passes."""
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")), global_rank=0)
-    scorer = Scorer(temperature=1.0, share_prompt=share_prompt, seed=0, micro_batch_tokens=limit)
+    scorer = Scorer(temperature=1.0, share_prompt=share_prompt, seed=0, limit=limit)
     model.zero_grad()
     coefficient = torch.full(rows.completion_mask.shape, 1 / rows.completion_mask.sum())
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False):

@@ -39,13 +39,14 @@ from lightning_grpo.objective import (
 )
 from lightning_grpo.policy import LoRA, Pretrained, frozen_copy, shard
 from lightning_grpo.policy.attention import NAME as ATTENTION
+from lightning_grpo.policy.packable import packs
 from lightning_grpo.ranges import check_ranges
 from lightning_grpo.rewards import EnvironmentReward, Reward, as_rewards
 from lightning_grpo.rewards.gates import check_gates, gated
 from lightning_grpo.rollout import Rollout, RolloutCallback, Sampling, SyncedEngine, default_rollout
 from lightning_grpo.rollout.callback import eos_token_ids, pad_id
 from lightning_grpo.seed import seed_of_run
-from lightning_grpo.training import checks, held_out, resume, schedules
+from lightning_grpo.training import checks, held_out, passes, resume, schedules
 from lightning_grpo.training.batching import steps_per_rollout
 from lightning_grpo.training.collector import Collector, require_recent
 from lightning_grpo.training.evaluation import Evaluation
@@ -73,8 +74,10 @@ class GRPOModule(TrainablePolicy):
             completions, and cost more sampling time. 1 requires an advantage without groups, such as reinforce_pp.
         num_iterations: Number of passes over each rollout (μ). Increase it to reuse samples when sampling dominates the
             time; the updates after the first are then off-policy and depend on the clip range.
-        micro_batch_size: Completions per forward and backward pass on each rank. Lower it if memory runs out and raise
-            trainer.accumulate_grad_batches by the same factor: the gradient stays the same.
+        micro_batch_size: Completions per micro-batch on each rank, on average: those with short ones have more. Lower
+            it if memory runs out and raise trainer.accumulate_grad_batches as much: the gradient stays the same.
+        micro_batch_tokens: Maximum number of tokens per forward and backward pass, prompts and padding included. Larger
+            micro-batches are divided into several passes with the same gradient. By default each is one pass.
         max_prompt_length: Maximum number of tokens per prompt. Longer prompts are dropped or rejected, as data.overlong
             specifies.
         max_completion_length: Maximum number of tokens per completion. Raise it if completions/clipped_ratio is above
@@ -144,6 +147,7 @@ class GRPOModule(TrainablePolicy):
         num_generations: int = 8,
         num_iterations: int = 1,
         micro_batch_size: int = 8,
+        micro_batch_tokens: int | None = None,
         max_prompt_length: int = 512,
         max_completion_length: int = 256,
         sampling: Sampling = Sampling(),
@@ -224,7 +228,9 @@ class GRPOModule(TrainablePolicy):
             resampling_rounds=resampling_rounds,
             in_flight_updates=in_flight_updates,
         )
-        self.scorer = Scorer(temperature=sampling.temperature, share_prompt=self.share_prompt, seed=self.seed)
+        self.scorer = Scorer(
+            temperature=sampling.temperature, share_prompt=self.share_prompt, seed=self.seed, limit=micro_batch_tokens
+        )
         self.progress = Progress(
             num_generations=num_generations, num_iterations=num_iterations, micro_batch_size=micro_batch_size
         )
@@ -304,6 +310,7 @@ class GRPOModule(TrainablePolicy):
         progress, accumulate = self.progress, self.trainer.accumulate_grad_batches
         begins_step = progress.micro_step % accumulate == 0
         if begins_step:
+            self.trainer.optimizers[0].zero_grad()
             self.step_monitor.begin(self.device)
         if progress.experience is None:
             self.make_experience(batch)
@@ -383,31 +390,29 @@ class GRPOModule(TrainablePolicy):
 
     def cut(self, rollout: Rollout, *, skip_zero_advantage: bool) -> list[list[int]]:
         """The micro-batches of one pass over ``rollout``; see `cut_windows`."""
+        options = {"skip_zero_advantage": skip_zero_advantage, "packed": packs(self.policy)}
         accumulate = self.trainer.accumulate_grad_batches
-        return self.progress.cut(rollout, accumulate, skip_zero_advantage=skip_zero_advantage)
+        return self.progress.cut(rollout, accumulate, share_prompt=self.share_prompt, **options)
 
     # ── Once per micro-batch ──────────────────────────────────────────────────────────────────────────────────────
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
-        """The loss of the next micro-batch."""
+        """The loss of the next micro-batch, after the backward of all of its passes but the last; see `passes`."""
         progress = self.progress
         rows = progress.experience.rows(progress.micro_batch, self.device)
         experience = without_fillers(rows) if self.skips_rows else rows
         losses = self.trainer.accumulate_grad_batches * self.data_ranks
         sizes = {"num_tokens": self.step_monitor.loss_tokens / losses, "num_sequences": self.micro_batch_size}
-        coefficient = self.known_coefficient(experience, sizes)
-        with self.scorer.seeded(self.trainer, experience.number, progress.place_in_pass):
-            logprobs, entropy = self.scorer.logprobs(
-                self.policy, rows, entropy_grad=self.objective.needs_entropy_grad, coefficient=coefficient
-            )
+        loss_of = lambda logprobs, entropy: self.compute_loss(logprobs, entropy, experience, **sizes)
+        coefficient = self.known_coefficient(experience, loss_of)
+        loss, metrics, logprobs = passes.train(self, rows, loss_of, coefficient)
         if self.keeps_logprobs:
             progress.keep_logprobs(logprobs)
-        loss, metrics = self.compute_loss(logprobs, entropy, experience, **sizes)
         self.step_monitor.observe_loss(loss, metrics)
         progress.micro_step += 1
         return loss
 
-    def known_coefficient(self, experience: Experience, sizes: dict[str, float]) -> Tensor | None:
+    def known_coefficient(self, experience: Experience, loss_of: passes.LossOf) -> Tensor | None:
         """∂loss/∂log-prob [n, T] if it is known before the forward pass: the ratio is 1 and the loss has no KL.
 
         The kernel then computes the head's gradients in the forward pass, and compares the coefficient with the true
@@ -415,11 +420,7 @@ class GRPOModule(TrainablePolicy):
         """
         if self.overrides_loss or experience.old_logprobs is not None or not self.objective.constant_on_policy:
             return None
-
-        def loss(logprobs: Tensor) -> Tensor:
-            return self.compute_loss(logprobs, torch.zeros_like(logprobs), experience, **sizes)[0]
-
-        return on_policy_coefficient(loss, experience.rollout_logprobs)
+        return on_policy_coefficient(lambda x: loss_of(x, torch.zeros_like(x))[0], experience.rollout_logprobs)
 
     def on_after_backward(self) -> None:
         self.step_monitor.observe_backward(self.parameters(), self.trainer)
@@ -452,7 +453,7 @@ class GRPOModule(TrainablePolicy):
         learning_rate = optimizer.param_groups[0]["lr"]
         super().optimizer_step(*args, **kwargs)
         self.optimization.restore_rates(optimizer)
-        # Lightning would keep the gradients until the next backward pass, throughout the next rollout
+        # so that memory does not hold the gradients during the next rollout
         optimizer.zero_grad()
         progress.commit(self.trainer, completion_tokens=monitor.completion_tokens, prompt_tokens=monitor.prompt_tokens)
         further = {"learning_rate": learning_rate, **progress.token_counts}
@@ -697,6 +698,7 @@ RANGES = {
     "num_generations": "[1, inf)",
     "num_iterations": "[1, inf)",
     "micro_batch_size": "[1, inf)",
+    "micro_batch_tokens": "[1, inf)",
     "max_prompt_length": "[1, inf)",
     "max_completion_length": "[1, inf)",
     "validation_generations": "[1, inf)",

@@ -178,6 +178,27 @@ def test_fake_tensors_keep_what_the_trainer_keeps(changes, shape):
     assert (0.94 if shape.experts else 0.97) * expected <= real <= 1.03 * expected + head
 
 
+@mark.parametrize(
+    ("limit", "share_prompt", "like"),
+    [
+        (3 * 64, False, 3),
+        (32 + 4 * 32, True, 4),
+        (2 * (32 + 4 * 32) + 9, True, 8),
+        (32 + 2 * 32, True, 2),
+        (9, True, 1),
+    ],
+)
+def test_a_pass_of_few_tokens_keeps_as_much_as_a_small_micro_batch(limit, share_prompt, like):
+    """Groups of 4 completions, prompts and completions of 32 tokens each."""
+    sizes = {"num_generations": 4, "prompt_length": 32, "completion_length": 32, "share_prompt": share_prompt}
+    sizes |= {"prompts_per_rollout": 16, "precision": "32-true"}
+    passes = run(small(), micro_batch_size=16, micro_batch_tokens=limit, **sizes)
+    assert passes.rows_per_pass == like
+    update = lambda w: predict_memory(w, find_gpu("cpu")).phases["update"]
+    assert update(passes) == update(run(small(), micro_batch_size=like, **sizes))
+    assert update(passes)["activations"] < update(run(small(), micro_batch_size=16, **sizes))["activations"]
+
+
 @mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16)])
 def test_logits_are_counted_in_the_blocks_of_the_kernel(precision, dtype):
     shape = small(vocab_size=49152)

@@ -28,7 +28,7 @@ from lightning_grpo.policy.packing import Layout, PackedRow
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that the trunk saves in the forward of one micro-batch."""
+    """Bytes that the trunk saves in one forward pass."""
 
     layer: float
     """Bytes per layer, including low-precision copies of its weights."""
@@ -148,8 +148,8 @@ def _activations(shape: ModelShape, *sizes) -> Activations:
 
 
 def activations(w: Workload, attention: str = "sdpa") -> Activations:
-    """Return what the forward of one micro-batch of ``w`` saves, with transformers' attention of this name."""
-    rows = w.micro_batch_size
+    """Return what one forward pass of ``w`` saves, with transformers' attention of this name."""
+    rows = w.rows_per_pass
     packed = attention == attention_for(w.shape.config, ATTENTION) == ATTENTION
     prompts = ceil(rows / w.num_generations) if w.shares_prompt or (packed and w.share_prompt) else rows
     settings = _Settings(attention, w.dtype, w.compute_dtype if w.is_mixed else None, w.lora_rank, w.lora_targets)

@@ -226,6 +226,7 @@ def workload_of(trainer: Trainer, pl_module: GRPOModule, hardware: Hardware) -> 
         prompts_per_rollout=data.prompts_per_rollout,
         num_generations=pl_module.num_generations,
         micro_batch_size=pl_module.micro_batch_size,
+        micro_batch_tokens=pl_module.scorer.limit,
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         num_iterations=pl_module.num_iterations,
         rollout_ahead=bool(pl_module.rollout_ahead),

@@ -98,7 +98,7 @@ def _head(w: Workload, hardware: Hardware, trained: bool) -> float:
 
     A trained head keeps gradients for the backward up to a budget and recomputes the others.
     """
-    n, H, V, size = w.micro_batch_size * w.completion_length, w.shape.hidden, w.shape.vocab, w.compute_bytes
+    n, H, V, size = w.rows_per_pass * w.completion_length, w.shape.hidden, w.shape.vocab, w.compute_bytes
     sizes = budget(itemsize=size, memory=None if hardware.is_cpu else hardware.memory)
     if hardware.is_cpu:
         W = width_within(sizes.block, n * size, V)
@@ -124,7 +124,7 @@ def _generate(w: Workload) -> Parts:
 
 def _residual(w: Workload) -> int:
     """Return the bytes of the residual stream, which has the dtype of the parameters, also under autocast."""
-    return w.micro_batch_size * w.max_length * w.shape.hidden * w.weight_bytes
+    return w.rows_per_pass * w.max_length * w.shape.hidden * w.weight_bytes
 
 
 def _saved(w: Workload, hardware: Hardware) -> Activations:

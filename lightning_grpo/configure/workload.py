@@ -30,6 +30,8 @@ class Workload:
     """Completions per prompt."""
     micro_batch_size: int
     """Completions per forward and backward on one rank."""
+    micro_batch_tokens: int | None = None
+    """The most tokens of one forward and backward pass; None: those of a micro-batch."""
     accumulate_grad_batches: int = 1
     """Micro-batches per optimizer step."""
     num_iterations: int = 1
@@ -96,6 +98,20 @@ class Workload:
     def max_length(self) -> int:
         """Tokens of the longest prompt and completion."""
         return self.prompt_length + self.completion_length
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Completions per forward and backward pass, at full length."""
+        if self.micro_batch_tokens is None:
+            return self.micro_batch_size
+        if not self.shares_prompt:
+            rows = self.micro_batch_tokens // self.max_length
+        else:
+            group = self.prompt_length + self.num_generations * self.completion_length
+            rows = self.micro_batch_tokens // group * self.num_generations
+            # a part of a group
+            rows = rows or (self.micro_batch_tokens - self.prompt_length) // self.completion_length
+        return min(max(1, rows), self.micro_batch_size)
 
     @property
     def mean_length(self) -> float:

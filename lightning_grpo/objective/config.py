@@ -193,6 +193,11 @@ class ObjectiveConfig:
             or self.off_policy_mask_threshold is not None
         )
 
+    @property
+    def couples_completions(self) -> bool:
+        """Whether the gradient of one completion of a micro-batch depends on the log-probs of others."""
+        return self.top_entropy_quantile < 1
+
     def loss_mask(self, completion_mask: Tensor, truncated: Tensor) -> Tensor:
         """The tokens in the loss, [N, T] bool, which `policy_loss` takes as mask and num_tokens counts."""
         return loss_mask(completion_mask, truncated, drop_truncated=self.mask_truncated_completions)

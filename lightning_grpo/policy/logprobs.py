@@ -22,6 +22,7 @@ from lightning_grpo.policy.head import Head, head_of, model_inputs, override_for
 from lightning_grpo.policy.load import base_model
 from lightning_grpo.policy.packable import packs
 from lightning_grpo.policy.packing import pack
+from lightning_grpo.policy.shared_prompts import PromptOfPass
 
 
 def completion_logprobs(
@@ -36,6 +37,7 @@ def completion_logprobs(
     entropy_grad: bool = False,
     coefficient: Tensor | None = None,
     grad_norm: bool = False,
+    prompt: PromptOfPass | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the log-prob of each completion token given the preceding tokens, and the entropy of its distribution.
 
@@ -51,6 +53,8 @@ def completion_logprobs(
         entropy_grad: propagate gradients from the entropy too.
         coefficient: [N, T], ∂loss/∂logprob if it is known before the loss, which saves work in `linear_logprob`.
         grad_norm: also return the squared norm of ∂log-prob/∂logits, without gradients for any result.
+        prompt: of all rows, if several passes share it. It is computed in the first of them, or in each if the model
+            does not support it.
 
     Returns:
         (logprobs, entropy), [N, T] each, fp32, in nats; 0 at positions where ``completion_mask`` is False. With
@@ -71,7 +75,8 @@ def completion_logprobs(
     head = head_of(model, batch.prompt_ids[:1, -2:])
     # An empty prompt has no token that predicts the first one.
     packed = packs(model) and bool(batch.prompt_mask.any(1).all())
-    shared = _shared_prompts(model, batch) if share_prompt and head is not None and not packed else None
+    cached = share_prompt and head is not None and (prompt is not None or not packed)
+    shared = _shared_prompts(model, batch, prompt) if cached else None
     with _casts_once():
         if head is not None and shared is not None:
             results = _shared(model, head, batch, shared)
@@ -188,45 +193,53 @@ class _Shared:
     inverse: Tensor
     """[N], index of each row's prompt in ``rows``."""
     cache: DynamicCache
+    stored: PromptOfPass | None
 
 
-def _shared_prompts(model: nn.Module, batch: _Batch) -> _Shared | None:
+def _shared_prompts(model: nn.Module, batch: _Batch, stored: PromptOfPass | None) -> _Shared | None:
     """Return how rows share prompts; None if this saves nothing or the model does not support it."""
     N, T = batch.completion_ids.shape
     key = batch.prompt_ids.masked_fill(~batch.prompt_mask, -1)
     unique, inverse = torch.unique(key, dim=0, return_inverse=True)
-    if len(unique) == N or T == 1:
+    if (len(unique) == N and stored is None) or T == 1:
         return None
-    base = base_model(model)
-    cache = DynamicCache(config=base.config)
-    unsupported = {type(layer).__name__ for layer in cache.layers} - {
-        DynamicLayer.__name__,
-        DynamicSlidingWindowLayer.__name__,
-    }
-    reason = _no_cache(model)
-    if reason is None and (unsupported or not cache.layers):
-        reason = f"its cache has {', '.join(sorted(unsupported)) or 'no layers'}"
-    if reason:
-        warn_once(
-            model, f"{type(model).__name__}: prompts are computed once per row instead of once per group: {reason}"
-        )
+    if reason := _no_cache(model):
+        times = "once per row" if stored is None else "in each pass of their completions"
+        warn_once(model, f"{type(model).__name__}: prompts are computed {times} instead of once per group: {reason}")
         return None
     rows = torch.empty(len(unique), dtype=torch.long, device=inverse.device)
     rows[inverse] = torch.arange(N, device=inverse.device)
-    return _Shared(rows, inverse, cache)
+    return _Shared(rows, inverse, DynamicCache(config=base_model(model).config), stored)
 
 
 def _no_cache(model: nn.Module) -> str | None:
     """Return why the model can't use the key-value cache of prompts in training, or None."""
-    if model.training and getattr(base_model(model), "is_gradient_checkpointing", False):
+    base = base_model(model)
+    if model.training and getattr(base, "is_gradient_checkpointing", False):
         return "gradient checkpointing drops the key-value cache"
     if isinstance(model, FSDPModule):
         return "FSDP gathers weights for one forward pass at a time"
+    layers = {type(layer).__name__ for layer in DynamicCache(config=base.config).layers}
+    unsupported = layers - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    if unsupported or not layers:
+        return f"its cache has {', '.join(sorted(unsupported)) or 'no layers'}"
     return None
 
 
 def _shared(model, head: Head, batch: _Batch, shared: _Shared) -> tuple[Tensor, ...]:
     """Run each distinct prompt once, keeping its key-value cache and graph, and then all completions with the cache."""
+    compute = lambda: _prompts(model, head, batch, shared)
+    cache, last = compute() if shared.stored is None else shared.stored.cache(compute)
+    cache.batch_select_indices(shared.inverse)
+    mask = torch.cat([batch.prompt_mask, batch.context[:, :-1]], 1)
+    inputs = model_inputs(model, batch.completion_ids[:, :-1], mask)
+    completions = {**inputs, "past_key_values": cache, "use_cache": True}
+    predicting = lambda hidden: torch.cat([last[shared.inverse], hidden], 1)[batch.completion_mask]
+    return _call(model, head, batch, completions, predicting)
+
+
+def _prompts(model, head: Head, batch: _Batch, shared: _Shared) -> tuple[DynamicCache, Tensor]:
+    """Run each distinct prompt; return the cache, and the last hidden states [U, 1, H]."""
     last = None
 
     def forward(hidden: Tensor) -> Tensor:
@@ -234,18 +247,13 @@ def _shared(model, head: Head, batch: _Batch, shared: _Shared) -> tuple[Tensor, 
         last = hidden[:, -1:]
         return last[..., :1]
 
-    caching = {"past_key_values": shared.cache, "use_cache": True}
     prompts = model_inputs(model, batch.prompt_ids[shared.rows], batch.prompt_mask[shared.rows])
     with override_forward(head.module, forward):
-        model(**{**prompts, **caching})
+        model(**{**prompts, "past_key_values": shared.cache, "use_cache": True})
     P = batch.prompt_ids.shape[1]
     if shared.cache.get_seq_length() != P:
         raise RunError(
             f"{type(model).__name__} stored {shared.cache.get_seq_length()} of {P} prompt positions in its key-value "
             f"cache; set share_prompt to false for this model"
         )
-    shared.cache.batch_select_indices(shared.inverse)
-    mask = torch.cat([batch.prompt_mask, batch.context[:, :-1]], 1)
-    completions = {**model_inputs(model, batch.completion_ids[:, :-1], mask), **caching}
-    predicting = lambda hidden: torch.cat([last[shared.inverse], hidden], 1)[batch.completion_mask]
-    return _call(model, head, batch, completions, predicting)
+    return shared.cache, last

@@ -61,6 +61,7 @@ def cut_windows(
     micro_batch_size: int,
     skip_zero_advantage: bool,
     share_prompt: bool = True,
+    packed: bool = False,
 ) -> list[list[int]]:
     """Return the micro-batches of one pass over the experience: ``windows · accumulate`` lists of rows.
 
@@ -78,6 +79,7 @@ def cut_windows(
         skip_zero_advantage: skip rows without a gradient. A micro-batch keeps at least one row, because every rank must
             run a backward pass for each micro-batch.
         share_prompt: whether a prompt is computed once for the completions of it in a micro-batch.
+        packed: whether a micro-batch is one row without padding.
     """
     size = accumulate * micro_batch_size
     if len(experience) != windows * size:
@@ -85,7 +87,7 @@ def cut_windows(
             f"{len(experience)} completions don't fill {windows} optimizer steps of {accumulate} micro-batches "
             f"of {micro_batch_size}"
         )
-    lengths = Lengths.of(experience, share_prompt=share_prompt)
+    lengths = Lengths.of(experience, share_prompt=share_prompt, packed=packed)
     totals = [prompt + completion for prompt, completion in zip(lengths.prompts, lengths.completions, strict=True)]
     matters = torch.ones(len(experience), dtype=torch.bool)
     if skip_zero_advantage:

@@ -143,6 +143,10 @@ class TrainablePolicy(LightningModule):
     def _trainable(self) -> set[str]:
         return {name for name, p in self.named_parameters() if p.requires_grad}
 
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the gradients. Lightning would clear them between ``training_step`` and its backward, and so those that
+        earlier passes of the first micro-batch have added."""
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the policy in the checkpoint, so that `read_checkpoint` can rebuild it."""
         checkpoint["policy"] = {

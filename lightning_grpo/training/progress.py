@@ -19,7 +19,7 @@ class Progress:
     Args:
         num_generations: completions per prompt (G).
         num_iterations: passes over each rollout (μ).
-        micro_batch_size: completions per micro-batch and rank.
+        micro_batch_size: completions per micro-batch and rank, on average.
     """
 
     def __init__(self, *, num_generations: int, num_iterations: int, micro_batch_size: int) -> None:
@@ -62,7 +62,9 @@ class Progress:
         """Train on ``experience`` next. It has not been cut into micro-batches."""
         self.experience, self.micro_batches = experience, []
 
-    def cut(self, rollout: Rollout, accumulate: int, *, skip_zero_advantage: bool) -> list[list[int]]:
+    def cut(
+        self, rollout: Rollout, accumulate: int, *, skip_zero_advantage: bool, share_prompt: bool, packed: bool
+    ) -> list[list[int]]:
         """The micro-batches of one pass; see `cut_windows` and `first_at_random`."""
         micro_batches = cut_windows(
             rollout,
@@ -70,6 +72,8 @@ class Progress:
             accumulate=accumulate,
             micro_batch_size=self.micro_batch_size,
             skip_zero_advantage=skip_zero_advantage,
+            share_prompt=share_prompt,
+            packed=packed,
         )
         return first_at_random(micro_batches, accumulate, rollout.seeds)
 

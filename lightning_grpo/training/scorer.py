@@ -11,12 +11,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from lightning import Trainer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_grpo.policy import LoRA, Policy, full_precision_buffers
 from lightning_grpo.policy.adapters import trained_values, with_values
-from lightning_grpo.policy.logprobs import completion_logprobs
+from lightning_grpo.policy.logprobs import completion_logprobs, shares_prompts
+from lightning_grpo.policy.packable import packs
+from lightning_grpo.policy.shared_prompts import PromptOfPass, prompts_of_passes
 from lightning_grpo.rollout import Rollout
-from lightning_grpo.rollout.seeds import rollout_seeds
+from lightning_grpo.rollout.seeds import rollout_seeds, turn_seed
+from lightning_grpo.training.passes import divide
 
 
 class RowsToScore(NamedTuple):
@@ -37,12 +41,14 @@ class Scorer:
         temperature: divides the logits.
         share_prompt: compute each prompt once for all of its completions.
         seed: seed of the run, from which the random numbers of dropout follow.
+        limit: the most tokens of one forward pass; None: those of a micro-batch.
     """
 
-    def __init__(self, *, temperature: float, share_prompt: bool, seed: int) -> None:
+    def __init__(self, *, temperature: float, share_prompt: bool, seed: int, limit: int | None = None) -> None:
         self.temperature = temperature
         self.share_prompt = share_prompt
         self.seed = seed
+        self.limit = limit
         self.reference: nn.Module | None = None
         """The frozen reference of full training. It is not part of the module tree, so that it is neither trained,
         saved nor sharded with the policy. With LoRA, the policy without its adapter takes its place."""
@@ -62,6 +68,7 @@ class Scorer:
         entropy_grad: bool = False,
         coefficient: Tensor | None = None,
         grad_norm: bool = False,
+        prompt: PromptOfPass | None = None,
     ) -> tuple[Tensor, ...]:
         """Log-probs and entropies [n, T] of the completions' tokens; with ``grad_norm`` a third value.
 
@@ -72,6 +79,7 @@ class Scorer:
             coefficient: [n, T], the gradient of the loss with respect to the log-probs if it is known beforehand,
                 which saves memory and time.
             grad_norm: also return the squared norm of ∂log-prob/∂logits, without gradients for any result.
+            prompt: of all n completions, if several passes share it.
         """
         return completion_logprobs(
             model,
@@ -84,18 +92,77 @@ class Scorer:
             entropy_grad=entropy_grad,
             coefficient=coefficient,
             grad_norm=grad_norm,
+            prompt=prompt,
         )
 
+    def divide(self, model: nn.Module, rows: Rollout, trainer: Trainer) -> list[list[list[int]]]:
+        """Return the sequences of passes over ``rows``; see `training.passes.divide`.
+
+        Sharded models need as many passes on all ranks. Passes of no rows make up for those that this rank lacks.
+        """
+        if self.limit is None:
+            return [[list(range(len(rows)))]]
+        shares = self.share_prompt and shares_prompts(model)
+        sequences = divide(rows, self.limit, share_prompt=shares, packed=packs(model))
+        if isinstance(model, FSDPModule):
+            own = sum(map(len, sequences))
+            most = trainer.strategy.reduce(torch.tensor(own, device=trainer.strategy.root_device), reduce_op="max")
+            sequences += [[[]]] * (int(most) - own)
+        return sequences
+
+    def passes(
+        self,
+        model: nn.Module,
+        rows: Rollout,
+        sequences: Sequence[Sequence[list[int]]],
+        trainer: Trainer,
+        number: int,
+        micro_batch: int,
+        *,
+        coefficient: Tensor | None = None,
+        **options: bool,
+    ) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
+        """Run the forward passes of a micro-batch.
+
+        Args:
+            model: the policy or its reference.
+            rows: n completions.
+            sequences: what `divide` returned for them.
+            trainer: it runs the model.
+            number: number of the rollout, which enters the seeds.
+            micro_batch: index of the micro-batch in a pass over the rollout, which enters the seeds.
+            coefficient: [n, T], see `logprobs`.
+            options: further ones of `logprobs`.
+
+        Yields:
+            The indices of the pass's completions in ``rows``, and the results of `logprobs` for them. If there are no
+            indices, the results belong to no completion.
+        """
+        parts: list[tuple[list[int], PromptOfPass | None]] = [
+            pair for sequence in sequences for pair in zip(sequence, prompts_of_passes(len(sequence)), strict=True)
+        ]
+        for k, (part, prompt) in enumerate(parts):
+            batch, known = rows, coefficient
+            if len(parts) > 1:
+                index = part or [len(rows) - 1]
+                batch = rows.rows(index)
+                known = None if known is None else known[index, : batch.completion_mask.shape[1]]
+            with self.seeded(trainer, number, micro_batch, k):
+                results = self.logprobs(model, batch, coefficient=known, prompt=prompt, **options)
+            yield part, results
+
     @contextmanager
-    def seeded(self, trainer: Trainer, number: int, micro_batch: int) -> Iterator[None]:
-        """Seed dropout by the number of the rollout, the rank, and the micro-batch's index in a pass over the rollout.
+    def seeded(self, trainer: Trainer, number: int, micro_batch: int, part: int = 0) -> Iterator[None]:
+        """Seed dropout by the number of the rollout, the rank, the micro-batch's index in a pass over the rollout, and
+        the index of the ``part`` of it that is computed.
 
         Old log-probs are then computed with the same units dropped as in the update, and checkpoints need not save the
         state of a generator.
         """
         device = trainer.strategy.root_device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(rollout_seeds(self.seed, number, trainer.global_rank, micro_batch))
+            seed = rollout_seeds(self.seed, number, trainer.global_rank, micro_batch)
+            torch.manual_seed(turn_seed(seed, part))
             yield
 
     def score(
@@ -134,10 +201,11 @@ class Scorer:
         with trainer.precision_plugin.forward_context():
             for k, index in enumerate(micro_batches):
                 batch = rollout.rows(index, trainer.strategy.root_device)
-                with self.seeded(trainer, number, k):
-                    results = self.logprobs(model, batch, grad_norm=grad_norm)
-                for score, values in zip(scores, results, strict=True):
-                    score[index, : values.shape[1]] = values.to(score)
+                sequences = self.divide(model, batch, trainer)
+                for part, results in self.passes(model, batch, sequences, trainer, number, k, grad_norm=grad_norm):
+                    places = [index[row] for row in part]
+                    for score, values in zip(scores, results, strict=True):
+                        score[places, : values.shape[1]] = values[: len(part)].to(score)
         return scores
 
     def score_reference(

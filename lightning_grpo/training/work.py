@@ -41,14 +41,17 @@ class Lengths:
     completions: list[int]
     owners: list[int]
     """For each row, the first row with the same prompt; the row itself if prompts are not shared."""
+    packed: bool = False
+    """Whether a forward pass computes one row without padding."""
 
     @classmethod
-    def of(cls, rollout: Rollout, *, share_prompt: bool) -> "Lengths":
+    def of(cls, rollout: Rollout, *, share_prompt: bool, packed: bool = False) -> "Lengths":
         """Count the tokens of N completions and of their prompts.
 
         Args:
             rollout: N completions.
             share_prompt: whether a forward pass computes a prompt once for all completions of it.
+            packed: whether it computes one row without padding.
         """
         first: dict[bytes, int] = {}
         ids = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1).cpu().numpy()
@@ -57,12 +60,16 @@ class Lengths:
             extents(rollout.prompt_mask.flip(1)).tolist(),
             extents(rollout.completion_mask).tolist(),
             owners if share_prompt else list(range(len(owners))),
+            packed,
         )
 
     def tokens(self, rows: Sequence[int]) -> int:
         """The tokens of ``rows`` in one forward pass, padding included."""
+        owners = {self.owners[row] for row in rows}
+        if self.packed:
+            return sum(self.prompts[row] for row in owners) + sum(max(1, self.completions[row]) for row in rows)
         prompt, completion = (max(lengths[row] for row in rows) for lengths in (self.prompts, self.completions))
-        return len({self.owners[row] for row in rows}) * prompt + len(rows) * max(1, completion)
+        return len(owners) * prompt + len(rows) * max(1, completion)
 
 
 def even_parts(items: Sequence[T], parts: int, cost: Callable[[Sequence[T]], int]) -> list[list[T]]:
