@@ -1,6 +1,6 @@
 """Micro-batches that are divided into passes have the gradient, metrics and log-probs of undivided ones."""
 
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +8,11 @@ from fitting import checksum, done, experience, fit, largest_difference, module,
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import on_two_ranks
+from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_grpo import GRPOModule
 from lightning_grpo.kernels import linear
+from lightning_grpo.monitor.checkpoint import Checkpoint
 from lightning_grpo.objective import ObjectiveConfig
 from lightning_grpo.objective.presets import PRESETS
 from lightning_grpo.policy.load import LoRA, load_policy
@@ -42,13 +44,13 @@ def test_groups_stay_together_if_they_fit():
     assert passes.divide(rows, 38, share_prompt=True) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
 
 
-def trained(root, model, limit, kind=GRPOModule, *, accumulate=1, steps=1, **changes):
+def trained(root, model, limit, kind=GRPOModule, *, accumulate=1, steps=1, trainer=MappingProxyType({}), **changes):
     """A run whose micro-batches are divided into passes of ``limit`` tokens, and the number of its forward passes."""
     policy = module(model, kind, micro_batch_size=32 // accumulate, micro_batch_tokens=limit, **SGD | changes)
     count = []
     logprobs = policy.scorer.logprobs
     policy.scorer.logprobs = lambda *args, **options: count.append(len(args[1])) or logprobs(*args, **options)
-    record = fit(root, policy, steps=steps, accumulate=accumulate)
+    record = fit(root, policy, steps=steps, accumulate=accumulate, **trainer)
     return policy, record, len(count)
 
 
@@ -114,6 +116,34 @@ def test_dropout_of_a_pass_is_that_of_its_score(tmp_path, tiny_model_path, limit
     lora = {"lora": LoRA(rank=4, dropout=0.5), "num_iterations": 2, "steps": 2}
     _, record, _ = trained(tmp_path, tiny_model_path, limit, **lora)
     assert record["ratio/min"][0] == record["ratio/max"][0] == 1 and record["ratio/max"][1] > 1.001
+
+
+def test_the_gradient_of_each_pass_is_scaled_in_half_precision(tmp_path, tiny_model_path):
+    def run(limit):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        return trained(
+            tmp_path, tiny_model_path, limit, trainer={"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+        )
+
+    whole, one, _ = run(None)
+    cut, other, passed = run(40)
+    assert passed > 3
+    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+    assert largest_difference(parameters(whole), parameters(cut)) < 1e-4
+
+
+def test_a_run_with_passes_resumes_exactly(tmp_path, tiny_model_path):
+    def run(root, resume=None):
+        checkpoint = Checkpoint(str(root), every_n_train_steps=1, save_top_k=-1)
+        trainer = {"callbacks": [checkpoint], "ckpt_path": resume, "enable_checkpointing": True}
+        options = {"num_iterations": 2, "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3)}
+        return trained(root, tiny_model_path, 40, accumulate=2, steps=4, trainer=trainer, **options)
+
+    whole, record, _ = run(tmp_path / "whole")
+    for step in (1, 2, 3):
+        other, resumed, _ = run(tmp_path / f"from-{step}", str(tmp_path / "whole" / f"step-{step:06d}.ckpt"))
+        assert resumed["loss"] == record["loss"][step:]
+        assert largest_difference(parameters(other), parameters(whole)) == 0
 
 
 @pytest.mark.slow
