@@ -7,6 +7,7 @@ from pytest import approx, mark
 
 from lightning_grpo.configure import Efficiency, Workload, find_gpu, find_model, predict_cost, zero_variance_share
 from lightning_grpo.configure.cost import alive_shares, decode_seconds, forward_flops, padded_length, pass_rate_grid
+from lightning_grpo.configure.hardware import this_cpu
 
 
 def run(**changes) -> Workload:
@@ -69,7 +70,20 @@ def test_forward_is_two_operations_a_weight_and_token_plus_attention():
     w = run(share_prompt=False, mean_fill=1.0)
     tokens = 256 + 512
     attention = 2 * 32 * 4096 * tokens**2
-    assert forward_flops(w) == approx(2 * w.shape.trunk_linear * tokens + attention)
+    assert forward_flops(w, find_gpu("a100-40")) == approx(2 * w.shape.trunk_linear * tokens + attention)
+
+
+def test_a_cpu_computes_no_padding_and_shares_prompts_with_checkpointing():
+    w = run(mean_fill=0.5, micro_batch_size=4, gradient_checkpointing=True)
+    cpu, a100 = this_cpu(), find_gpu("a100-40")
+
+    def flops(prompt, completion):
+        tokens = prompt + completion
+        return 2 * w.shape.trunk_linear * tokens + 2 * 32 * 4096 * (256 + completion) * tokens
+
+    assert forward_flops(w, cpu) == approx(flops(256 / 4, 256))
+    assert forward_flops(w, a100) == approx(flops(256, padded_length(w)))
+    assert forward_flops(replace(w, share_prompt=False), cpu) == approx(flops(256, 256))
 
 
 def test_a_row_costs_the_trunk_as_many_tokens_as_the_longest_of_its_micro_batch():

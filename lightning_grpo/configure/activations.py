@@ -19,6 +19,7 @@ from transformers.integrations import moe
 
 from lightning_grpo.configure.shape import ModelShape, with_layers
 from lightning_grpo.configure.workload import Workload
+from lightning_grpo.devices import Hardware
 from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.policy.attention import attention_for
 from lightning_grpo.policy.load import DTYPES
@@ -147,10 +148,16 @@ def _activations(shape: ModelShape, *sizes) -> Activations:
     return Activations(layer=two - one, ends=max(0, 2 * one - two))
 
 
-def activations(w: Workload, attention: str = "sdpa") -> Activations:
-    """Return what one forward pass of ``w`` saves, with transformers' attention of this name."""
+def packs(w: Workload, hardware: Hardware) -> bool:
+    """Return whether the trainer computes micro-batches of ``w`` as one row; see `policy.packing`."""
+    return hardware.is_cpu and attention_for(w.shape.config, ATTENTION) == ATTENTION
+
+
+def activations(w: Workload, *, packed: bool) -> Activations:
+    """Return what one forward pass of ``w`` saves, as one row or padded."""
     rows = w.rows_per_pass
-    packed = attention == attention_for(w.shape.config, ATTENTION) == ATTENTION
-    prompts = ceil(rows / w.num_generations) if w.shares_prompt or (packed and w.share_prompt) else rows
-    settings = _Settings(attention, w.dtype, w.compute_dtype if w.is_mixed else None, w.lora_rank, w.lora_targets)
+    prompts = ceil(rows / w.num_generations) if (w.share_prompt if packed else w.shares_prompt) else rows
+    settings = _Settings(
+        ATTENTION if packed else "sdpa", w.dtype, w.compute_dtype if w.is_mixed else None, w.lora_rank, w.lora_targets
+    )
     return _activations(w.shape, rows, prompts, w.prompt_length, w.completion_length, settings)

@@ -68,7 +68,7 @@ def from_update(w: Workload, hardware: Hardware, measured: Measured, before: Eff
     The bandwidth follows from the optimizer step, unless it is too short to measure (adapters); the rate of matrix
     products follows from the rest of the micro-batch.
     """
-    flops, moved = micro_batch_work(w)
+    flops, moved = micro_batch_work(w, hardware)
     bandwidth = before.bandwidth
     if measured.optimizer_seconds > 0.05 * measured.micro_batch_seconds:
         bandwidth = optimizer_bytes(w) / (measured.optimizer_seconds * hardware.bandwidth)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_grpo.configure.activations import activations
+from lightning_grpo.configure.activations import activations, packs
 from lightning_grpo.configure.workload import Workload
 from lightning_grpo.devices import Hardware
 
@@ -150,16 +150,15 @@ def predict_cost(
 
 
 def padded_length(w: Workload) -> float:
-    """Return the mean tokens per completion in a micro-batch, which are those of its longest row."""
+    """Return the mean tokens per completion in a padded micro-batch, which are those of its longest row."""
     shares = alive_shares(w.mean_fill)
     longest = sum(1 - (1 - share) ** w.micro_batch_size for share in shares) / len(shares)
     return max(1.0, w.completion_length * longest)
 
 
-def _trunk_tokens(w: Workload) -> float:
-    """Return the tokens per row in the trainer's trunk; a shared prompt is computed once per micro-batch."""
-    sharing = min(w.micro_batch_size, w.num_generations) if w.shares_prompt else 1
-    return w.prompt_length / sharing + padded_length(w)
+def _trunk_length(w: Workload, hardware: Hardware) -> float:
+    """Return the mean tokens per completion in the trainer's trunk."""
+    return _head_tokens(w) if packs(w, hardware) else padded_length(w)
 
 
 def _head_tokens(w: Workload) -> float:
@@ -167,24 +166,28 @@ def _head_tokens(w: Workload) -> float:
     return max(1.0, w.mean_length)
 
 
-def forward_flops(w: Workload) -> float:
-    """Return the floating-point operations of the trunk's forward for one row."""
-    tokens = _trunk_tokens(w)
-    attention = 2 * w.shape.layers * w.shape.query_width * (w.prompt_length + padded_length(w)) * tokens
-    return 2 * w.shape.trunk_linear * tokens + attention
+def forward_flops(w: Workload, hardware: Hardware) -> float:
+    """Return the floating-point operations of the trunk's forward for one row.
+
+    A shared prompt is computed once per micro-batch.
+    """
+    shares = w.share_prompt if packs(w, hardware) else w.shares_prompt
+    prompt = w.prompt_length / (min(w.micro_batch_size, w.num_generations) if shares else 1)
+    tokens, keys = (length + _trunk_length(w, hardware) for length in (prompt, w.prompt_length))
+    return 2 * w.shape.trunk_linear * tokens + 2 * w.shape.layers * w.shape.query_width * keys * tokens
 
 
-def micro_batch_work(w: Workload) -> tuple[float, float]:
+def micro_batch_work(w: Workload, hardware: Hardware) -> tuple[float, float]:
     """Return the operations of one forward and backward, and the bytes moved besides those of matrix products."""
     rows = w.micro_batch_size
     completion = _head_tokens(w)
     backward = 1 if w.lora_rank else 2
-    trunk = forward_flops(w) * (1 + backward + w.gradient_checkpointing)
+    trunk = forward_flops(w, hardware) * (1 + backward + w.gradient_checkpointing)
     head = completion * w.shape.head * (4 if w.lora_rank else 8)
 
-    saved = activations(w)
+    saved = activations(w, packed=packs(w, hardware))
     full = saved.layer * w.shape.layers + saved.ends
-    written = full * padded_length(w) / w.completion_length
+    written = full * _trunk_length(w, hardware) / w.completion_length
     logits = rows * completion * w.shape.vocab * 4
     copies = 6 * w.shape.linear if w.is_mixed else 0
     accumulate = 3 * w.trained * w.trained_bytes
@@ -199,7 +202,7 @@ def optimizer_bytes(w: Workload) -> float:
 def update_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
     """Return the seconds of one pass over the completions of a rank, including optimizer steps."""
     micro_batches = w.local_samples / w.micro_batch_size
-    flops, moved = micro_batch_work(w)
+    flops, moved = micro_batch_work(w, hardware)
     traffic = micro_batches * moved + micro_batches / w.accumulate_grad_batches * optimizer_bytes(w)
     seconds = micro_batches * flops / rate(w, hardware, efficiency)
     return efficiency.update_factor * (seconds + traffic / (hardware.bandwidth * efficiency.bandwidth))
@@ -208,7 +211,7 @@ def update_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> f
 def score_seconds(w: Workload, hardware: Hardware, efficiency: Efficiency) -> float:
     """Return the seconds of one forward pass with log-probs over the completions of a rank."""
     completion, local = _head_tokens(w), w.local_samples
-    flops = local * (forward_flops(w) + 2 * completion * w.shape.head)
+    flops = local * (forward_flops(w, hardware) + 2 * completion * w.shape.head)
     traffic = local * completion * w.shape.vocab * 12
     seconds = flops / rate(w, hardware, efficiency) + traffic / (hardware.bandwidth * efficiency.bandwidth)
     return efficiency.update_factor * seconds

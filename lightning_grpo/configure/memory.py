@@ -7,11 +7,10 @@ in fp32, 4 (weights) + 4 (gradients) + 8 (moments) bytes per trained parameter.
 
 from dataclasses import dataclass
 
-from lightning_grpo.configure.activations import Activations, activations
+from lightning_grpo.configure.activations import Activations, activations, packs
 from lightning_grpo.configure.workload import STATE_BYTES, Workload
 from lightning_grpo.devices import GiB, Hardware
 from lightning_grpo.kernels.blocks import budget, width_within
-from lightning_grpo.policy.attention import NAME as ATTENTION
 from lightning_grpo.policy.quantized import BYTES_PER_WEIGHT
 
 Parts = dict[str, float]
@@ -128,7 +127,7 @@ def _residual(w: Workload) -> int:
 
 
 def _saved(w: Workload, hardware: Hardware) -> Activations:
-    return activations(w, ATTENTION if hardware.is_cpu else "sdpa")
+    return activations(w, packed=packs(w, hardware))
 
 
 def _score(w: Workload, hardware: Hardware) -> Parts:
