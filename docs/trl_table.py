@@ -49,7 +49,7 @@ These differences change results without an error message. `convert-trl` and `co
 | `max_completion_length` | 512 | 256 |
 | `top_p`, `top_k`, `min_p`, `repetition_penalty` | allowed in training | refused, because the gradient would be biased; allowed in `validation_sampling` |
 | `weight_decay` | not for norms and biases | for all parameters, unless `decay_norms_and_biases: false` |
-| `gradient_checkpointing` | on | off; it switches the sharing of prompts off |
+| `gradient_checkpointing` | on | off; on GPUs it switches the sharing of prompts off |
 | dropout | as in the checkpoint | always off |
 | mixture of experts | adds a load-balancing loss | adds none |
 | logged values | means over `logging_steps` steps | values of one step |

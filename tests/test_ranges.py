@@ -89,7 +89,8 @@ OPTIONS = [
         "max_prompt_length": COUNT, "max_completion_length": COUNT, "validation_generations": COUNT,
         "pass_threshold": ANY, "warmup_steps": ([0, 0.1, 5], [-1, 1.5]), "seed": ([0, 5], [-1]),
         "num_generations": ([2, 5], [1, 0]),
-        "resampling_rounds": ([0, 2], [-1]), "micro_batch_size": COUNT, "num_iterations": COUNT,
+        "resampling_rounds": ([0, 2], [-1]), "micro_batch_size": COUNT, "micro_batch_tokens": COUNT,
+        "num_iterations": COUNT,
         "rollout_ahead": ([0], [2, -1]),
     }),
 ]  # fmt: skip
