@@ -318,12 +318,7 @@ def main() -> int:
     parser.add_argument("--precisions", nargs="+", default=["bf16-mixed", "fp32"], choices=["bf16-mixed", "fp32"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--isa", choices=list(ISA), help="use no instructions beyond these")
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--generations", type=int, default=8)
-    parser.add_argument("--length", type=int, default=48, help="tokens per completion")
-    parser.add_argument("--micro-batch", type=int, default=8, help="completions per forward and backward pass")
-    parser.add_argument("--stories", type=int, default=1, help="word problems per prompt, of about 100 tokens each")
-    parser.add_argument("--lora", type=int, default=0, help="rank of an adapter on all linear layers; 0: all weights")
+    step.add_work_options(parser)
     parser.add_argument("--beta", type=float, default=0.0, help="coefficient of the KL to the reference")
     parser.add_argument("--quick", action="store_true", help="all threads only")
     parser.add_argument(

@@ -327,6 +327,16 @@ def compare(label: str, rows: dict[str, dict]) -> tuple[str, list[str], tuple[fl
     return f"  TRL / ours: {text}", bad, (ratios["total"], ratios["peak"])
 
 
+def add_work_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the work of a step, which are the same for all benchmarks of it."""
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--length", type=int, default=48, help="tokens per completion")
+    parser.add_argument("--micro-batch", type=int, default=8, help="completions per forward and backward pass")
+    parser.add_argument("--stories", type=int, default=1, help="word problems per prompt, of about 100 tokens each")
+    parser.add_argument("--lora", type=int, default=0, help="rank of an adapter on all linear layers; 0: all weights")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -340,12 +350,7 @@ def main() -> int:
     )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--generations", type=int, default=8)
-    parser.add_argument("--length", type=int, default=48, help="tokens per completion")
-    parser.add_argument("--micro-batch", type=int, default=8, help="completions per forward and backward pass")
-    parser.add_argument("--stories", type=int, default=1, help="word problems per prompt, of about 100 tokens each")
-    parser.add_argument("--lora", type=int, default=0, help="rank of an adapter on all linear layers; 0: all weights")
+    add_work_options(parser)
     parser.add_argument("--iterations", type=int, default=1, help="passes over each rollout")
     parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps")
     parser.add_argument("--warm-up", type=int, default=1, help="optimizer steps before the measured ones")

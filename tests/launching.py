@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def on_two_ranks(*command: str, timeout: float = 500) -> str:
+def assert_two_ranks_succeed(*command: str, timeout: float = 500) -> str:
     """Run ``python command`` as two ranks of torchrun from the repository's root; return what they printed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, on_two_ranks
+from launching import ROOT, assert_two_ranks_succeed
 
 from lightning_grpo.cli import main
 from lightning_grpo.record import read_run
@@ -53,7 +53,7 @@ def two_ranks(tmp_path_factory) -> Path:
         commands.append(smoke(folder / case, *options, ranks=2))
         resumed = ["--checkpoint.dirpath", str(folder / case / "resumed"), "--ckpt_path", str(middle)]
         commands.append(smoke(folder / case, *options, *resumed, ranks=2))
-    on_two_ranks("tests/commands.py", json.dumps(commands))
+    assert_two_ranks_succeed("tests/commands.py", json.dumps(commands))
     return folder
 
 
@@ -126,7 +126,7 @@ def test_sharded_weights_train_as_replicated_ones(tmp_path):
         smoke(tmp_path / "whole", *options, ranks=2),
         smoke(tmp_path / "shards", *options, *sharded, ranks=2),
     ]
-    on_two_ranks("tests/commands.py", json.dumps(commands))
+    assert_two_ranks_succeed("tests/commands.py", json.dumps(commands))
     whole, rows_of_whole = result(tmp_path / "whole")
     shards, rows_of_shards = result(tmp_path / "shards")
     for row_of_whole, row_of_shards in zip(rows_of_whole, rows_of_shards, strict=True):

@@ -7,7 +7,7 @@ import torch
 from fitting import checksum, done, experience, fit, largest_difference, module, parameters
 from hypothesis import given
 from hypothesis import strategies as st
-from launching import on_two_ranks
+from launching import assert_two_ranks_succeed
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_grpo import GRPOModule
@@ -149,7 +149,7 @@ def test_a_run_with_passes_resumes_exactly(tmp_path, tiny_model_path):
 @pytest.mark.slow
 def test_two_ranks_run_passes_together(tmp_path, tiny_model_path):
     """Replicated and sharded weights are trained alike; sharded ones with as many passes on both ranks."""
-    on_two_ranks("tests/passes_on_ranks.py", str(tmp_path), tiny_model_path)
+    assert_two_ranks_succeed("tests/passes_on_ranks.py", str(tmp_path), tiny_model_path)
 
 
 def passes_of_a_large_group(model, limit):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from fitting import largest_difference, parameters
-from launching import on_two_ranks
+from launching import assert_two_ranks_succeed
 from peft import AutoPeftModelForCausalLM
 from ranks import LOGGED, STEPS, run, saved
 from transformers import AutoModelForCausalLM
@@ -17,7 +17,7 @@ from lightning_grpo.export import read_checkpoint
 def test_another_number_of_ranks_and_sharded_weights(tmp_path, tiny_model_path):
     one, policy = run(tmp_path / "one", tiny_model_path, micro_batch_size=8, accumulate=2)
     ended = parameters(policy)
-    on_two_ranks("tests/ranks.py", str(tmp_path), tiny_model_path)
+    assert_two_ranks_succeed("tests/ranks.py", str(tmp_path), tiny_model_path)
 
     def check(step, logged, its_parameters):
         for name in LOGGED:

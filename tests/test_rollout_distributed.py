@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from launching import on_two_ranks
+from launching import assert_two_ranks_succeed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -112,7 +112,7 @@ def run_on_two_ranks(source, model_path, tmp_path):
     """What each rank of the program printed."""
     program = tmp_path / "program.py"
     program.write_text(source.format(tests=str(Path(__file__).parent), path=model_path, root=str(tmp_path)))
-    on_two_ranks("--log-dir", str(tmp_path / "logs"), "--tee", "3", str(program))
+    assert_two_ranks_succeed("--log-dir", str(tmp_path / "logs"), "--tee", "3", str(program))
     return [next(tmp_path.glob(f"logs/**/{rank}/stdout.log")).read_text() for rank in range(2)]
 
 
